@@ -1,0 +1,72 @@
+"""Entropy buckets: edges, the bucket of a value, and the choice of positions to differentiate."""
+
+import numpy as np
+
+MIN_EDGE_GAP = 1e-6
+
+
+def fit_edges(entropies: np.ndarray, bins: int) -> np.ndarray:
+    """Edges of `bins` equally filled buckets: the quantiles 0, 1/bins, ..., 1 (linear interpolation).
+
+    Args:
+        entropies: [n] in nats, n >= 1.
+        bins: number of buckets.
+
+    Returns:
+        [bins + 1] float64, strictly increasing: a repeated edge is raised to the one before + 1e-6.
+
+    Raises:
+        ValueError: no entropies, fewer than 2 bins, or a value that is not finite.
+    """
+    entropies = np.asarray(entropies, dtype=np.float64)
+    if bins < 2:
+        raise ValueError(f"{bins} bins: at least 2 are needed")
+    if entropies.size == 0 or not np.isfinite(entropies).all():
+        raise ValueError("edges need at least one entropy, all of them finite")
+    edges = np.quantile(entropies, np.linspace(0.0, 1.0, bins + 1))
+    for i in range(1, len(edges)):
+        if edges[i] <= edges[i - 1]:
+            edges[i] = edges[i - 1] + MIN_EDGE_GAP
+    return edges
+
+
+def bucket_of(entropies: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The bucket of each value: the one whose [lo, hi) holds it; the last is closed above.
+
+    Values outside the edges, which occur where the edges were fitted on other tokens, go to the first or the
+    last bucket.
+
+    Args:
+        entropies: [...] in nats.
+        edges: [bins + 1], increasing.
+
+    Returns:
+        [...] int64 in 0 .. bins - 1.
+    """
+    edges = np.asarray(edges, dtype=np.float64)
+    return np.searchsorted(edges[1:-1], np.asarray(entropies, dtype=np.float64), side="right")
+
+
+def choose_positions(buckets: np.ndarray, bins: int, per_bucket: int, rng: np.random.Generator) -> np.ndarray:
+    """Up to `per_bucket` positions of each bucket, drawn without replacement.
+
+    Every position gets one random priority and each bucket keeps its lowest ones: a token that changes its
+    bucket (under slightly different edges) leaves the choice among all others as it was.
+
+    Args:
+        buckets: [n_tokens] bucket of each response token of one rollout.
+        bins: number of buckets.
+        per_bucket: how many of each; 0 means every position.
+        rng: this rollout's own generator.
+
+    Returns:
+        [n_chosen] int64 positions, ascending.
+    """
+    if per_bucket == 0:
+        return np.arange(len(buckets))
+    priority = rng.random(len(buckets))
+    chosen = []
+    for bucket in range(bins):
+        members = np.flatnonzero(buckets == bucket)
+        chosen.append(members[np.argsort(priority[members], kind="stable")[:per_bucket]])
+    return np.sort(np.concatenate(chosen))

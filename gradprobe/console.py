@@ -1,0 +1,83 @@
+"""The scripts' edge: messages, progress and exit status. stderr has progress, stdout the result."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from .errors import InputError
+
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LOG_LINES = 10.0
+
+
+def printable(text: str) -> str:
+    """`text` on one line with control characters escaped: file names and model text never reach a terminal raw."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(message: str) -> None:
+    """One plain line on stderr."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def script_main(main: Callable[..., int]) -> Callable[..., int]:
+    """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
+
+    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except InputError as error:
+            say(f"error: {error}")
+            return 2
+
+    return wrapped
+
+
+def progress(items: Iterable[Item], description: str, total: int, unit: str) -> Iterator[Item]:
+    """Yield `items`; show a tqdm bar on a terminal, a plain line now and then in a log."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=description, total=total, unit=unit, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for n_done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LOG_LINES or n_done == total:
+            last = now
+            elapsed = now - start
+            left = elapsed / n_done * (total - n_done)
+            say(f"{description}: {n_done}/{total} {unit}, {elapsed:.0f} s, about {left:.0f} s left")
+
+
+def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> dict[str | None, Path]:
+    """`["base=out/a", "trained=out/b"]` -> `{"base": Path, "trained": Path}`, order kept.
+
+    With `allow_untagged`, a single argument that is an existing directory, or has no `=`, is keyed by None.
+
+    Raises:
+        InputError: a tag is missing, empty or given twice.
+    """
+    if allow_untagged and len(arguments) == 1 and ("=" not in arguments[0] or Path(arguments[0]).is_dir()):
+        return {None: Path(arguments[0])}
+    problems: list[str] = []
+    dumps: dict[str | None, Path] = {}
+    for argument in arguments:
+        tag, separator, path = argument.partition("=")
+        if not separator or not tag or not path:
+            problems.append(f"'{argument}' is not TAG=DUMP; give for example base={path or tag or 'DIR'}")
+        elif tag in dumps:
+            problems.append(f"tag '{tag}' is given twice; each dump needs its own")
+        else:
+            dumps[tag] = Path(path)
+    if problems:
+        raise InputError(*problems)
+    return dumps

@@ -1,0 +1,191 @@
+"""A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+from .dump import sha256_of
+from .errors import InputError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded causal language model, frozen, in eval mode."""
+
+    model: nn.Module
+    tokenizer: Any
+    identity: dict[str, str]
+    """What its weights are: `weights_sha256` of a local directory, `revision` of one from the Hub."""
+    end_ids: frozenset[int]
+    """All end-of-sequence ids: any of them ends a rollout."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: a GPU is asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs that have it and float32 elsewhere."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_bfloat16 else "float32"
+    return DTYPES[name]
+
+
+def load_checkpoint(path: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Checkpoint:
+    """Load model and tokenizer from a local directory or, by name, from the Hub; safetensors only.
+
+    Raises:
+        InputError: there is no such checkpoint, it can't be loaded, or it names no end-of-sequence token.
+    """
+    is_local = Path(path).exists()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=is_local
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"--model-path {path}: can't be loaded: {reason}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    end_ids = end_token_ids(model, tokenizer)
+    if not end_ids:
+        raise InputError(f"--model-path {path}: neither its configs nor its tokenizer name an end-of-sequence token")
+    return Checkpoint(model, tokenizer, checkpoint_identity(path, model), end_ids)
+
+
+def checkpoint_identity(path: str, model: nn.Module) -> dict[str, str]:
+    """Hash of the configuration and weights of a local checkpoint; commit of one from the Hub."""
+    directory = Path(path)
+    if directory.is_dir():
+        return {"weights_sha256": sha256_of(directory / "config.json", *sorted(directory.glob("*.safetensors")))}
+    return {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
+
+
+def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """The union of what generation config, model config and tokenizer call end of sequence."""
+    found: set[int] = set()
+    generation_config = getattr(model, "generation_config", None)
+    for source in (generation_config, model.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(found)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model takes, or None where its config sets no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and module of the decoder's layers, found from the module tree.
+
+    Raises:
+        InputError: no module list has as many entries as the config has layers.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of {n_layers} layers in the module tree")
+    return min(lists, key=lambda named: named[0].count("."))
+
+
+def linear_weights(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a layer by their weight's name inside it, e.g. `mlp.down_proj.weight`."""
+    return {f"{n}.weight": m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def n_output_rows(linear: nn.Module) -> int:
+    """The number of rows of W in y = W x; GPT-2's `Conv1D` stores the transpose."""
+    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def n_inputs(linear: nn.Module) -> int:
+    """The length of a row of W in y = W x."""
+    return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+
+
+def decoder_hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The decoder's last hidden states, final norm included.
+
+    No attention mask: under causal attention the padding at a row's right end is never seen by its own tokens.
+
+    Args:
+        input_ids: [batch, length], padded on the right.
+
+    Returns:
+        [batch, length, hidden].
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of chosen hidden states through the model's own head.
+
+    The whole model is called with its decoder standing still, so that whatever else the head does (logit
+    soft-capping, scaling) is done here too.
+
+    Args:
+        hidden: [n, hidden].
+
+    Returns:
+        [n, vocab], float32 at least.
+    """
+    with _decoder_returning(model, hidden[None]):
+        dummy_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)
+        logits = model(input_ids=dummy_ids, use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextmanager
+def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    decoder = model.base_model
+    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del decoder.forward  # uncovers the class's own
+
+
+def pad_right(sequences: list[list[int]], device: torch.device, length: int | None = None) -> torch.Tensor:
+    """Token ids as one [batch, length] tensor, zeros behind each row's own tokens."""
+    length = length or max(len(sequence) for sequence in sequences)
+    padded = torch.zeros((len(sequences), length), dtype=torch.long)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return padded.to(device)
+
+
+def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices grouped into batches of similar length, longest first, of at most `batch_tokens` padded tokens.
+
+    The longest batch comes first so that what does not fit into memory shows at once. A sequence longer than
+    the budget is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

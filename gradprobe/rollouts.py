@@ -1,0 +1,184 @@
+"""Sampling from the policy itself; entropy and log-prob of every response token."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from .models import batches_by_length, decoder_hidden, head_logits, pad_right
+
+LOGITS_PER_BLOCK = 1 << 25
+COMPACT_BELOW = 0.75
+
+Uniforms = Callable[[int, int], np.ndarray]
+"""(prompt number, sample number) -> [max_new_tokens] in [0, 1)."""
+
+
+def rollout_uniforms(seed: int, prompt_idx: int, sample_idx: int, n: int) -> np.ndarray:
+    """The uniform numbers of one rollout's steps: a pure function of (seed, prompt, sample, step)."""
+    return np.random.Generator(np.random.Philox([seed, prompt_idx, sample_idx])).random(n)
+
+
+def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Inverse-CDF sampling from the full softmax: the first token whose cumulative probability exceeds u.
+
+    Args:
+        logits: [batch, vocab].
+        uniforms: [batch] float64 in [0, 1).
+        temperature: divides the logits.
+
+    Returns:
+        [batch] token ids.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    # Scaled to the last entry, which is 1 only up to rounding, so that u never lies beyond the table.
+    u = (uniforms * cumulative[:, -1])[:, None]
+    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def sample_responses(
+    model: nn.Module,
+    prompts: list[list[int]],
+    n_samples: int,
+    uniforms: Uniforms,
+    temperature: float,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    max_rows: int = 256,
+) -> Iterator[list[list[list[int]]]]:
+    """Sample `n_samples` responses to each prompt from the model's full softmax.
+
+    The model's generation config plays no part: neither top-k, top-p nor penalties apply. A response ends with
+    the first end-of-sequence id, which it keeps, after `max_new_tokens`, or where the model's context ends.
+    One uniform number decides each token, so a response depends on the batch around it only through rounding.
+
+    Args:
+        prompts: token ids of each prompt.
+        uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
+        max_rows: how many responses are sampled at once; fewer if memory runs out.
+
+    Yields:
+        The next few prompts' responses: [prompt][sample][token].
+    """
+    prompts_per_batch = max(1, max_rows // n_samples)
+    for start in range(0, len(prompts), prompts_per_batch):
+        batch = prompts[start : start + prompts_per_batch]
+        steps = np.stack(
+            [uniforms(start + p, s)[:max_new_tokens] for p in range(len(batch)) for s in range(n_samples)]
+        )
+        rows = _sample_batch(model, batch, n_samples, steps, temperature, end_ids)
+        yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
+
+
+@torch.inference_mode()
+def _sample_batch(
+    model: nn.Module,
+    prompts: list[list[int]],
+    n_samples: int,
+    uniforms: np.ndarray,
+    temperature: float,
+    end_ids: frozenset[int],
+) -> list[list[int]]:
+    """One batch: prompts are run once, then their caches are repeated for the samples."""
+    device = model.device
+    ends = torch.tensor(sorted(end_ids), device=device)
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        mask[i, length - len(prompt) :] = 1
+    input_ids, mask = input_ids.to(device), mask.to(device)
+    cache = DynamicCache(config=model.config)
+    position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(n_samples)
+    logits = logits.repeat_interleave(n_samples, dim=0)
+    mask = mask.repeat_interleave(n_samples, dim=0)
+    next_position = position_ids[:, -1].repeat_interleave(n_samples) + 1
+
+    n_rows, n_steps = uniforms.shape
+    tokens = torch.zeros((n_rows, n_steps), dtype=torch.long, device=device)
+    u = torch.from_numpy(uniforms).to(device)
+    lengths = torch.full((n_rows,), n_steps, device=device)
+    row_of = torch.arange(n_rows, device=device)  # which row of `tokens` each row of the batch is
+    live = torch.ones(n_rows, dtype=torch.bool, device=device)
+    for step in range(n_steps):
+        drawn = sample_from(logits, u[row_of, step], temperature)
+        tokens[row_of, step] = drawn
+        ended = live & torch.isin(drawn, ends)
+        lengths[row_of[ended]] = step + 1
+        live &= ~ended
+        n_live = int(live.sum())
+        if n_live == 0 or step + 1 == n_steps:
+            break
+        if n_live <= COMPACT_BELOW * len(live):
+            kept = live.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            drawn, mask, next_position, row_of, live = (
+                x[kept] for x in (drawn, mask, next_position, row_of, live)
+            )
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = model(
+            input_ids=drawn[:, None],
+            attention_mask=mask,
+            position_ids=next_position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        next_position = next_position + 1
+    return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def score_responses(
+    model: nn.Module, prompts: list[list[int]], responses: list[list[int]], batch_tokens: int
+) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Entropy and log-prob of every response token by one teacher-forced pass, full softmax, temperature 1.
+
+    Args:
+        prompts, responses: token ids; prompts not empty.
+        batch_tokens: padded tokens in one forward pass.
+
+    Yields:
+        For one batch: {index: (entropies, logprobs)}, float32 [n_tokens] each, in nats.
+    """
+    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    for batch in batches_by_length([len(sequence) for sequence in sequences], batch_tokens):
+        input_ids = pad_right([sequences[i] for i in batch], model.device)
+        hidden = decoder_hidden(model, input_ids)  # [batch, length, hidden]
+        # The token at index q of a sequence is predicted at index q - 1.
+        predicting = torch.cat(
+            [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
+        )
+        token_ids = torch.cat([torch.tensor(responses[i], dtype=torch.long) for i in batch]).to(model.device)
+        entropies, logprobs = _score(model, predicting, token_ids)
+        ends = np.cumsum([len(responses[i]) for i in batch])
+        yield {
+            i: (entropies[end - len(responses[i]) : end], logprobs[end - len(responses[i]) : end])
+            for i, end in zip(batch, ends, strict=True)
+        }
+
+
+def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """[n, hidden], [n] -> entropies [n], logprobs [n]; the vocabulary is never unfolded for all n at once."""
+    vocab_size = model.config.get_text_config().vocab_size
+    step = max(1, LOGITS_PER_BLOCK // vocab_size)
+    entropies, logprobs = [torch.zeros(0)], [torch.zeros(0)]
+    for start in range(0, len(hidden), step):
+        log_probs = torch.log_softmax(head_logits(model, hidden[start : start + step]), dim=-1)
+        # clamped: -0.0 or a rounding below it is no entropy
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1).clamp_(max=0).cpu())
+        logprobs.append(log_probs.gather(-1, token_ids[start : start + step, None])[:, 0].cpu())
+    return torch.cat(entropies).numpy(), torch.cat(logprobs).numpy()

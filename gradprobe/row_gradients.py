@@ -1,0 +1,217 @@
+"""The engine: exact gradients of log π_t with respect to single rows of linear weights.
+
+For y = W x in one layer, ∇_{W[row, :]} log π_t = Σ_{s ≤ t} δ_s x_s with δ_s = ∂ log π_t / ∂ y_{s, row}: the sum
+runs over every earlier position, the prompt's too, because later attention carries the weight's effect at s to
+t. So a zero tensor is added to the row's output, log π_t is differentiated with respect to it, and the result is
+multiplied with the saved inputs. No weight gradient is formed, and nothing below the target has a graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .errors import InputError, raise_if_any
+from .models import (
+    batches_by_length,
+    decoder_hidden,
+    head_logits,
+    layer_list,
+    linear_weights,
+    n_inputs,
+    n_output_rows,
+    pad_right,
+)
+
+LOGITS_PER_BLOCK = 1 << 25
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of one weight: `suffix` names the weight inside layer `layer`."""
+
+    layer: int
+    suffix: str
+    row_idx: int
+
+    @property
+    def directory(self) -> str:
+        """The name of this target's dump among those of several targets."""
+        return f"L{self.layer}.{self.suffix}.r{self.row_idx}"
+
+
+@dataclass
+class _Tap:
+    """A linear map under observation: its input, and the zero added to some rows of its output."""
+
+    linear: nn.Module
+    rows: torch.Tensor  # [rows]
+    inputs: torch.Tensor | None = None  # [batch, length, in]
+    zero: torch.Tensor | None = None  # [batch, length, rows]
+
+    def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        self.inputs = args[0].detach()
+        self.zero = output.new_zeros(*output.shape[:-1], len(self.rows), requires_grad=True)
+        return output.index_add(-1, self.rows, self.zero)
+
+
+@dataclass
+class RowGradients:
+    """Differentiates log π_t on the rows of `targets`, many rollouts at a time.
+
+    Args:
+        model: a frozen causal language model in eval mode.
+        targets: one or several rows; of one or several weights.
+
+    Raises:
+        InputError: a layer, weight or row that the model does not have.
+    """
+
+    model: nn.Module
+    targets: list[Target]
+    _taps: dict[tuple[int, str], _Tap] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._taps = {
+            key: _Tap(linear, torch.tensor(rows, device=self.model.device))
+            for key, (linear, rows) in _resolve(self.model, self.targets).items()
+        }
+
+    @property
+    def row_dims(self) -> list[int]:
+        """The length of each target's gradient."""
+        return [n_inputs(self._taps[t.layer, t.suffix].linear) for t in self.targets]
+
+    def weight_name(self, target: Target) -> str:
+        """The full name of a target's weight, e.g. `model.layers.14.mlp.down_proj.weight`."""
+        return f"{layer_list(self.model)[0]}.{target.layer}.{target.suffix}"
+
+    def batches(
+        self, prompts: list[list[int]], responses: list[list[int]], positions: list[list[int]], batch_tokens: int
+    ) -> Iterator[tuple[list[tuple[int, int]], list[torch.Tensor]]]:
+        """Differentiate log π at `positions` (response tokens counted from 0) of each rollout.
+
+        Args:
+            prompts, responses: token ids of each rollout.
+            positions: for each rollout, which response tokens.
+            batch_tokens: padded tokens in one forward pass; memory grows with it.
+
+        Yields:
+            For one batch: which (rollout, index into its positions) each row is, and per target the rows
+            themselves, [n_rows, in], float32 (float64 under a float64 model).
+        """
+        chosen = [i for i, p in enumerate(positions) if len(p)]
+        # Tokens behind a rollout's last chosen position contribute nothing.
+        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + max(positions[i])] for i in chosen]
+        for batch in batches_by_length([len(x) for x in inputs], batch_tokens):
+            rollouts = [chosen[j] for j in batch]
+            # log π of the token at index q of a sequence comes out of index q - 1.
+            where = [[len(prompts[i]) + p - 1 for p in sorted(positions[i])] for i in rollouts]
+            token_ids = [[responses[i][p] for p in sorted(positions[i])] for i in rollouts]
+            rank = [{p: k for k, p in enumerate(positions[i])} for i in rollouts]
+            labels, rows = self._batch([inputs[j] for j in batch], where, token_ids)
+            yield (
+                [(rollouts[b], rank[b][sorted(positions[rollouts[b]])[k]]) for b, k in labels],
+                rows,
+            )
+
+    def _batch(
+        self, inputs: list[list[int]], where: list[list[int]], token_ids: list[list[int]]
+    ) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
+        """One forward pass; then backward pass k serves the k-th position of every rollout in the batch."""
+        input_ids = pad_right(inputs, self.model.device)
+        with _hooked(self._taps.values()):
+            hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
+        head_gradients = self._head_gradients(hidden.detach(), where, token_ids)
+        zeros = [tap.zero for tap in self._taps.values()]
+        labels: list[tuple[int, int]] = []
+        rows: list[list[torch.Tensor]] = [[] for _ in self.targets]
+        n_passes = max(len(w) for w in where)
+        for k in range(n_passes):
+            served = [b for b, w in enumerate(where) if k < len(w)]
+            at = torch.tensor([where[b][k] for b in served], device=hidden.device)
+            members = torch.tensor(served, device=hidden.device)
+            upstream = torch.zeros_like(hidden)
+            upstream[members, at] = head_gradients[members, k]
+            deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k + 1 < n_passes)
+            labels += [(b, k) for b in served]
+            for collected, row in zip(rows, self._rows(deltas), strict=True):
+                collected.append(row[members])
+        for tap in self._taps.values():
+            tap.inputs = tap.zero = None
+        return labels, [torch.cat(collected) for collected in rows]
+
+    def _head_gradients(
+        self, hidden: torch.Tensor, where: list[list[int]], token_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """∂ log π_t / ∂ (last hidden state at t) of every chosen position, once through the vocabulary.
+
+        Returns:
+            [batch, most positions, hidden]; zeros where a rollout has fewer positions.
+        """
+        device = hidden.device
+        index = [(b, k) for b, w in enumerate(where) for k in range(len(w))]
+        batch_index, pass_index = torch.tensor(index, device=device).T
+        at = torch.tensor([where[b][k] for b, k in index], device=device)
+        targets = torch.tensor([token_ids[b][k] for b, k in index], device=device)
+        step = max(1, LOGITS_PER_BLOCK // self.model.config.get_text_config().vocab_size)
+        gradients = hidden.new_zeros(len(where), max(len(w) for w in where), hidden.shape[-1])
+        for start in range(0, len(index), step):
+            block = slice(start, start + step)
+            leaf = hidden[batch_index[block], at[block]].requires_grad_()
+            logits = head_logits(self.model, leaf)
+            log_probs = torch.log_softmax(logits, dim=-1).gather(-1, targets[block, None])
+            gradients[batch_index[block], pass_index[block]] = torch.autograd.grad(log_probs.sum(), leaf)[0]
+        return gradients
+
+    def _rows(self, deltas: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """Σ_s δ_s x_s for every target: [batch, in] each."""
+        of_tap = {}
+        for key, tap, delta in zip(self._taps, self._taps.values(), deltas, strict=True):
+            dtype = torch.promote_types(delta.dtype, torch.float32)
+            of_tap[key] = delta.to(dtype).transpose(1, 2) @ tap.inputs.to(dtype)  # [batch, rows, in]
+        return [
+            of_tap[t.layer, t.suffix][:, self._taps[t.layer, t.suffix].rows.tolist().index(t.row_idx)]
+            for t in self.targets
+        ]
+
+
+def _resolve(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], tuple[nn.Module, list[int]]]:
+    """The linear map and the rows of each distinct weight among `targets`, in the order of first mention."""
+    _, layers = layer_list(model)
+    problems: list[str] = []
+    weights: dict[tuple[int, str], tuple[nn.Module, list[int]]] = {}
+    for target in targets:
+        if not 0 <= target.layer < len(layers):
+            problems.append(f"--layer {target.layer}: the model has layers 0 to {len(layers) - 1}")
+            continue
+        available = linear_weights(layers[target.layer])
+        if target.suffix not in available:
+            problems.append(f"--param-suffix {target.suffix}: can't be a target; these can: {', '.join(available)}")
+            continue
+        linear = available[target.suffix]
+        if not 0 <= target.row_idx < n_output_rows(linear):
+            problems.append(
+                f"--row-idx {target.row_idx}: {target.suffix} has rows 0 to {n_output_rows(linear) - 1}"
+            )
+            continue
+        rows = weights.setdefault((target.layer, target.suffix), (linear, []))[1]
+        if target.row_idx in rows:
+            problems.append(f"{target.directory}: this target is asked for twice")
+        rows.append(target.row_idx)
+    if not targets:
+        raise InputError("no target row is asked for")
+    raise_if_any(dict.fromkeys(problems))
+    return weights
+
+
+@contextmanager
+def _hooked(taps: Iterator[_Tap]) -> Iterator[None]:
+    handles = [tap.linear.register_forward_hook(tap.hook) for tap in taps]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
