@@ -42,16 +42,26 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
     return wrapped
 
 
-def progress(items: Iterable[Item], description: str, total: int, unit: str) -> Iterator[Item]:
-    """Yield `items`; show a tqdm bar on a terminal, a plain line now and then in a log."""
+def progress(
+    items: Iterable[Item], description: str, total: int, unit: str, size: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
+    """Yield `items`, each worth `size(item)` of `total`.
+
+    A terminal sees a tqdm bar, a log a plain line now and then.
+    """
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=description, total=total, unit=unit, dynamic_ncols=True)
+        with tqdm(desc=description, total=total, unit=f" {unit}", dynamic_ncols=True) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
         return
     start = last = time.monotonic()
-    for n_done, item in enumerate(items, 1):
+    n_done = 0
+    for item in items:
         yield item
+        n_done += size(item)
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LOG_LINES or n_done == total:
+        if now - last >= SECONDS_BETWEEN_LOG_LINES or n_done >= total:
             last = now
             elapsed = now - start
             left = elapsed / n_done * (total - n_done)

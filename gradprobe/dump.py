@@ -121,6 +121,12 @@ class Dump:
         """Ascending row numbers of `bucket`."""
         return np.flatnonzero(self.bin == bucket)
 
+    def meta_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of `meta.jsonl` with all their keys, in row order."""
+        records = {record["row"]: record for _, record in iter_jsonl(self.path / META)}
+        for row in range(len(self.grads)):
+            yield records[row]
+
 
 def prompt_key_from_json(value: Any) -> PromptKey:
     """`7` -> 7, `[1, 7]` -> (1, 7).
@@ -151,6 +157,8 @@ def load_dump(path: Path) -> Dump:
     raise_if_any(problems)
     columns = _load_meta(path / META, len(grads), manifest["bins"])
     keys = columns.pop("prompt_idx")
+    if len({type(key) for key in keys}) > 1:
+        raise InputError(f"{path / META}: prompt_idx is an integer in some lines and [shard, integer] in others")
     prompt_keys = sorted(set(keys))
     code_of = {key: code for code, key in enumerate(prompt_keys)}
     prompt = np.array([code_of[key] for key in keys], dtype=np.int64)

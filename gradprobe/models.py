@@ -1,5 +1,6 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from .dump import sha256_of
 from .errors import InputError
 
+LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+LOGITS_PER_BLOCK = 1 << 25
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -24,8 +29,6 @@ class Checkpoint:
 
     model: nn.Module
     tokenizer: Any
-    identity: dict[str, str]
-    """What its weights are: `weights_sha256` of a local directory, `revision` of one from the Hub."""
     end_ids: frozenset[int]
     """All end-of-sequence ids: any of them ends a rollout."""
 
@@ -58,23 +61,43 @@ def load_checkpoint(path: str, device: torch.device, dtype: torch.dtype, attenti
         InputError: there is no such checkpoint, it can't be loaded, or it names no end-of-sequence token.
     """
     is_local = Path(path).exists()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=is_local
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model-path {path}: can't be loaded: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise _cannot_load(path, error) from error
     model = model.to(device).eval().requires_grad_(False)
     end_ids = end_token_ids(model, tokenizer)
     if not end_ids:
         raise InputError(f"--model-path {path}: neither its configs nor its tokenizer name an end-of-sequence token")
-    return Checkpoint(model, tokenizer, checkpoint_identity(path, model), end_ids)
+    return Checkpoint(model, tokenizer, end_ids)
+
+
+def load_skeleton(path: str) -> nn.Module:
+    """The checkpoint's module tree without its weights: enough to resolve targets, at no cost.
+
+    Raises:
+        InputError: there is no such checkpoint, or no causal language model in it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).exists())
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(path, error) from error
+
+
+def _cannot_load(path: str, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(f"--model-path {path}: can't be loaded: {reason}")
 
 
 def checkpoint_identity(path: str, model: nn.Module) -> dict[str, str]:
-    """Hash of the configuration and weights of a local checkpoint; commit of one from the Hub."""
+    """What the weights are: hash of a local checkpoint's configuration and weights, commit of one from the Hub."""
     directory = Path(path)
     if directory.is_dir():
         return {"weights_sha256": sha256_of(directory / "config.json", *sorted(directory.glob("*.safetensors")))}
@@ -154,6 +177,11 @@ def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         dummy_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)
         logits = model(input_ids=dummy_ids, use_cache=False).logits[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def positions_per_head_block(model: nn.Module) -> int:
+    """How many positions go through the head at once, so that their float32 logits take about 128 MiB."""
+    return max(1, LOGITS_PER_BLOCK // model.config.get_text_config().vocab_size)
 
 
 @contextmanager

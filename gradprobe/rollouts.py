@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .models import batches_by_length, decoder_hidden, head_logits, pad_right
+from .models import batches_by_length, decoder_hidden, head_logits, pad_right, positions_per_head_block
 
-LOGITS_PER_BLOCK = 1 << 25
 COMPACT_BELOW = 0.75
 
 Uniforms = Callable[[int, int], np.ndarray]
@@ -48,17 +47,19 @@ def sample_responses(
     max_new_tokens: int,
     end_ids: frozenset[int],
     max_rows: int = 256,
+    context: int | None = None,
 ) -> Iterator[list[list[list[int]]]]:
     """Sample `n_samples` responses to each prompt from the model's full softmax.
 
     The model's generation config plays no part: neither top-k, top-p nor penalties apply. A response ends with
-    the first end-of-sequence id, which it keeps, after `max_new_tokens`, or where the model's context ends.
+    the first end-of-sequence id, which it keeps, after `max_new_tokens`, or where the model's context is full.
     One uniform number decides each token, so a response depends on the batch around it only through rounding.
 
     Args:
         prompts: token ids of each prompt.
         uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
-        max_rows: how many responses are sampled at once; fewer if memory runs out.
+        max_rows: how many responses are sampled at once.
+        context: the most tokens of prompt and response together; None for no bound.
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
@@ -69,7 +70,9 @@ def sample_responses(
         steps = np.stack(
             [uniforms(start + p, s)[:max_new_tokens] for p in range(len(batch)) for s in range(n_samples)]
         )
-        rows = _sample_batch(model, batch, n_samples, steps, temperature, end_ids)
+        rooms = [max_new_tokens if context is None else context - len(prompt) for prompt in batch]
+        limits = np.minimum(np.repeat(rooms, n_samples), max_new_tokens)
+        rows = _sample_batch(model, batch, n_samples, steps, limits, temperature, end_ids)
         yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
 
 
@@ -79,10 +82,16 @@ def _sample_batch(
     prompts: list[list[int]],
     n_samples: int,
     uniforms: np.ndarray,
+    limits: np.ndarray,
     temperature: float,
     end_ids: frozenset[int],
 ) -> list[list[int]]:
-    """One batch: prompts are run once, then their caches are repeated for the samples."""
+    """One batch: prompts are run once, then their caches are repeated for the samples.
+
+    Args:
+        uniforms: [prompts * n_samples, steps].
+        limits: [prompts * n_samples] the most tokens of each response.
+    """
     device = model.device
     ends = torch.tensor(sorted(end_ids), device=device)
     length = max(len(prompt) for prompt in prompts)
@@ -110,13 +119,13 @@ def _sample_batch(
     n_rows, n_steps = uniforms.shape
     tokens = torch.zeros((n_rows, n_steps), dtype=torch.long, device=device)
     u = torch.from_numpy(uniforms).to(device)
-    lengths = torch.full((n_rows,), n_steps, device=device)
+    lengths = torch.from_numpy(limits).to(device)
     row_of = torch.arange(n_rows, device=device)  # which row of `tokens` each row of the batch is
     live = torch.ones(n_rows, dtype=torch.bool, device=device)
     for step in range(n_steps):
         drawn = sample_from(logits, u[row_of, step], temperature)
         tokens[row_of, step] = drawn
-        ended = live & torch.isin(drawn, ends)
+        ended = live & (torch.isin(drawn, ends) | (lengths[row_of] == step + 1))
         lengths[row_of[ended]] = step + 1
         live &= ~ended
         n_live = int(live.sum())
@@ -173,8 +182,7 @@ def score_responses(
 
 def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """[n, hidden], [n] -> entropies [n], logprobs [n]; the vocabulary is never unfolded for all n at once."""
-    vocab_size = model.config.get_text_config().vocab_size
-    step = max(1, LOGITS_PER_BLOCK // vocab_size)
+    step = positions_per_head_block(model)
     entropies, logprobs = [torch.zeros(0)], [torch.zeros(0)]
     for start in range(0, len(hidden), step):
         log_probs = torch.log_softmax(head_logits(model, hidden[start : start + step]), dim=-1)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
-from .errors import InputError, raise_if_any
+from .errors import raise_if_any
 from .models import (
     batches_by_length,
     decoder_hidden,
@@ -23,9 +24,8 @@ from .models import (
     n_inputs,
     n_output_rows,
     pad_right,
+    positions_per_head_block,
 )
-
-LOGITS_PER_BLOCK = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -89,44 +89,40 @@ class RowGradients:
         return f"{layer_list(self.model)[0]}.{target.layer}.{target.suffix}"
 
     def batches(
-        self, prompts: list[list[int]], responses: list[list[int]], positions: list[list[int]], batch_tokens: int
-    ) -> Iterator[tuple[list[tuple[int, int]], list[torch.Tensor]]]:
-        """Differentiate log π at `positions` (response tokens counted from 0) of each rollout.
+        self, prompts: list[list[int]], responses: list[list[int]], positions: list[np.ndarray], batch_tokens: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
+        """Differentiate log π at `positions` of each rollout, rollouts of similar length together.
 
         Args:
             prompts, responses: token ids of each rollout.
-            positions: for each rollout, which response tokens.
+            positions: for each rollout, ascending, which response tokens, counted from 0.
             batch_tokens: padded tokens in one forward pass; memory grows with it.
 
         Yields:
-            For one batch: which (rollout, index into its positions) each row is, and per target the rows
-            themselves, [n_rows, in], float32 (float64 under a float64 model).
+            For one batch, (rollout [n], k [n], rows): row i is the gradient at `positions[rollout[i]][k[i]]`;
+            `rows` has one [n, in] tensor per target, float32 (float64 under a float64 model).
         """
-        chosen = [i for i, p in enumerate(positions) if len(p)]
+        chosen = [i for i, wanted in enumerate(positions) if len(wanted)]
         # Tokens behind a rollout's last chosen position contribute nothing.
-        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + max(positions[i])] for i in chosen]
-        for batch in batches_by_length([len(x) for x in inputs], batch_tokens):
+        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(positions[i][-1])] for i in chosen]
+        for batch in batches_by_length([len(tokens) for tokens in inputs], batch_tokens):
             rollouts = [chosen[j] for j in batch]
             # log π of the token at index q of a sequence comes out of index q - 1.
-            where = [[len(prompts[i]) + p - 1 for p in sorted(positions[i])] for i in rollouts]
-            token_ids = [[responses[i][p] for p in sorted(positions[i])] for i in rollouts]
-            rank = [{p: k for k, p in enumerate(positions[i])} for i in rollouts]
-            labels, rows = self._batch([inputs[j] for j in batch], where, token_ids)
-            yield (
-                [(rollouts[b], rank[b][sorted(positions[rollouts[b]])[k]]) for b, k in labels],
-                rows,
-            )
+            where = [[len(prompts[i]) + int(p) - 1 for p in positions[i]] for i in rollouts]
+            token_ids = [[responses[i][p] for p in positions[i]] for i in rollouts]
+            members, passes, rows = self._batch([inputs[j] for j in batch], where, token_ids)
+            yield np.array(rollouts)[members], passes, rows
 
     def _batch(
         self, inputs: list[list[int]], where: list[list[int]], token_ids: list[list[int]]
-    ) -> tuple[list[tuple[int, int]], list[torch.Tensor]]:
+    ) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
         """One forward pass; then backward pass k serves the k-th position of every rollout in the batch."""
         input_ids = pad_right(inputs, self.model.device)
         with _hooked(self._taps.values()):
             hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
         head_gradients = self._head_gradients(hidden.detach(), where, token_ids)
         zeros = [tap.zero for tap in self._taps.values()]
-        labels: list[tuple[int, int]] = []
+        members_of_pass: list[list[int]] = []
         rows: list[list[torch.Tensor]] = [[] for _ in self.targets]
         n_passes = max(len(w) for w in where)
         for k in range(n_passes):
@@ -136,12 +132,13 @@ class RowGradients:
             upstream = torch.zeros_like(hidden)
             upstream[members, at] = head_gradients[members, k]
             deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k + 1 < n_passes)
-            labels += [(b, k) for b in served]
+            members_of_pass.append(served)
             for collected, row in zip(rows, self._rows(deltas), strict=True):
                 collected.append(row[members])
         for tap in self._taps.values():
             tap.inputs = tap.zero = None
-        return labels, [torch.cat(collected) for collected in rows]
+        passes = np.repeat(np.arange(n_passes), [len(served) for served in members_of_pass])
+        return np.concatenate(members_of_pass), passes, [torch.cat(collected) for collected in rows]
 
     def _head_gradients(
         self, hidden: torch.Tensor, where: list[list[int]], token_ids: list[list[int]]
@@ -156,7 +153,7 @@ class RowGradients:
         batch_index, pass_index = torch.tensor(index, device=device).T
         at = torch.tensor([where[b][k] for b, k in index], device=device)
         targets = torch.tensor([token_ids[b][k] for b, k in index], device=device)
-        step = max(1, LOGITS_PER_BLOCK // self.model.config.get_text_config().vocab_size)
+        step = positions_per_head_block(self.model)
         gradients = hidden.new_zeros(len(where), max(len(w) for w in where), hidden.shape[-1])
         for start in range(0, len(index), step):
             block = slice(start, start + step)
@@ -178,31 +175,91 @@ class RowGradients:
         ]
 
 
+def expand_targets(
+    model: nn.Module, layers: str | None, suffixes: str, rows: str, seed: int
+) -> tuple[list[Target], list[int]]:
+    """Every combination of the layers, weights and rows that comma-separated lists name.
+
+    Args:
+        model: gives the number of layers and rows; its weights are not looked at (the meta device will do).
+        layers: e.g. `7,14,21`; None is the middle one.
+        suffixes: e.g. `mlp.down_proj.weight`.
+        rows: numbers, `first`, `mid`, `last` and `random:K` (K rows of each weight, drawn with `seed`).
+
+    Returns:
+        The targets and the length of each one's gradient.
+
+    Raises:
+        InputError: a word that is none of these, a layer, weight or row the model does not have, or a target
+            named twice; all problems are named.
+    """
+    n_layers = len(layer_list(model)[1])
+    problems: list[str] = []
+    targets: list[Target] = []
+    for layer in [n_layers // 2] if layers is None else _integers(layers, "--layer", problems):
+        for suffix in suffixes.split(","):
+            linear = _find_linear(model, layer, suffix, problems)
+            if linear is not None:
+                targets += [
+                    Target(layer, suffix, row) for row in _expand_rows(rows, n_output_rows(linear), seed, problems)
+                ]
+    problems += [f"{t.directory}: this target is named twice" for t in set(targets) if targets.count(t) > 1]
+    raise_if_any(dict.fromkeys(problems))
+    return targets, RowGradients(model, targets).row_dims
+
+
+def _integers(words: str, flag: str, problems: list[str]) -> list[int]:
+    numbers = []
+    for word in words.split(","):
+        if word.strip().isdecimal():
+            numbers.append(int(word))
+        else:
+            problems.append(f"{flag} {words}: '{word}' is not a number from 0")
+    return numbers
+
+
+def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> list[int]:
+    named = {"first": 0, "mid": n_rows // 2, "last": n_rows - 1}
+    rows: list[int] = []
+    for word in words.split(","):
+        kind, _, count = word.partition(":")
+        if kind == "random" and count.isdecimal() and 0 < int(count) <= n_rows:
+            rows += sorted(np.random.default_rng(seed).choice(n_rows, int(count), replace=False).tolist())
+        elif word in named:
+            rows.append(named[word])
+        elif word.strip().isdecimal() and int(word) < n_rows:
+            rows.append(int(word))
+        else:
+            problems.append(
+                f"--row-idx {words}: '{word}' is not one of 0 to {n_rows - 1}, first, mid, last or random:K"
+            )
+    return rows
+
+
+def _find_linear(model: nn.Module, layer: int, suffix: str, problems: list[str]) -> nn.Module | None:
+    layers = layer_list(model)[1]
+    if not 0 <= layer < len(layers):
+        problems.append(f"--layer {layer}: the model has layers 0 to {len(layers) - 1}")
+        return None
+    available = linear_weights(layers[layer])
+    if suffix not in available:
+        problems.append(f"--param-suffix {suffix}: can't be a target; these can: {', '.join(available)}")
+    return available.get(suffix)
+
+
 def _resolve(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], tuple[nn.Module, list[int]]]:
     """The linear map and the rows of each distinct weight among `targets`, in the order of first mention."""
-    _, layers = layer_list(model)
-    problems: list[str] = []
+    problems: list[str] = [] if targets else ["no target row is asked for"]
     weights: dict[tuple[int, str], tuple[nn.Module, list[int]]] = {}
     for target in targets:
-        if not 0 <= target.layer < len(layers):
-            problems.append(f"--layer {target.layer}: the model has layers 0 to {len(layers) - 1}")
+        linear = _find_linear(model, target.layer, target.suffix, problems)
+        if linear is None:
             continue
-        available = linear_weights(layers[target.layer])
-        if target.suffix not in available:
-            problems.append(f"--param-suffix {target.suffix}: can't be a target; these can: {', '.join(available)}")
-            continue
-        linear = available[target.suffix]
         if not 0 <= target.row_idx < n_output_rows(linear):
             problems.append(
                 f"--row-idx {target.row_idx}: {target.suffix} has rows 0 to {n_output_rows(linear) - 1}"
             )
-            continue
-        rows = weights.setdefault((target.layer, target.suffix), (linear, []))[1]
-        if target.row_idx in rows:
-            problems.append(f"{target.directory}: this target is asked for twice")
-        rows.append(target.row_idx)
-    if not targets:
-        raise InputError("no target row is asked for")
+        weights.setdefault((target.layer, target.suffix), (linear, []))[1].append(target.row_idx)
     raise_if_any(dict.fromkeys(problems))
     return weights
 

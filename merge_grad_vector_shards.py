@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Merge shards of one study into one dump and bucket entropy again over their union.
+
+    python merge_grad_vector_shards.py out/exp12/exp12_base out/exp12/exp12_base_s0 out/exp12/exp12_base_s1
+
+Gradients are copied in blocks, never all in memory. Edges are fitted over all response tokens where every shard
+has its rollouts.jsonl, else over the dumped positions (as with shards of the original scripts); shards that were
+all probed with the same --entropy-edges keep those. Shards that don't belong together are refused.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradprobe import dump as contract
+from gradprobe.buckets import bucket_of, fit_edges
+from gradprobe.console import say, script_main
+from gradprobe.dump import Dump, PromptKey, Rollout
+from gradprobe.errors import InputError, raise_if_any
+
+SAME_IN_ALL = (
+    "target",
+    "row_idx",
+    "row_dim",
+    "bins",
+    "num_samples_per_prompt",
+    "pos_per_bin_per_rollout",
+    "max_new_tokens",
+    "temperature",
+    "dtype",
+    "attention",
+    "sampling",
+    "rollouts_from",
+)
+"""Manifest keys that shards of one study share. Keys that a manifest of the original lacks count as None."""
+
+SUMMED = (
+    "num_prompts",
+    "num_rollouts",
+    "num_positions",
+    "num_correct_rollouts",
+    "num_response_tokens",
+    "num_nonfinite_rows",
+    "num_zero_rows",
+)
+OF_ONE_SHARD = ("shard", "seconds", "entropy_edges_from")
+"""Manifest keys that say nothing about the merged dump."""
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", type=Path, help="directory of the merged dump; replaced if it holds one")
+    parser.add_argument("shard_dirs", type=Path, nargs="+", metavar="SHARD_DIR", help="dumps to merge, in this order")
+    return parser.parse_args(argv)
+
+
+def check_belong_together(shards: list[Dump]) -> None:
+    """Raise `InputError` with every difference between the first shard's manifest and the others'."""
+    first = shards[0]
+    problems = []
+    for shard in shards:
+        if any(isinstance(key, tuple) for key in shard.prompt_keys):
+            problems.append(f"{shard.path}: merged already, of shards of unknown origin; merge its shards instead")
+    for shard in shards[1:]:
+        for key, here, there in differing_keys(first.manifest, shard.manifest):
+            problems.append(f"{key} is {here} in {first.path} but {there} in {shard.path}")
+    raise_if_any(problems)
+
+
+def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, value in `first`, value in `other`) for keys that shards of one study share."""
+    # A hash says what the model is; a path, which may differ between machines, only where there is no hash.
+    model_keys = ["model_identity"] if "model_identity" in first and "model_identity" in other else ["model_path"]
+    # The original gave each shard a seed of its own; ours slices one seeded permutation.
+    seed_keys = ["seed"] if "format_version" in first and "format_version" in other else []
+    for key in (*model_keys, *seed_keys, *SAME_IN_ALL):
+        here, there = (_without_path(manifest.get(key)) for manifest in (first, other))
+        if here != there:
+            yield key, json.dumps(here), json.dumps(there)
+
+
+def _without_path(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
+
+
+def namespaces(shards: list[Dump]) -> list[int | None]:
+    """None for every shard if all come from the same data set, else each shard's number, to keep prompts apart."""
+    hashes = {(shard.manifest.get("dataset") or {}).get("sha256") for shard in shards}
+    known_to_be_one = len(hashes) == 1 and None not in hashes
+    return [None if known_to_be_one else number for number in range(len(shards))]
+
+
+def merged_key(key: PromptKey, namespace: int | None) -> PromptKey:
+    """A prompt's key in the merged dump."""
+    return key if namespace is None else (namespace, key)
+
+
+def check_disjoint(shards: list[Dump], spaces: list[int | None]) -> None:
+    """Raise `InputError` if two shards hold the same rollout."""
+    owner: dict[tuple[PromptKey, int], Path] = {}
+    problems = []
+    for shard, space in zip(shards, spaces, strict=True):
+        rollouts = set(zip(shard.prompt.tolist(), shard.sample_idx.tolist(), strict=True))
+        for code, sample_idx in sorted(rollouts):
+            rollout = (merged_key(shard.prompt_keys[code], space), sample_idx)
+            if rollout in owner:
+                problems.append(
+                    f"prompt {rollout[0]} sample {sample_idx} is in {owner[rollout]} and again in {shard.path}"
+                )
+            owner[rollout] = shard.path
+    if problems:
+        raise InputError(problems[0], *([f"and {len(problems) - 1} more rollouts"] if problems[1:] else []))
+
+
+def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[str, Any]:
+    """Entropy edges of the union, and what they were fitted over."""
+    manifests = [shard.manifest for shard in shards]
+    given = [(m["entropy_edges"], m.get("entropy_edges_from")) for m in manifests]
+    if given[0][1] is not None and all(edges == given[0][0] and source is not None for edges, source in given):
+        say("all shards were probed with the same --entropy-edges: they are kept")
+        return {key: manifests[0][key] for key in ("entropy_edges", "entropy_edges_over", "entropy_edges_from")}
+    if rollout_files is None:
+        entropies, over = np.concatenate([shard.entropy for shard in shards]), "dumped_positions"
+    else:
+        parts = [r.entropies for file in rollout_files for r in contract.iter_rollouts(file)]
+        entropies, over = np.concatenate(parts), "response_tokens"
+    if entropies.size == 0:
+        raise InputError("the shards hold no positions")
+    edges = fit_edges(entropies, manifests[0]["bins"])
+    return {"entropy_edges": edges.tolist(), "entropy_edges_over": over}
+
+
+def write_merged_grads(file: Path, shards: list[Dump]) -> None:
+    """Copy the shards' gradient rows one behind the other, in blocks."""
+    start = 0
+    with contract.new_grads(file, sum(len(shard.grads) for shard in shards), shards[0].row_dim) as merged:
+        for shard in shards:
+            for block in contract.iter_row_blocks(shard.grads):
+                merged[start : start + len(block)] = block
+                start += len(block)
+
+
+def merged_meta(shards: list[Dump], spaces: list[int | None], edges: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yield the merged meta lines: rows renumbered, prompts namespaced, buckets of the union's edges."""
+    start = 0
+    for shard, space in zip(shards, spaces, strict=True):
+        buckets = bucket_of(shard.entropy, edges)
+        for record in shard.meta_records():
+            row = record["row"]
+            key = merged_key(contract.prompt_key_from_json(record["prompt_idx"]), space)
+            yield {**record, "row": start + row, "prompt_idx": key, "bin": int(buckets[row])}
+        start += len(shard.grads)
+
+
+def merged_rollouts(files: list[Path], spaces: list[int | None]) -> Iterator[Rollout]:
+    """Yield all shards' rollouts, prompts namespaced."""
+    for file, space in zip(files, spaces, strict=True):
+        for rollout in contract.iter_rollouts(file):
+            yield replace(rollout, prompt_idx=merged_key(rollout.prompt_idx, space))
+
+
+def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[str, Any]) -> dict[str, Any]:
+    """The first shard's manifest with sums, the union of prompts, the new edges and the shards' names."""
+    manifests = [shard.manifest for shard in shards]
+    merged = {key: value for key, value in manifests[0].items() if key not in OF_ONE_SHARD}
+    for key in SUMMED:
+        if all(key in manifest for manifest in manifests):
+            merged[key] = sum(manifest[key] for manifest in manifests)
+    if all("prompt_idxs" in manifest for manifest in manifests):
+        merged["prompt_idxs"] = sorted(
+            merged_key(contract.prompt_key_from_json(key), space)
+            for manifest, space in zip(manifests, spaces, strict=True)
+            for key in manifest["prompt_idxs"]
+        )
+    return {
+        **merged,
+        **edges,
+        "format_version": contract.FORMAT_VERSION,
+        "shards": [shard.path.name for shard in shards],
+        "shard_seeds": [manifest.get("seed") for manifest in manifests],
+        "shard_seconds": [manifest.get("seconds") for manifest in manifests],
+    }
+
+
+@script_main
+def main(argv: list[str] | None = None) -> int:
+    """Merge shards into one dump."""
+    args = parse_args(argv)
+    if args.out_dir.resolve() in {directory.resolve() for directory in args.shard_dirs}:
+        raise InputError(f"{args.out_dir}: is one of the shards; give the merged dump a directory of its own")
+    shards = [contract.load_dump(directory) for directory in args.shard_dirs]
+    for warning in (warning for shard in shards for warning in shard.warnings):
+        say(f"warning: {warning}")
+    check_belong_together(shards)
+    spaces = namespaces(shards)
+    check_disjoint(shards, spaces)
+    found = [contract.find_rollouts(shard.path) for shard in shards]
+    rollout_files = [file for file in found if file is not None]
+    has_rollouts = len(rollout_files) == len(shards)
+    edges = merged_edges(shards, rollout_files if has_rollouts else None)
+
+    contract.make_directory(args.out_dir)
+    (args.out_dir / contract.MANIFEST).unlink(missing_ok=True)  # unfinished from here on
+    write_merged_grads(args.out_dir / contract.GRADS, shards)
+    contract.write_jsonl(args.out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
+    if has_rollouts:
+        merged = merged_rollouts(rollout_files, spaces)
+        contract.write_jsonl(args.out_dir / contract.ROLLOUTS, (asdict(rollout) for rollout in merged))
+    manifest = merged_manifest(shards, spaces, edges)
+    contract.write_json(args.out_dir / contract.MANIFEST, manifest)
+    print(
+        f"{args.out_dir}: {manifest['num_positions']} gradients of {manifest['num_rollouts']} rollouts from "
+        f"{len(shards)} shards, edges over {edges['entropy_edges_over'].replace('_', ' ')}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,556 @@
+#!/usr/bin/env python3
+"""Sample rollouts, bucket their tokens by entropy, and dump exact gradients of log π on one weight row.
+
+Rollouts come from the model's full softmax at the stated temperature. Every response token is scored by one
+teacher-forced pass; entropy edges are fitted over all of them; of each bucket up to --pos-per-bin-per-rollout
+tokens per rollout are chosen, and for each the gradient of its log-prob with respect to W[row, :] is written.
+
+On a laptop, with the demo model (about 10 seconds):
+
+    python probe_grad_vectors.py --model-path demo/base --output-dir out/by_hand --num-prompts 8 --max-new-tokens 128
+
+Qwen2.5-1.5B on one GPU, the first of two shards of 128 prompts:
+
+    python probe_grad_vectors.py --model-path Qwen/Qwen2.5-1.5B --dataset problems.jsonl --output-dir out/base_s0 \\
+        --num-prompts 128 --shard-index 0 --num-shards 2
+
+The same tokens once more, through another checkpoint:
+
+    python probe_grad_vectors.py --model-path demo/trained --rollouts out/by_hand --output-dir out/same_tokens
+"""
+
+import argparse
+import math
+import platform
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import gradprobe
+from gradprobe import dump as contract
+from gradprobe.buckets import bucket_of, choose_positions, fit_edges
+from gradprobe.console import progress, say, script_main
+from gradprobe.dump import Position, Rollout
+from gradprobe.errors import InputError, raise_if_any
+from gradprobe.models import (
+    Checkpoint,
+    checkpoint_identity,
+    context_length,
+    load_checkpoint,
+    load_skeleton,
+    resolve_device,
+    resolve_dtype,
+)
+from gradprobe.problems import Problem, load_problems, shard_of_study
+from gradprobe.rollouts import rollout_uniforms, sample_responses, score_responses
+from gradprobe.row_gradients import RowGradients, Target, expand_targets
+from gradprobe.verify import is_correct
+
+DEFAULT_DATASET = Path(__file__).parent / "demo" / "problems.jsonl"
+SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}
+VERIFIER = "boxed"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; values that can be judged without reading anything are checked here."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("what to read and where to write").add_argument
+    add("--model-path", required=True, help="checkpoint: a directory, or a name on the Hub")
+    add("--output-dir", required=True, type=Path, help="directory of the new dump")
+    add("--dataset", type=Path, help="JSONL with id, prompt (fully rendered), ground_truth (default: the demo's)")
+    add("--rollouts", type=Path, help="probe the rollouts of this dump (or rollouts.jsonl) instead of sampling")
+    add("--overwrite", action="store_true", help="start afresh where the output directory holds a dump")
+    add = parser.add_argument_group("sampling (not with --rollouts)").add_argument
+    add("--num-prompts", type=int, help="prompts of the whole study, over all shards (default: 64)")
+    add("--num-samples", type=int, help="rollouts per prompt (default: 8)")
+    add("--max-new-tokens", type=int, help="tokens at most in a response (default: 1024)")
+    add("--temperature", type=float, help="divides the logits while sampling (default: 1.0)")
+    add = parser.add_argument_group("shards").add_argument
+    add("--shard-index", type=int, default=0, metavar="I", help="this shard, from 0 (default: %(default)s)")
+    add("--num-shards", type=int, default=1, metavar="N", help="shards of the study (default: %(default)s)")
+    add = parser.add_argument_group("target: lists separated by commas give one dump for each combination").add_argument
+    add("--layer", metavar="LAYER[,...]", help="layer, from 0 (default: the middle one, 14 of Qwen2.5-1.5B's 28)")
+    add("--param-suffix", default="mlp.down_proj.weight", help="linear weight inside it (default: %(default)s)")
+    add("--row-idx", default="0", help="row, from 0; also first, mid, last, random:K (default: %(default)s)")
+    add = parser.add_argument_group("positions").add_argument
+    add("--bins", type=int, default=5, help="entropy buckets of equal size (default: %(default)s)")
+    add(
+        "--pos-per-bin-per-rollout",
+        type=int,
+        default=4,
+        help="positions of each bucket and rollout; 0: every response token (default: %(default)s)",
+    )
+    add("--entropy-edges", type=Path, metavar="MANIFEST", help="take the edges of another dump's manifest.json")
+    add("--seed", type=int, default=0, help="of prompts, sampling and positions (default: %(default)s)")
+    add = parser.add_argument_group("computing").add_argument
+    add("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on GPUs that have it")
+    add("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"], help="(default: %(default)s)")
+    add(
+        "--batch-tokens",
+        type=int,
+        default=4096,
+        help="tokens in one scoring or gradient pass; lower it when memory runs out (default: %(default)s)",
+    )
+    add(
+        "--sample-rows",
+        type=int,
+        default=256,
+        help="responses sampled at once; lower it when memory runs out (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    _check_values(args)
+    return args
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    problems = []
+    given = [name for name in (*SAMPLING_DEFAULTS, "dataset") if getattr(args, name) is not None]
+    if args.rollouts is not None:
+        problems += [f"--{name.replace('_', '-')} can't go with --rollouts, which brings its own" for name in given]
+    else:
+        for name, value in SAMPLING_DEFAULTS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.dataset = args.dataset or DEFAULT_DATASET
+        for name in ("num_prompts", "num_samples", "max_new_tokens"):
+            if getattr(args, name) < 1:
+                problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if not (math.isfinite(args.temperature) and args.temperature > 0):
+            problems.append(f"--temperature {args.temperature}: must be above 0")
+    for name, least in {"bins": 2, "pos_per_bin_per_rollout": 0, "seed": 0, "num_shards": 1, "shard_index": 0}.items():
+        if getattr(args, name) < least:
+            problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.num_shards >= 1 and args.shard_index >= args.num_shards:
+        problems.append(f"--shard-index {args.shard_index}: must be below --num-shards {args.num_shards}")
+    for name in ("batch_tokens", "sample_rows"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    raise_if_any(problems)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase, for the manifest."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str):
+        """Add the time of the `with` block to phase `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+    def total(self) -> dict[str, float]:
+        """All phases asked for so far, and the time since the start."""
+        return {**self.seconds, "total": round(time.perf_counter() - self.started, 3)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is probed: problems to sample from, or the rollouts of another dump; and what the manifest says of it."""
+
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    description: dict[str, Any]
+
+
+def read_source(args: argparse.Namespace) -> Source:
+    """This shard's problems, or its part of the rollouts of another dump."""
+    if args.rollouts is None:
+        problem_set = load_problems(args.dataset)
+        shard = shard_of_study(
+            len(problem_set.problems), args.num_prompts, args.seed, args.shard_index, args.num_shards
+        )
+        description = {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "num_samples_per_prompt": args.num_samples,
+            "dataset": {
+                "path": str(args.dataset),
+                "sha256": problem_set.sha256,
+                "num_problems": len(problem_set.problems),
+            },
+            "sampling": {
+                "distribution": "full softmax",
+                "method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)",
+                "temperature": args.temperature,
+                "max_new_tokens": args.max_new_tokens,
+                "num_samples_per_prompt": args.num_samples,
+                "seed": args.seed,
+                "num_prompts_of_study": args.num_prompts,
+                "verifier": VERIFIER,
+            },
+        }
+        return Source([problem_set.problems[i] for i in shard], [], description)
+    return _read_rollouts(args)
+
+
+def _read_rollouts(args: argparse.Namespace) -> Source:
+    file = args.rollouts if args.rollouts.is_file() else contract.find_rollouts(args.rollouts)
+    if file is None:
+        raise InputError(f"--rollouts {args.rollouts}: no {contract.ROLLOUTS} there")
+    rollouts = list(contract.iter_rollouts(file))
+    prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in rollouts))
+    if len(prompts) < args.num_shards:
+        raise InputError(f"--num-shards {args.num_shards}: {file} has {len(prompts)} prompts")
+    mine = {prompts[i] for i in np.array_split(np.arange(len(prompts)), args.num_shards)[args.shard_index]}
+    rollouts = [rollout for rollout in rollouts if rollout.prompt_idx in mine]
+    # The manifest beside it says how they were sampled; without one that stays unknown.
+    manifest_file = file.with_name(contract.MANIFEST)
+    origin = contract.read_json(manifest_file) if manifest_file.is_file() else {}
+    samples = max(Counter(rollout.prompt_idx for rollout in rollouts).values())
+    description = {
+        "max_new_tokens": origin.get("max_new_tokens"),
+        "temperature": origin.get("temperature"),
+        "num_samples_per_prompt": origin.get("num_samples_per_prompt", samples),
+        "dataset": origin.get("dataset"),
+        "sampling": origin.get("sampling"),
+        "rollouts_from": {
+            "path": str(file),
+            "sha256": contract.sha256_of(file),
+            "model_path": origin.get("model_path"),
+            "identity": origin.get("model_identity"),
+        },
+    }
+    return Source([], rollouts, description)
+
+
+def settings_of(
+    args: argparse.Namespace, source: Source, identity: dict[str, str], targets: list[Target], edges: dict | None
+) -> dict[str, Any]:
+    """All that changes the bytes of the dump, paths left out: a moved file is the same file."""
+    device = resolve_device(args.device)
+    described = {
+        key: {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
+        for key, value in source.description.items()
+    }
+    return {
+        "format_version": contract.FORMAT_VERSION,
+        "model": identity,
+        "targets": [target.directory for target in targets],
+        "dtype": str(resolve_dtype(args.dtype, device)).removeprefix("torch."),
+        "attention": args.attention,
+        "device": device.type,
+        "shard": {"index": args.shard_index, "num_shards": args.num_shards},
+        "bins": args.bins,
+        "pos_per_bin_per_rollout": args.pos_per_bin_per_rollout,
+        "seed": args.seed,
+        "entropy_edges": edges and edges["entropy_edges"],
+        **described,
+    }
+
+
+def given_edges(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Edges, and over what they were fitted, from the manifest named by --entropy-edges."""
+    if args.entropy_edges is None:
+        return None
+    file = args.entropy_edges / contract.MANIFEST if args.entropy_edges.is_dir() else args.entropy_edges
+    manifest = contract.read_json(file)
+    edges = manifest.get("entropy_edges")
+    if not isinstance(edges, list) or len(edges) != args.bins + 1 or sorted(set(edges)) != edges:
+        raise InputError(f"--entropy-edges {file}: no {args.bins + 1} increasing entropy_edges (--bins {args.bins})")
+    return {
+        "entropy_edges": edges,
+        "entropy_edges_over": manifest.get("entropy_edges_over", "dumped_positions"),
+        "entropy_edges_from": str(file),
+    }
+
+
+def dump_directories(output_dir: Path, targets: list[Target]) -> list[Path]:
+    """Where each target's dump goes: a single target's is the output directory itself."""
+    return [output_dir] if len(targets) == 1 else [output_dir / target.directory for target in targets]
+
+
+def prepare_output(output_dir: Path, directories: list[Path], settings: dict[str, Any], overwrite: bool) -> bool:
+    """Make the output directory ready; False if the dump that is asked for is finished there already.
+
+    Raises:
+        InputError: the directory holds a dump, or the beginning of one, of other settings.
+    """
+    contract.make_directory(output_dir)
+    settings_file = output_dir / contract.SETTINGS
+    manifests = [directory / contract.MANIFEST for directory in directories]
+    if overwrite:
+        for stale in (*manifests, settings_file, output_dir / contract.ROLLOUTS):
+            stale.unlink(missing_ok=True)
+    elif settings_file.exists():
+        differing = differences(contract.read_json(settings_file), settings)
+        if differing:
+            raise InputError(
+                f"{output_dir}: holds a dump of other settings ({'; '.join(differing)}); "
+                "choose another --output-dir, or --overwrite"
+            )
+        if all(manifest.exists() for manifest in manifests):
+            return False
+        say(f"{output_dir}: unfinished dump of the same settings, continuing")
+    elif any((output_dir / name).exists() for name in (contract.MANIFEST, contract.GRADS, contract.ROLLOUTS)):
+        raise InputError(
+            f"{output_dir}: holds a dump that this probe did not make; choose another --output-dir, or --overwrite"
+        )
+    contract.write_json(settings_file, settings)
+    return True
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each leaf in which two nested settings differ, as `name: old, now new`."""
+    found = []
+    for key in dict.fromkeys((*old, *new)):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            found.append(f"{prefix}{key}: {before}, now {now}")
+    return found
+
+
+def sample_rollouts(args: argparse.Namespace, checkpoint: Checkpoint, problems: list[Problem]) -> list[Rollout]:
+    """Sample and verify this shard's rollouts; entropies and log-probs are still to come."""
+    tokenizer, context = checkpoint.tokenizer, context_length(checkpoint.model)
+    prompts = [tokenizer(problem.prompt, add_special_tokens=False)["input_ids"] for problem in problems]
+    raise_if_any(
+        f"problem '{problem.id}': its prompt has {len(ids)} tokens, "
+        + ("at least 1 is needed" if not ids else f"the model's context {context}")
+        for problem, ids in zip(problems, prompts, strict=True)
+        if not ids or (context is not None and len(ids) >= context)
+    )
+    longest = max(len(ids) for ids in prompts)
+    if context is not None and longest + args.max_new_tokens > context:
+        say(f"note: responses end at the model's context of {context} tokens")
+    batches = sample_responses(
+        checkpoint.model,
+        prompts,
+        args.num_samples,
+        lambda p, s: rollout_uniforms(args.seed, problems[p].idx, s, args.max_new_tokens),
+        args.temperature,
+        args.max_new_tokens,
+        checkpoint.end_ids,
+        max_rows=args.sample_rows,
+        context=context,
+    )
+    responses = [r for batch in progress(batches, "sampling", len(prompts), "prompts", len) for r in batch]
+    return [
+        _verified(problem, prompt_ids, sample_idx, response_ids, tokenizer)
+        for problem, prompt_ids, samples in zip(problems, prompts, responses, strict=True)
+        for sample_idx, response_ids in enumerate(samples)
+    ]
+
+
+def _verified(
+    problem: Problem, prompt_ids: list[int], sample_idx: int, response_ids: list[int], tokenizer: Any
+) -> Rollout:
+    text = tokenizer.decode(response_ids, skip_special_tokens=True)
+    return Rollout(
+        prompt_idx=problem.idx,
+        sample_idx=sample_idx,
+        problem_id=problem.id,
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        entropies=[],
+        logprobs=[],
+        response=text,
+        ground_truth=problem.ground_truth,
+        correct=is_correct(text, problem.ground_truth),
+    )
+
+
+def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: int) -> list[Rollout]:
+    """The rollouts with entropy and log-prob of every response token under `checkpoint`."""
+    batches = score_responses(
+        checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
+    )
+    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for batch in progress(batches, "scoring", len(rollouts), "rollouts", len):
+        scores.update(batch)
+    return [
+        Rollout(**{**vars(r), "entropies": scores[i][0].tolist(), "logprobs": scores[i][1].tolist()})
+        for i, r in enumerate(rollouts)
+    ]
+
+
+def edges_of(rollouts: list[Rollout], bins: int) -> dict[str, Any]:
+    """Edges fitted over all response tokens of these rollouts.
+
+    Raises:
+        InputError: there are fewer response tokens than buckets.
+    """
+    entropies = np.concatenate([np.asarray(r.entropies, dtype=np.float64) for r in rollouts])
+    if len(entropies) < bins:
+        raise InputError(f"--bins {bins}: the rollouts have {len(entropies)} response tokens in all")
+    return {"entropy_edges": fit_edges(entropies, bins).tolist(), "entropy_edges_over": "response_tokens"}
+
+
+def choose(rollouts: list[Rollout], edges: list[float], args: argparse.Namespace) -> list[np.ndarray]:
+    """The positions to differentiate of each rollout: a pure function of rollout, edges and seed."""
+    chosen = []
+    for rollout in rollouts:
+        key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
+        rng = np.random.default_rng([args.seed, *key, rollout.sample_idx])
+        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+        chosen.append(choose_positions(buckets, args.bins, args.pos_per_bin_per_rollout, rng))
+    return chosen
+
+
+def write_gradients(
+    directories: list[Path], engine: RowGradients, rollouts: list[Rollout], chosen: list[np.ndarray], batch_tokens: int
+) -> list[dict[str, int]]:
+    """Differentiate and write `grads.npy` of every target, rows in the order of rollouts and positions.
+
+    Returns:
+        For each target, how many rows are not finite and how many are zero throughout.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(positions) for positions in chosen])])
+    odd_rows = [Counter(num_nonfinite_rows=0, num_zero_rows=0) for _ in directories]
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(contract.new_grads(directory / contract.GRADS, int(starts[-1]), dim))
+            for directory, dim in zip(directories, engine.row_dims, strict=True)
+        ]
+        batches = engine.batches(
+            [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, batch_tokens
+        )
+        for members, passes, gradients in progress(
+            batches, "gradients", int(starts[-1]), "rows", lambda batch: len(batch[0])
+        ):
+            for file, rows, odd in zip(files, gradients, odd_rows, strict=True):
+                file[starts[members] + passes] = rows.cpu().numpy()
+                odd["num_nonfinite_rows"] += int((~rows.isfinite().all(dim=1)).sum())
+                odd["num_zero_rows"] += int((rows == 0).all(dim=1).sum())
+    return [dict(odd) for odd in odd_rows]
+
+
+def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[float]) -> list[Position]:
+    """The lines of `meta.jsonl`, in the order of the gradient rows."""
+    lines: list[Position] = []
+    for rollout, positions in zip(rollouts, chosen, strict=True):
+        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+        lines += [
+            Position(
+                row=len(lines) + k,
+                prompt_idx=rollout.prompt_idx,
+                sample_idx=rollout.sample_idx,
+                pos=p,
+                bin=int(buckets[p]),
+                entropy=rollout.entropies[p],
+                correct=rollout.correct,
+                token_id=rollout.response_ids[p],
+                logprob=rollout.logprobs[p],
+            )
+            for k, p in enumerate(positions.tolist())
+        ]
+    return lines
+
+
+def manifest_of(
+    args: argparse.Namespace,
+    source: Source,
+    settings: dict[str, Any],
+    checkpoint: Checkpoint,
+    edges: dict[str, Any],
+    rollouts: list[Rollout],
+) -> dict[str, Any]:
+    """What all targets' manifests have in common."""
+    prompt_idxs = sorted({r.prompt_idx for r in rollouts})
+    device = checkpoint.model.device
+    return {
+        "model_path": args.model_path,
+        "num_prompts": len(prompt_idxs),
+        "num_rollouts": len(rollouts),
+        **source.description,
+        **edges,
+        "bins": args.bins,
+        "pos_per_bin_per_rollout": args.pos_per_bin_per_rollout,
+        "seed": args.seed,
+        "num_correct_rollouts": sum(r.correct for r in rollouts),
+        "prompt_idxs": prompt_idxs,
+        "num_response_tokens": sum(len(r.response_ids) for r in rollouts),
+        "format_version": contract.FORMAT_VERSION,
+        "model_identity": settings["model"],
+        "dtype": settings["dtype"],
+        "attention": args.attention,
+        "end_ids": sorted(checkpoint.end_ids),
+        "shard": settings["shard"],
+        "batch_tokens": args.batch_tokens,
+        "sample_rows": args.sample_rows,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "gradprobe": gradprobe.__version__,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+    }
+
+
+@script_main
+def main(argv: list[str] | None = None) -> int:
+    """Probe one shard of one model."""
+    args = parse_args(argv)
+    watch = Stopwatch()
+    with watch.phase("load"):
+        skeleton = load_skeleton(args.model_path)
+        targets, row_dims = expand_targets(skeleton, args.layer, args.param_suffix, args.row_idx, args.seed)
+        source = read_source(args)
+        edges = given_edges(args)
+        settings = settings_of(args, source, checkpoint_identity(args.model_path, skeleton), targets, edges)
+        directories = dump_directories(args.output_dir, targets)
+        if not prepare_output(args.output_dir, directories, settings, args.overwrite):
+            say(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
+            return 0
+        device = resolve_device(args.device)
+        checkpoint = load_checkpoint(args.model_path, device, resolve_dtype(args.dtype, device), args.attention)
+
+    rollouts_file = args.output_dir / contract.ROLLOUTS
+    if rollouts_file.exists():
+        say(f"{rollouts_file}: sampled and scored before")
+        rollouts = list(contract.iter_rollouts(rollouts_file))
+    else:
+        with watch.phase("sample"):
+            rollouts = source.rollouts or sample_rollouts(args, checkpoint, source.problems)
+        with watch.phase("score"):
+            rollouts = score(checkpoint, rollouts, args.batch_tokens)
+        contract.write_records(rollouts_file, rollouts)
+
+    edges = edges or edges_of(rollouts, args.bins)
+    chosen = choose(rollouts, edges["entropy_edges"], args)
+    lines = positions_of(rollouts, chosen, edges["entropy_edges"])
+    for directory in directories:
+        contract.make_directory(directory)
+    engine = RowGradients(checkpoint.model, targets)
+    with watch.phase("gradients"):
+        odd_rows = write_gradients(directories, engine, rollouts, chosen, args.batch_tokens)
+
+    common = manifest_of(args, source, settings, checkpoint, edges, rollouts)
+    for directory, target, row_dim, odd in zip(directories, targets, row_dims, odd_rows, strict=True):
+        contract.write_records(directory / contract.META, lines)
+        manifest = {
+            "target": engine.weight_name(target),
+            "row_idx": target.row_idx,
+            "row_dim": row_dim,
+            "num_positions": len(lines),
+            **common,
+            **odd,
+            "seconds": watch.total(),
+        }
+        contract.write_json(directory / contract.MANIFEST, manifest)
+        if any(odd.values()):
+            say(f"warning: {directory}: {odd['num_nonfinite_rows']} rows not finite, {odd['num_zero_rows']} all zero")
+        print(f"{directory}: {len(lines)} gradients of {engine.weight_name(target)}[{target.row_idx}], ", end="")
+        print(f"{common['num_correct_rollouts']} of {len(rollouts)} rollouts correct")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

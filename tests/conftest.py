@@ -1,0 +1,25 @@
+"""Tiny checkpoints with random weights: the same classes as the real ones, seconds to make."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2 whose generation config asks for near-greedy decoding, as a trap."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", seed=0)
+
+
+@pytest.fixture(scope="session")
+def problems_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve problems of unequal length; random responses never solve them."""
+    file = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    records = [{"id": f"p{i}", "prompt": "1+2" * (i % 4 + 1), "ground_truth": "3", "meta": {}} for i in range(12)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file

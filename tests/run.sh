@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The whole test suite: bash tests/run.sh [pytest arguments]
+set -Eeuo pipefail
+project="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$(bash "$project/scripts/ensure_venv.sh" 'pytest==9.2.0' 'pytest-xdist==3.8.0')"
+cd -- "$project"
+# One worker per core, each with one thread: more would only wait for each other.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+exec "$python" -m pytest -n "$(nproc)" "$@"
