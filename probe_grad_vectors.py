@@ -46,6 +46,7 @@ from gradprobe.models import (
     context_length,
     load_checkpoint,
     load_skeleton,
+    resolve_attention,
     resolve_device,
     resolve_dtype,
 )
@@ -95,7 +96,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("computing").add_argument
     add("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on GPUs that have it")
-    add("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"], help="(default: %(default)s)")
+    add(
+        "--attention",
+        default="auto",
+        choices=["auto", "sdpa", "eager", "flash_attention_2"],
+        help="auto: sdpa where the architecture has it, else eager (default: %(default)s)",
+    )
     add(
         "--batch-tokens",
         type=int,
@@ -229,7 +235,12 @@ def _read_rollouts(args: argparse.Namespace) -> Source:
 
 
 def settings_of(
-    args: argparse.Namespace, source: Source, identity: dict[str, str], targets: list[Target], edges: dict | None
+    args: argparse.Namespace,
+    source: Source,
+    identity: dict[str, str],
+    attention: str,
+    targets: list[Target],
+    edges: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """All that changes the bytes of the dump, paths left out: a moved file is the same file."""
     device = resolve_device(args.device)
@@ -242,7 +253,7 @@ def settings_of(
         "model": identity,
         "targets": [target.directory for target in targets],
         "dtype": str(resolve_dtype(args.dtype, device)).removeprefix("torch."),
-        "attention": args.attention,
+        "attention": attention,
         "device": device.type,
         "shard": {"index": args.shard_index, "num_shards": args.num_shards},
         "bins": args.bins,
@@ -479,7 +490,7 @@ def manifest_of(
         "format_version": contract.FORMAT_VERSION,
         "model_identity": settings["model"],
         "dtype": settings["dtype"],
-        "attention": args.attention,
+        "attention": settings["attention"],
         "end_ids": sorted(checkpoint.end_ids),
         "shard": settings["shard"],
         "batch_tokens": args.batch_tokens,
@@ -504,13 +515,15 @@ def main(argv: list[str] | None = None) -> int:
         targets, row_dims = expand_targets(skeleton, args.layer, args.param_suffix, args.row_idx, args.seed)
         source = read_source(args)
         edges = given_edges(args)
-        settings = settings_of(args, source, checkpoint_identity(args.model_path, skeleton), targets, edges)
+        identity = checkpoint_identity(args.model_path, skeleton)
+        attention = resolve_attention(args.attention, skeleton)
+        settings = settings_of(args, source, identity, attention, targets, edges)
         directories = dump_directories(args.output_dir, targets)
         if not prepare_output(args.output_dir, directories, settings, args.overwrite):
             say(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
         device = resolve_device(args.device)
-        checkpoint = load_checkpoint(args.model_path, device, resolve_dtype(args.dtype, device), args.attention)
+        checkpoint = load_checkpoint(args.model_path, device, resolve_dtype(args.dtype, device), attention)
 
     rollouts_file = args.output_dir / contract.ROLLOUTS
     if rollouts_file.exists():

@@ -57,6 +57,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_checkpoint(path: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Checkpoint:
     """Load model and tokenizer from a local directory or, by name, from the Hub; safetensors only.
 
+    Args:
+        attention: `sdpa`, `eager` or `flash_attention_2`, see `resolve_attention`.
+
     Raises:
         InputError: there is no such checkpoint, it can't be loaded, or it names no end-of-sequence token.
     """
@@ -89,6 +92,13 @@ def load_skeleton(path: str) -> nn.Module:
             return AutoModelForCausalLM.from_config(config)
     except LOADING_ERRORS as error:
         raise _cannot_load(path, error) from error
+
+
+def resolve_attention(name: str, model: nn.Module) -> str:
+    """`auto` is `sdpa` where the architecture has it, else (Gemma 2) `eager`."""
+    if name == "auto":
+        return "sdpa" if type(model)._supports_sdpa else "eager"
+    return name
 
 
 def _cannot_load(path: str, error: Exception) -> InputError:
@@ -184,10 +194,17 @@ def positions_per_head_block(model: nn.Module) -> int:
     return max(1, LOGITS_PER_BLOCK // model.config.get_text_config().vocab_size)
 
 
+class _DecoderOutput(BaseModelOutputWithPast):
+    """Hidden states alone; what else a model's forward hands on of its decoder's output is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 @contextmanager
 def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
     decoder = model.base_model
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    decoder.forward = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
     try:
         yield
     finally:

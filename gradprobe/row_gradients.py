@@ -64,6 +64,7 @@ class RowGradients:
     Args:
         model: a frozen causal language model in eval mode.
         targets: one or several rows; of one or several weights.
+        positions_per_item: after so many positions a rollout is run again, see `_work_items`.
 
     Raises:
         InputError: a layer, weight or row that the model does not have.
@@ -71,6 +72,7 @@ class RowGradients:
 
     model: nn.Module
     targets: list[Target]
+    positions_per_item: int = 10
     _taps: dict[tuple[int, str], _Tap] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,16 +104,29 @@ class RowGradients:
             For one batch, (rollout [n], k [n], rows): row i is the gradient at `positions[rollout[i]][k[i]]`;
             `rows` has one [n, in] tensor per target, float32 (float64 under a float64 model).
         """
-        chosen = [i for i, wanted in enumerate(positions) if len(wanted)]
-        # Tokens behind a rollout's last chosen position contribute nothing.
-        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(positions[i][-1])] for i in chosen]
+        items = self._work_items(positions)
+        # Tokens behind an item's last position contribute nothing.
+        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(positions[i][ks[-1]])] for i, ks in items]
         for batch in batches_by_length([len(tokens) for tokens in inputs], batch_tokens):
-            rollouts = [chosen[j] for j in batch]
             # log π of the token at index q of a sequence comes out of index q - 1.
-            where = [[len(prompts[i]) + int(p) - 1 for p in positions[i]] for i in rollouts]
-            token_ids = [[responses[i][p] for p in positions[i]] for i in rollouts]
+            where = [[len(prompts[i]) + int(p) - 1 for p in positions[i][ks]] for i, ks in (items[j] for j in batch)]
+            token_ids = [[responses[i][p] for p in positions[i][ks]] for i, ks in (items[j] for j in batch)]
             members, passes, rows = self._batch([inputs[j] for j in batch], where, token_ids)
-            yield np.array(rollouts)[members], passes, rows
+            labels = [(items[batch[b]][0], items[batch[b]][1][k]) for b, k in zip(members, passes, strict=True)]
+            rollouts, ks = np.array(labels).T
+            yield rollouts, ks, rows
+
+    def _work_items(self, positions: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
+        """(rollout, indices into its positions): early positions apart from late ones.
+
+        A backward pass runs over the whole input, so a rollout is run again, cut short, for its early positions.
+        """
+        return [
+            (i, ks)
+            for i, wanted in enumerate(positions)
+            if len(wanted)
+            for ks in np.array_split(np.arange(len(wanted)), -(-len(wanted) // self.positions_per_item))
+        ]
 
     def _batch(
         self, inputs: list[list[int]], where: list[list[int]], token_ids: list[list[int]]

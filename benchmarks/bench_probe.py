@@ -1,0 +1,432 @@
+#!/usr/bin/env python3
+"""The probe's two slow parts, sampling with scoring and differentiating, against the plain way, in one process.
+
+The plain way: per-prompt `generate`, one rollout at a time through the whole model, per-position
+`torch.autograd.grad` of the full weight, of which the row is picked afterwards. Both ways take the same rollouts
+and positions; they take turns, and every figure is a median with its range over the repeats.
+
+The demo model on a CPU (about ten minutes on two cores):
+
+    python benchmarks/bench_probe.py
+
+The shape of Qwen2.5-1.5B with random weights, on a GPU; the plain way on some of the rollouts, compared per row:
+
+    python benchmarks/bench_probe.py --config qwen2.5-1.5b --random-init --num-prompts 64 --max-new-tokens 512 \\
+        --plain-prompts 2 --plain-rollouts 2 --repeats 5
+
+A table for people goes to stdout, and one line of JSON for programs behind it.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from gradprobe.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
+from gradprobe.models import layer_list, load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
+from gradprobe.problems import load_problems, shard_of_study  # noqa: E402
+from gradprobe.rollouts import rollout_uniforms, sample_responses, score_responses  # noqa: E402
+from gradprobe.row_gradients import RowGradients, Target  # noqa: E402
+
+SHAPES = {
+    "qwen2.5-1.5b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+    }
+}
+SUFFIX = "mlp.down_proj.weight"
+BINS, POSITIONS_PER_BIN = 5, 4
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model-path", default=str(ROOT / "demo" / "base"), help="checkpoint to load (default: the demo's base)")
+    add("--config", choices=SHAPES, help="build this shape instead; needs --random-init")
+    add("--random-init", action="store_true", help="weights are random: nothing is loaded")
+    add("--num-prompts", type=int, default=16)
+    add("--num-samples", type=int, default=8)
+    add("--max-new-tokens", type=int, default=128)
+    add("--prompt-tokens", type=int, default=128, help="length of random prompts (default: %(default)s)")
+    add("--plain-prompts", type=int, help="prompts that the plain sampling takes (default: all)")
+    add("--plain-rollouts", type=int, help="rollouts that the plain differentiation takes (default: all)")
+    add("--repeats", type=int, default=5)
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    add("--batch-tokens", type=int, default=4096)
+    add("--sample-rows", type=int, default=256)
+    add("--skip-plain", action="store_true", help="only ours")
+    add("--skip-scaling", action="store_true", help="leave out the tables over sizes and over targets")
+    args = parser.parse_args(argv)
+    if (args.config is None) == args.random_init:
+        parser.error("--config and --random-init go together")
+    return args
+
+
+@dataclass
+class Bench:
+    """The model, what it is asked, and the clock."""
+
+    model: nn.Module
+    prompts: list[list[int]]
+    end_ids: frozenset[int]
+    args: argparse.Namespace
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def seconds(self, name: str, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Wall-clock seconds of `work`, its result; its peak memory is noted under `name`."""
+        reset_peak_memory(self.device)
+        start = time.perf_counter()
+        result = work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory(self.device))
+        return elapsed, result
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start the peak anew: the allocator's on a GPU, the process's resident set on a CPU (where Linux allows it)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def build(args: argparse.Namespace) -> Bench:
+    """The model and the prompts of the benchmark."""
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.dtype, device)
+    if args.config is not None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPES[args.config]), dtype=dtype)
+        model = model.eval().requires_grad_(False)
+        rng = np.random.default_rng(0)
+        vocab = SHAPES[args.config]["vocab_size"]
+        prompts = rng.integers(vocab, size=(args.num_prompts, args.prompt_tokens)).tolist()
+        return Bench(model, prompts, frozenset(), args)
+    checkpoint = load_checkpoint(args.model_path, device, dtype)
+    problems = load_problems(ROOT / "demo" / "problems.jsonl").problems
+    chosen = [problems[i].prompt for i in shard_of_study(len(problems), args.num_prompts, seed=0)]
+    prompts = checkpoint.tokenizer(chosen, add_special_tokens=False)["input_ids"]
+    return Bench(checkpoint.model, prompts, checkpoint.end_ids, args)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this machine, the best of several: the ceiling of both ways."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+# ---- sampling and scoring ---------------------------------------------------------------------------------------
+
+
+def our_sampling(bench: Bench) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Responses (flat, samples of a prompt in a row) and the entropies of their tokens."""
+    args = bench.args
+    batches = sample_responses(
+        bench.model,
+        bench.prompts,
+        args.num_samples,
+        lambda p, s: rollout_uniforms(0, p, s, args.max_new_tokens),
+        1.0,
+        args.max_new_tokens,
+        bench.end_ids,
+        max_rows=args.sample_rows,
+    )
+    responses = [response for batch in batches for samples in batch for response in samples]
+    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for batch in score_responses(bench.model, repeated(bench), responses, args.batch_tokens):
+        scores.update(batch)
+    return responses, [scores[i][0] for i in range(len(responses))]
+
+
+def repeated(bench: Bench) -> list[list[int]]:
+    """The prompt of every response."""
+    return [prompt for prompt in bench.prompts for _ in range(bench.args.num_samples)]
+
+
+def plain_sampling(bench: Bench) -> int:
+    """Per-prompt `generate`, then one rollout at a time through the whole model; the number of response tokens."""
+    args, n_tokens = bench.args, 0
+    ends = sorted(bench.end_ids) or None
+    for prompt in bench.prompts[: args.plain_prompts]:
+        ids = torch.tensor([prompt], device=bench.device)
+        sampled = bench.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            num_return_sequences=args.num_samples,
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+        for row in sampled:
+            response = row[len(prompt) :]
+            if ends is not None:
+                ended = torch.isin(response, torch.tensor(ends, device=bench.device)).nonzero()
+                response = response[: int(ended[0]) + 1] if len(ended) else response
+            n_tokens += len(response)
+            with torch.no_grad():
+                logits = bench.model(input_ids=row[None, : len(prompt) + len(response)]).logits[0, len(prompt) - 1 : -1]
+                log_probs = torch.log_softmax(logits.float(), -1)
+                (-(log_probs.exp() * log_probs).sum(-1)).cpu()
+    return n_tokens
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------
+
+
+def choose(entropies: list[np.ndarray]) -> list[np.ndarray]:
+    """Up to 4 positions per bucket and rollout, as in the study."""
+    edges = fit_edges(np.concatenate(entropies), BINS)
+    return [
+        choose_positions(bucket_of(e, edges), BINS, POSITIONS_PER_BIN, np.random.default_rng(i))
+        for i, e in enumerate(entropies)
+    ]
+
+
+def our_gradients(
+    bench: Bench, targets: list[Target], responses: list[list[int]], positions: list[np.ndarray]
+) -> dict[tuple[int, int], np.ndarray]:
+    """The first target's rows by (rollout, position)."""
+    found = {}
+    engine = RowGradients(bench.model, targets)
+    prompts = repeated(bench)[: len(responses)]
+    for members, ks, rows in engine.batches(prompts, responses, positions, bench.args.batch_tokens):
+        first = rows[0].cpu().numpy()
+        for i, k, row in zip(members, ks, first, strict=True):
+            found[int(i), int(positions[i][k])] = row
+    return found
+
+
+def plain_gradients(
+    bench: Bench, target: Target, responses: list[list[int]], positions: list[np.ndarray]
+) -> dict[tuple[int, int], np.ndarray]:
+    """The same rows by the full weight's gradient, one rollout and one position at a time."""
+    weight = layer_list(bench.model)[1][target.layer].get_parameter(target.suffix)
+    weight.requires_grad_(True)
+    found = {}
+    for i, (prompt, response) in enumerate(zip(repeated(bench), responses, strict=False)):
+        if not len(positions[i]):
+            continue
+        ids = torch.tensor([prompt + response], device=bench.device)
+        log_probs = torch.log_softmax(bench.model(input_ids=ids).logits[0].float(), -1)
+        for p in positions[i].tolist():
+            log_prob = log_probs[len(prompt) + p - 1, response[p]]
+            gradient = torch.autograd.grad(log_prob, weight, retain_graph=True)[0]
+            found[i, p] = gradient[target.row_idx].float().cpu().numpy()
+    weight.requires_grad_(False)
+    return found
+
+
+def floor_flops(bench: Bench, layer: int, positions: list[np.ndarray]) -> float:
+    """2 · (weights above the target) · (t + 1), summed over the positions: one pass back through the activations."""
+    blocks = layer_list(bench.model)[1][layer + 1 :]
+    n_weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    n_inputs = sum(len(prompt) + int(p) for prompt, ps in zip(repeated(bench), positions, strict=True) for p in ps)
+    return 2.0 * n_weights * n_inputs
+
+
+# ---- the comparison ---------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def show(name: str, values: dict[str, float], unit: str) -> None:
+    """One line of the table."""
+    print(f"{name:<52} {values['median']:>10.4g}  [{values['min']:.4g}, {values['max']:.4g}] {unit}", flush=True)
+
+
+def compare_sampling(bench: Bench, results: dict[str, Any]) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Sampling with scoring, ours against plain, by response tokens per second."""
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    our_sampling(bench)  # what is done once, compiling and allocating, is not measured
+    for _ in range(bench.args.repeats):
+        elapsed, (responses, entropies) = bench.seconds("sampling, ours", lambda: our_sampling(bench))
+        rates["ours"].append(sum(map(len, responses)) / elapsed)
+        if not bench.args.skip_plain:
+            elapsed, n_tokens = bench.seconds("sampling, plain", lambda: plain_sampling(bench))
+            rates["plain"].append(n_tokens / elapsed)
+    show("sampling with scoring, ours", spread(rates["ours"]), "response tokens/s")
+    results["sampling_tokens_per_s"] = {name: spread(values) for name, values in rates.items() if values}
+    if rates["plain"]:
+        ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+        show("sampling with scoring, plain", spread(rates["plain"]), "response tokens/s")
+        show("  ours : plain", spread(ratios), "×")
+        results["sampling_ratio"] = spread(ratios)
+    return responses, entropies
+
+
+def compare_gradients(
+    bench: Bench, results: dict[str, Any], responses: list[list[int]], positions: list[np.ndarray], ceiling: float
+) -> None:
+    """Gradients of one row of the middle layer, ours against plain, by rows per second."""
+    layer = len(layer_list(bench.model)[1]) // 2
+    target = Target(layer, SUFFIX, 0)
+    subset = slice(0, bench.args.plain_rollouts)
+    n_rows = sum(map(len, positions))
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    our_gradients(bench, [target], responses[:4], positions[:4])
+    for _ in range(bench.args.repeats):
+        elapsed, ours = bench.seconds("gradients, ours", lambda: our_gradients(bench, [target], responses, positions))
+        rates["ours"].append(n_rows / elapsed)
+        if not bench.args.skip_plain:
+            elapsed, plain = bench.seconds(
+                "gradients, plain", lambda: plain_gradients(bench, target, responses[subset], positions)
+            )
+            rates["plain"].append(len(plain) / elapsed)
+    flops = floor_flops(bench, layer, positions)
+    shares = [flops / n_rows * rate / ceiling for rate in rates["ours"]]
+    show("gradients, ours", spread(rates["ours"]), "rows/s")
+    show("  floor's share of the measured matmul rate", spread(shares), "")
+    results["gradient_rows_per_s"] = {name: spread(values) for name, values in rates.items() if values}
+    results["share_of_matmul_rate"] = spread(shares)
+    if rates["plain"]:
+        ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+        errors = [np.linalg.norm(ours[key] - row) / np.linalg.norm(row) for key, row in plain.items()]
+        show("gradients, plain", spread(rates["plain"]), "rows/s")
+        show("  ours : plain", spread(ratios), "×")
+        show("  ‖ours − plain‖ / ‖plain‖ per row", spread([float(error) for error in errors]), "")
+        results["gradient_ratio"] = spread(ratios)
+        results["relative_difference"] = spread([float(error) for error in errors])
+
+
+def compare_targets(
+    bench: Bench, results: dict[str, Any], responses: list[list[int]], positions: list[np.ndarray]
+) -> None:
+    """8 rows × 3 layers against one row of the lowest of these layers."""
+    n_layers = len(layer_list(bench.model)[1])
+    layers = [n_layers // 4, n_layers // 2, 3 * n_layers // 4]
+    one = [Target(layers[0], SUFFIX, 0)]
+    many = [Target(layer, SUFFIX, row) for layer in layers for row in range(8)]
+    ratios = []
+    for _ in range(bench.args.repeats):
+        single, _ = bench.seconds("one target", lambda: our_gradients(bench, one, responses, positions))
+        several, _ = bench.seconds("24 targets", lambda: our_gradients(bench, many, responses, positions))
+        ratios.append(several / single)
+    show(f"8 rows × layers {layers} : one row of layer {layers[0]}", spread(ratios), "× the time")
+    results["many_targets_ratio"] = spread(ratios)
+
+
+def scaling_tables(
+    bench: Bench, results: dict[str, Any], responses: list[list[int]], entropies: list[np.ndarray]
+) -> None:
+    """Seconds over four numbers of positions and four numbers of rollouts."""
+    target = [Target(len(layer_list(bench.model)[1]) // 2, SUFFIX, 0)]
+    edges = fit_edges(np.concatenate(entropies), BINS)
+    buckets = [bucket_of(e, edges) for e in entropies]
+
+    def measure(n_rollouts: int, per_bucket: int) -> tuple[int, float]:
+        chosen = [
+            choose_positions(b, BINS, per_bucket, np.random.default_rng(i)) for i, b in enumerate(buckets[:n_rollouts])
+        ]
+        times = [
+            bench.seconds("scaling", lambda: our_gradients(bench, target, responses[:n_rollouts], chosen))[0]
+            for _ in range(bench.args.repeats)
+        ]
+        return sum(map(len, chosen)), statistics.median(times)
+
+    for name, sizes in {
+        "positions": [(len(responses), k) for k in (1, 2, 4, 8)],
+        "rollouts": [(max(1, len(responses) // part), POSITIONS_PER_BIN) for part in (8, 4, 2, 1)],
+    }.items():
+        print(f"cost over the number of {name} (rollouts, rows, seconds, ms per row)")
+        rows = []
+        for n_rollouts, per_bucket in sizes:
+            n_rows, elapsed = measure(n_rollouts, per_bucket)
+            rows.append({"rollouts": n_rollouts, "rows": n_rows, "seconds": elapsed})
+            print(f"  {n_rollouts:>6} {n_rows:>8} {elapsed:>9.3f} {1000 * elapsed / n_rows:>8.3f}", flush=True)
+        results[f"scaling_over_{name}"] = rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison and print it."""
+    args = parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    bench = build(args)
+    device, dtype = bench.device, bench.model.dtype
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    ceiling = matmul_rate(device, dtype)
+    results: dict[str, Any] = {
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "arguments": vars(args),
+        "matmul_flops_per_s": ceiling,
+    }
+    print(f"{machine}, {results['threads']} threads, torch {torch.__version__}, {results['dtype']}")
+    print(f"measured matmul rate: {ceiling / 1e9:.4g} GFLOP/s\n")
+    responses, entropies = compare_sampling(bench, results)
+    positions = choose(entropies)
+    compare_gradients(bench, results, responses, positions, ceiling)
+    if not args.skip_scaling:
+        compare_targets(bench, results, responses, positions)
+        scaling_tables(bench, results, responses, entropies)
+    results["peak_bytes"] = bench.peak_bytes
+    for name, n_bytes in bench.peak_bytes.items():
+        print(f"peak memory, {name:<39} {n_bytes / 2**30:>10.3f} GiB")
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What the analysis scripts have in common: dumps in and checked, what figures call them, tables for people."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from .dump import GRADS, Dump, iter_row_blocks, load_dump
+from .errors import InputError, raise_if_any
+from .figures import Subject
+
+MISSING = "-"
+Tag = TypeVar("Tag", bound="str | None")
+
+
+def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, Dump]:
+    """Open every dump and read all of its gradients once, to be sure that they are finite numbers.
+
+    Raises:
+        InputError: with the problems of all dumps.
+    """
+    dumps: dict[Tag, Dump] = {}
+    problems: list[str] = []
+    for tag, path in paths.items():
+        try:
+            dumps[tag] = load_dump(path)
+            problems.extend(_non_finite_rows(dumps[tag]))
+        except InputError as error:
+            problems.extend(error.problems)
+    raise_if_any(dict.fromkeys(problems))  # once, where two tags name the same dump
+    return dumps
+
+
+def _non_finite_rows(dump: Dump) -> list[str]:
+    faulty: list[int] = []
+    start = 0
+    for block in iter_row_blocks(dump.grads):
+        faulty.extend(int(row) + start for row in np.flatnonzero(~np.isfinite(block).all(axis=1)))
+        start += len(block)
+    if not faulty:
+        return []
+    shown = ", ".join(map(str, faulty[:5])) + (", ..." if len(faulty) > 5 else "")
+    return [f"{dump.path / GRADS}: NaN or infinity in {len(faulty)} rows ({shown}); probe again"]
+
+
+def default_output_dir(dump: Path) -> Path:
+    """`exp12_figures` beside `dump`: FORMATS.md's name of a study's results."""
+    return Path(os.path.abspath(dump)).parent / "exp12_figures"
+
+
+def directory_name(path: Path) -> str:
+    """The name of a directory, also where it is given as `.` or `..`."""
+    return os.path.basename(os.path.abspath(path))
+
+
+def target_name(dump: Dump) -> str:
+    """The weight and the row of it that was probed, for example `model.layers.14.mlp.down_proj.weight[0]`."""
+    return f"{dump.manifest['target']}[{dump.manifest['row_idx']}]"
+
+
+def subjects_of(dumps: Mapping[Tag, Dump]) -> list[Subject]:
+    """What the figures call each dump."""
+    return [Subject(tag, dump.manifest["model_path"], target_name(dump), dump.bins - 1) for tag, dump in dumps.items()]
+
+
+def format_number(value: float | int | None, decimals: int = 3) -> str:
+    """A number for a table: integers as they are, others with `decimals`, None as `-`."""
+    if value is None:
+        return MISSING
+    return str(value) if isinstance(value, int) else f"{value:.{decimals}f}"
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""A tiny random model of each decoder family that the engine claims to serve."""
+
+import torch
+import transformers
+
+VOCAB_SIZE = 60
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"sliding_window": 5}
+
+# Family: config class, model class, what its config needs besides, and linear weights that can be targets.
+FAMILIES = {
+    "qwen2": ("Qwen2", {}, ["mlp.down_proj.weight", "self_attn.q_proj.weight"]),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}, ["mlp.down_proj.weight"]),
+    "qwen2_sliding": (
+        "Qwen2",
+        {**WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+        ["mlp.down_proj.weight", "self_attn.q_proj.weight"],
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 8}, ["mlp.down_proj.weight", "self_attn.k_proj.weight"]),
+    "llama": ("Llama", {}, ["mlp.down_proj.weight", "self_attn.o_proj.weight"]),
+    "mistral_sliding": ("Mistral", WINDOW, ["mlp.down_proj.weight", "self_attn.v_proj.weight"]),
+    "gemma2_softcap": (
+        "Gemma2",
+        {**WINDOW, "head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
+        ["mlp.down_proj.weight", "mlp.gate_proj.weight"],
+    ),
+    "gemma3": ("Gemma3Text:Gemma3ForCausalLM", {**WINDOW, "head_dim": 8}, ["mlp.down_proj.weight", "self_attn.q_proj.weight"]),
+    "olmo2": ("Olmo2", {}, ["mlp.down_proj.weight", "self_attn.q_proj.weight"]),
+    "phi3_fused": ("Phi3", {}, ["mlp.gate_up_proj.weight", "self_attn.qkv_proj.weight", "mlp.down_proj.weight"]),
+    "gpt_neox": ("GPTNeoX", {}, ["mlp.dense_4h_to_h.weight", "attention.query_key_value.weight"]),
+    "gpt2_conv1d": ("GPT2:GPT2LMHeadModel", {"n_inner": 24}, ["mlp.c_proj.weight", "attn.c_attn.weight"]),
+    "falcon": (
+        "Falcon",
+        {"ffn_hidden_size": 24},
+        ["mlp.dense_4h_to_h.weight", "self_attention.query_key_value.weight"],
+    ),
+    "starcoder2": ("Starcoder2", WINDOW, ["mlp.c_proj.weight", "self_attn.k_proj.weight"]),
+}
+
+
+def tiny_of_family(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """A frozen random model of `family`."""
+    classes, options, _ = FAMILIES[family]
+    config_name, _, model_name = classes.partition(":")
+    config = getattr(transformers, f"{config_name}Config")(**{**COMMON, **options})
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name or f"{config_name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases start at zero and norms at one, which would hide mistakes
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval().requires_grad_(False)
