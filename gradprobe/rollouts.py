@@ -30,9 +30,14 @@ def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 
     Returns:
         [batch] token ids.
+
+    Raises:
+        FloatingPointError: a row of logits makes no distribution (NaN, or +infinity).
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    if not cumulative[:, -1].isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: no token can be drawn")
     # Scaled to the last entry, which is 1 only up to rounding, so that u never lies beyond the table.
     u = (uniforms * cumulative[:, -1])[:, None]
     return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)

@@ -54,7 +54,7 @@ def test_every_row_equals_the_oracle(family):
 @families
 def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
     """Left padding, cache and compaction change no token: each one is what u draws from the model's own softmax."""
-    model = tiny_of_family(family)
+    model = tiny_of_family(family, torch.float32)  # as it is sampled; eager attention can't mask in float64
     prompts, _ = rollouts_of(4)
     n_steps, ends = 12, frozenset(range(3, VOCAB_SIZE, 5))
     batches = sample_responses(model, prompts, 3, lambda p, s: rollout_uniforms(1, p, s, n_steps), 0.8, n_steps, ends)
@@ -70,6 +70,6 @@ def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
         u = torch.from_numpy(rollout_uniforms(1, p, s, n_steps)[: len(response)])
         assert sample_from(logits, u, 0.8).tolist() == response
         log_probs = torch.log_softmax(logits, -1)
-        np.testing.assert_allclose(scores[i][0], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-5)
+        np.testing.assert_allclose(scores[i][0], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4)
         picked = log_probs.gather(-1, torch.tensor(response)[:, None])[:, 0]
-        np.testing.assert_allclose(scores[i][1], picked, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(scores[i][1], picked, rtol=1e-4, atol=1e-6)

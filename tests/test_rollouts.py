@@ -75,6 +75,11 @@ def test_inverse_cdf_never_draws_what_has_no_probability():
     assert sample_from(logits, u, 1.0).tolist() == [1, 1, 3, 3]
 
 
+def test_logits_that_are_no_distribution_are_an_error_not_a_token():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_from(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64), 1.0)
+
+
 def test_a_rollout_does_not_depend_on_the_batch_around_it():
     model = tiny_model(3)
     prompts = [[1, 2], [3], [4, 5, 6, 7, 8], [9, 10, 11]]
