@@ -32,7 +32,7 @@ Cosines = list[list[float | None]]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, as in FORMATS.md."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dumps", nargs="+", metavar="TAG=DUMP", help="a name for the results, and a dump's directory")
     parser.add_argument(

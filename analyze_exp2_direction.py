@@ -37,7 +37,7 @@ HISTOGRAM = "exp2_direction_cosine_hist.png"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, as in FORMATS.md."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "dumps", nargs="+", metavar="DUMP | TAG=DUMP", help="one dump's directory, or any number with a name for each"

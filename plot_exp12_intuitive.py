@@ -37,7 +37,7 @@ EXP2_HEADLINE = "exp2_headline.png"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, as in FORMATS.md."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, metavar="DUMP", help="dump of the base model")
     parser.add_argument("--trained", type=Path, required=True, metavar="DUMP", help="dump of the RL-trained model")

@@ -46,7 +46,7 @@ def _non_finite_rows(dump: Dump) -> list[str]:
 
 
 def default_output_dir(dump: Path) -> Path:
-    """`exp12_figures` beside `dump`: FORMATS.md's name of a study's results."""
+    """`exp12_figures` beside `dump`, where the launcher keeps a study's results."""
     return Path(os.path.abspath(dump)).parent / "exp12_figures"
 
 

@@ -72,9 +72,9 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """`base · Qwen2.5-1.5B`: the tag and the last component of the model's path."""
+        """`base · Qwen2.5-1.5B`: the tag and the last component of the model's path, once where they are the same."""
         name = shortened(os.path.basename(self.model.rstrip("/\\")) or self.model)
-        return name if self.tag is None else f"{shortened(self.tag, MAX_TAG_LENGTH)} · {name}"
+        return name if self.tag in (None, name) else f"{shortened(self.tag, MAX_TAG_LENGTH)} · {name}"
 
 
 def shortened(text: str, longest: int = MAX_NAME_LENGTH) -> str:

@@ -1,0 +1,66 @@
+"""Exit non-zero unless a small study of the demo pair has all its files and numbers inside two-sided bands.
+
+    python tests/check_small_study.py OUT_ROOT      (24 prompts × 8 rollouts of each model, see .ci/run)
+
+The bands hold what three seeds of prompts gave, with about four standard deviations to either side.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+FIGURES = """exp1_cumulative_energy exp1_cross_bucket_cosine exp1_headline exp1_bin4_energy
+    exp2_direction_cosine_hist exp2_headline""".split()
+BANDS = {
+    "base accuracy": (0.28, 0.75),
+    "trained accuracy": (0.50, 0.97),
+    "base tokens per response": (40, 49),
+    "trained tokens per response": (40, 49),
+    "base participation ratio, bucket 4": (1.5, 30),
+    "trained participation ratio, bucket 4": (1.5, 30),
+    "base rank95, bucket 4": (6, 50),
+    "trained rank95, bucket 4": (6, 50),
+    "base mean cosine": (-0.4, 0.25),
+    "trained mean cosine": (-0.55, 0.3),
+    "base control": (-0.15, 0.3),
+    "trained control": (-0.2, 0.5),
+}
+
+
+def numbers_of(root: Path) -> dict[str, float]:
+    """The numbers that have a band."""
+    exp1, exp2 = (json.loads((root / "exp12_figures" / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    numbers = {}
+    for tag in ("base", "trained"):
+        manifest = json.loads((root / f"exp12_{tag}" / "manifest.json").read_text())
+        assert manifest["num_rollouts"] == 24 * 8
+        assert 0.9 * 24 * 8 * 20 < manifest["num_positions"] <= 24 * 8 * 20
+        numbers[f"{tag} accuracy"] = manifest["num_correct_rollouts"] / manifest["num_rollouts"]
+        numbers[f"{tag} tokens per response"] = manifest["num_response_tokens"] / manifest["num_rollouts"]
+        top = exp1[tag]["per_bucket"]["4"]
+        numbers[f"{tag} participation ratio, bucket 4"] = top["participation_ratio"]
+        numbers[f"{tag} rank95, bucket 4"] = top["rank95"]
+        numbers[f"{tag} mean cosine"] = exp2[tag]["correct_vs_incorrect"]["mean"]
+        numbers[f"{tag} control"] = exp2[tag]["control_within_group"]["mean"]
+    return numbers
+
+
+def main(root: Path) -> int:
+    """Check files and bands."""
+    for name in FIGURES:
+        content = (root / "exp12_figures" / f"{name}.png").read_bytes()
+        assert content.startswith(b"\x89PNG"), name
+        assert len(content) > 20_000, name
+    for name in ("exp1.txt", "exp2.txt", "plot.txt"):
+        assert (root / "exp12_figures" / name).stat().st_size > 200, name
+    outside = 0
+    for name, value in numbers_of(root).items():
+        low, high = BANDS[name]
+        inside = low <= value <= high
+        outside += not inside
+        print(f"{'' if inside else 'OUTSIDE '}{name}: {value:.3f} in [{low}, {high}]")
+    return int(outside > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
