@@ -53,6 +53,10 @@ from transformers import (
 )
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gradprobe.verify import is_correct  # noqa: E402
+
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 # Qwen2's own split pattern: transformers' Qwen2Tokenizer puts it in whatever tokenizer.json says, so that a
@@ -351,29 +355,6 @@ def write_problems(path: Path, problems: Sequence[Problem], tokenizer: PreTraine
         }
         lines.append(json.dumps(record))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------ reward
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last balanced \boxed{...} holds, or None if there is none."""
-    opening = "\\boxed{"
-    start = text.rfind(opening)
-    while start >= 0:
-        depth = 1
-        for place in range(start + len(opening), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start + len(opening) : place]
-        start = text.rfind(opening, 0, start)
-    return None
-
-
-def is_correct(response: str, ground_truth: str) -> bool:
-    """Whether the last box equals the ground truth, runs of whitespace counting as one blank."""
-    boxed = last_boxed(response)
-    return boxed is not None and " ".join(boxed.split()) == " ".join(ground_truth.split())
 
 
 # --------------------------------------------------------------------------------------------- tokenizer
