@@ -36,7 +36,11 @@ FAMILIES = {
         {**WINDOW, "head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},
         ["mlp.down_proj.weight", "mlp.gate_proj.weight"],
     ),
-    "gemma3": ("Gemma3Text:Gemma3ForCausalLM", {**WINDOW, "head_dim": 8}, ["mlp.down_proj.weight", "self_attn.q_proj.weight"]),
+    "gemma3": (
+        "Gemma3Text:Gemma3ForCausalLM",
+        {**WINDOW, "head_dim": 8},
+        ["mlp.down_proj.weight", "self_attn.q_proj.weight"],
+    ),
     "olmo2": ("Olmo2", {}, ["mlp.down_proj.weight", "self_attn.q_proj.weight"]),
     "phi3_fused": ("Phi3", {}, ["mlp.gate_up_proj.weight", "self_attn.qkv_proj.weight", "mlp.down_proj.weight"]),
     "gpt_neox": ("GPTNeoX", {}, ["mlp.dense_4h_to_h.weight", "attention.query_key_value.weight"]),
