@@ -350,6 +350,7 @@ def sample_rollouts(args: argparse.Namespace, checkpoint: Checkpoint, problems: 
         checkpoint.end_ids,
         max_rows=args.sample_rows,
         context=context,
+        report=say,
     )
     responses = [r for batch in progress(batches, "sampling", len(prompts), "prompts", len) for r in batch]
     return [
@@ -380,7 +381,7 @@ def _verified(
 def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: int) -> list[Rollout]:
     """The rollouts with entropy and log-prob of every response token under `checkpoint`."""
     batches = score_responses(
-        checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
+        checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens, say
     )
     scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for batch in progress(batches, "scoring", len(rollouts), "rollouts", len):
@@ -430,7 +431,7 @@ def write_gradients(
             for directory, dim in zip(directories, engine.row_dims, strict=True)
         ]
         batches = engine.batches(
-            [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, batch_tokens
+            [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, batch_tokens, say
         )
         for members, passes, gradients in progress(
             batches, "gradients", int(starts[-1]), "rows", lambda batch: len(batch[0])

@@ -54,7 +54,7 @@ if ((${#gpus[@]} > 0)); then
     threads=""
 else
     device=cpu
-    n_cores="$(nproc)"
+    n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
     n_slots=$((n_cores < n_jobs ? n_cores : n_jobs))
     threads=$((n_cores / n_slots))
 fi

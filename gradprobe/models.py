@@ -1,11 +1,13 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
+import gc
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -220,17 +222,55 @@ def pad_right(sequences: list[list[int]], device: torch.device, length: int | No
     return padded.to(device)
 
 
-def batches_by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped into batches of similar length, longest first, of at most `batch_tokens` padded tokens.
+Result = TypeVar("Result")
+Report = Callable[[str], None]
 
-    The longest batch comes first so that what does not fit into memory shows at once. A sequence longer than
-    the budget is a batch of its own.
+
+def run_in_batches(
+    lengths: list[int], batch_tokens: int, run: Callable[[list[int]], Result], report: Report | None = None
+) -> Iterator[tuple[list[int], Result]]:
+    """Run sequences of similar length together, longest first, at most `batch_tokens` padded tokens at a time.
+
+    The longest come first so that what does not fit into memory shows at once. Where memory runs out, the batch is
+    halved, once and for all, and run again; what was yielded before stays. A sequence longer than the budget is a
+    batch of its own.
+
+    Args:
+        lengths: of each sequence, in tokens.
+        run: takes the indices of one batch; has no effect when it fails.
+        report: is told, once, that the batch was halved.
+
+    Yields:
+        (indices of a batch, what `run` returned for it).
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError, RuntimeError: a single sequence does not fit.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    waiting = deque(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)))
+    while waiting:
+        n_rows = max(1, min(len(waiting), batch_tokens // max(1, lengths[waiting[0]])))
+        batch = [waiting[k] for k in range(n_rows)]
+        try:
+            result = run(batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if n_rows == 1 or not _is_out_of_memory(error):
+                raise
+            result = None
+        if result is None:
+            # Outside the except block: the exception's traceback would keep the batch's tensors alive.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            batch_tokens = n_rows * lengths[waiting[0]] // 2
+            if report is not None:
+                report(f"out of memory with {n_rows} sequences of {lengths[waiting[0]]} tokens: halving the batch")
+                report = None
+            continue
+        for _ in batch:
+            waiting.popleft()
+        yield batch, result
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch raises a plain RuntimeError where the CPU's allocator fails."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

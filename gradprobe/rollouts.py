@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .models import batches_by_length, decoder_hidden, head_logits, pad_right, positions_per_head_block
+from .models import (
+    Report,
+    decoder_hidden,
+    head_logits,
+    pad_right,
+    positions_per_head_block,
+    run_in_batches,
+)
 
 COMPACT_BELOW = 0.75
 
@@ -53,6 +60,7 @@ def sample_responses(
     end_ids: frozenset[int],
     max_rows: int = 256,
     context: int | None = None,
+    report: Report | None = None,
 ) -> Iterator[list[list[list[int]]]]:
     """Sample `n_samples` responses to each prompt from the model's full softmax.
 
@@ -65,19 +73,20 @@ def sample_responses(
         uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
         max_rows: how many responses are sampled at once.
         context: the most tokens of prompt and response together; None for no bound.
+        report: is told, once, if memory ran out and batches were halved.
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
     """
-    prompts_per_batch = max(1, max_rows // n_samples)
-    for start in range(0, len(prompts), prompts_per_batch):
-        batch = prompts[start : start + prompts_per_batch]
-        steps = np.stack(
-            [uniforms(start + p, s)[:max_new_tokens] for p in range(len(batch)) for s in range(n_samples)]
-        )
-        rooms = [max_new_tokens if context is None else context - len(prompt) for prompt in batch]
+
+    def run(batch: list[int]) -> list[list[int]]:
+        steps = np.stack([uniforms(p, s)[:max_new_tokens] for p in batch for s in range(n_samples)])
+        rooms = [max_new_tokens if context is None else context - len(prompts[p]) for p in batch]
         limits = np.minimum(np.repeat(rooms, n_samples), max_new_tokens)
-        rows = _sample_batch(model, batch, n_samples, steps, limits, temperature, end_ids)
+        return _sample_batch(model, [prompts[p] for p in batch], n_samples, steps, limits, temperature, end_ids)
+
+    # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
+    for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run, report):
         yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
 
 
@@ -155,34 +164,36 @@ def _sample_batch(
     return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
 
 
-@torch.inference_mode()
 def score_responses(
-    model: nn.Module, prompts: list[list[int]], responses: list[list[int]], batch_tokens: int
+    model: nn.Module,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    batch_tokens: int,
+    report: Report | None = None,
 ) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
     """Entropy and log-prob of every response token by one teacher-forced pass, full softmax, temperature 1.
 
     Args:
         prompts, responses: token ids; prompts not empty.
         batch_tokens: padded tokens in one forward pass.
+        report: is told, once, if memory ran out and batches were halved.
 
     Yields:
         For one batch: {index: (entropies, logprobs)}, float32 [n_tokens] each, in nats.
     """
     sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
-    for batch in batches_by_length([len(sequence) for sequence in sequences], batch_tokens):
-        input_ids = pad_right([sequences[i] for i in batch], model.device)
-        hidden = decoder_hidden(model, input_ids)  # [batch, length, hidden]
+
+    @torch.inference_mode()
+    def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        hidden = decoder_hidden(model, pad_right([sequences[i] for i in batch], model.device))
         # The token at index q of a sequence is predicted at index q - 1.
-        predicting = torch.cat(
-            [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
-        )
-        token_ids = torch.cat([torch.tensor(responses[i], dtype=torch.long) for i in batch]).to(model.device)
-        entropies, logprobs = _score(model, predicting, token_ids)
-        ends = np.cumsum([len(responses[i]) for i in batch])
-        yield {
-            i: (entropies[end - len(responses[i]) : end], logprobs[end - len(responses[i]) : end])
-            for i, end in zip(batch, ends, strict=True)
-        }
+        predicting = [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
+        token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
+        return _score(model, torch.cat(predicting), token_ids.to(model.device))
+
+    for batch, scores in run_in_batches([len(sequence) for sequence in sequences], batch_tokens, run, report):
+        cuts = np.cumsum([len(responses[i]) for i in batch])[:-1]
+        yield dict(zip(batch, zip(*(np.split(score, cuts) for score in scores), strict=True), strict=True))
 
 
 def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ t. So a zero tensor is added to the row's output, log π_t is differentiated wit
 multiplied with the saved inputs. No weight gradient is formed, and nothing below the target has a graph.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import nn
 
 from .errors import raise_if_any
 from .models import (
-    batches_by_length,
+    Report,
     decoder_hidden,
     head_logits,
     layer_list,
@@ -25,6 +26,7 @@ from .models import (
     n_output_rows,
     pad_right,
     positions_per_head_block,
+    run_in_batches,
 )
 
 
@@ -91,7 +93,12 @@ class RowGradients:
         return f"{layer_list(self.model)[0]}.{target.layer}.{target.suffix}"
 
     def batches(
-        self, prompts: list[list[int]], responses: list[list[int]], positions: list[np.ndarray], batch_tokens: int
+        self,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        positions: list[np.ndarray],
+        batch_tokens: int,
+        report: Report | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
         """Differentiate log π at `positions` of each rollout, rollouts of similar length together.
 
@@ -99,6 +106,7 @@ class RowGradients:
             prompts, responses: token ids of each rollout.
             positions: for each rollout, ascending, which response tokens, counted from 0.
             batch_tokens: padded tokens in one forward pass; memory grows with it.
+            report: is told, once, if memory ran out and batches were halved.
 
         Yields:
             For one batch, (rollout [n], k [n], rows): row i is the gradient at `positions[rollout[i]][k[i]]`;
@@ -106,27 +114,31 @@ class RowGradients:
         """
         items = self._work_items(positions)
         # Tokens behind an item's last position contribute nothing.
-        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(positions[i][ks[-1]])] for i, ks in items]
-        for batch in batches_by_length([len(tokens) for tokens in inputs], batch_tokens):
-            # log π of the token at index q of a sequence comes out of index q - 1.
-            where = [[len(prompts[i]) + int(p) - 1 for p in positions[i][ks]] for i, ks in (items[j] for j in batch)]
-            token_ids = [[responses[i][p] for p in positions[i][ks]] for i, ks in (items[j] for j in batch)]
-            members, passes, rows = self._batch([inputs[j] for j in batch], where, token_ids)
-            labels = [(items[batch[b]][0], items[batch[b]][1][k]) for b, k in zip(members, passes, strict=True)]
-            rollouts, ks = np.array(labels).T
-            yield rollouts, ks, rows
+        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(positions[i][ks.stop - 1])] for i, ks in items]
+        # log π of the token at index q of a sequence comes out of index q - 1.
+        where = [[len(prompts[i]) + int(positions[i][k]) - 1 for k in ks] for i, ks in items]
+        token_ids = [[responses[i][positions[i][k]] for k in ks] for i, ks in items]
+        rollout_of_item = np.array([i for i, _ in items])
+        first_k_of_item = np.array([ks.start for _, ks in items])
 
-    def _work_items(self, positions: list[np.ndarray]) -> list[tuple[int, np.ndarray]]:
-        """(rollout, indices into its positions): early positions apart from late ones.
+        def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
+            return self._batch([inputs[j] for j in batch], [where[j] for j in batch], [token_ids[j] for j in batch])
+
+        for batch, (members, passes, rows) in run_in_batches([len(x) for x in inputs], batch_tokens, run, report):
+            item = np.array(batch)[members]
+            yield rollout_of_item[item], first_k_of_item[item] + passes, rows
+
+    def _work_items(self, positions: list[np.ndarray]) -> list[tuple[int, range]]:
+        """(rollout, which of its positions): early positions apart from late ones.
 
         A backward pass runs over the whole input, so a rollout is run again, cut short, for its early positions.
         """
-        return [
-            (i, ks)
-            for i, wanted in enumerate(positions)
-            if len(wanted)
-            for ks in np.array_split(np.arange(len(wanted)), -(-len(wanted) // self.positions_per_item))
-        ]
+        items = []
+        for i, wanted in enumerate(positions):
+            n_items = -(-len(wanted) // self.positions_per_item)
+            cuts = np.linspace(0, len(wanted), n_items + 1).astype(int).tolist() if n_items else [0]
+            items += [(i, range(start, stop)) for start, stop in itertools.pairwise(cuts)]
+        return items
 
     def _batch(
         self, inputs: list[list[int]], where: list[list[int]], token_ids: list[list[int]]

@@ -5,5 +5,6 @@ project="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$(bash "$project/scripts/ensure_venv.sh" 'pytest==9.2.0' 'pytest-xdist==3.8.0')"
 cd -- "$project"
 # One worker per core, each with one thread: more would only wait for each other.
+n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-exec "$python" -m pytest -n "$(nproc)" "$@"
+exec "$python" -m pytest -n "$n_cores" "$@"
