@@ -18,17 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe import figures
-from gradprobe.analysis_inputs import default_output_dir, format_number, format_table, open_dumps, subjects_of
-from gradprobe.console import parse_tagged_dumps, printable, progress, say, script_main
+from gradprobe.analysis_inputs import (
+    default_output_dir,
+    first_targets,
+    format_number,
+    format_replication,
+    format_table,
+    open_dumps,
+    subjects_of,
+    warn,
+)
+from gradprobe.console import parse_tagged_dumps, printable, progress, script_main
 from gradprobe.dump import Dump, make_directory, write_json
+from gradprobe.replication import spread_of
 from gradprobe.spectrum import Spectrum, cross_cosines, iter_bucket_spectra
 
 SUMMARY = "exp1_summary.json"
 CUMULATIVE_ENERGY = "exp1_cumulative_energy.png"
 CROSS_BUCKET_COSINE = "exp1_cross_bucket_cosine.png"
 RANK_PERCENTS = (50, 90, 95, 99)
-
-Cosines = list[list[float | None]]
+REPLICATED = ("participation_ratio", "rank95")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -49,17 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     dumps = open_dumps(paths)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)
-    for dump in dumps.values():
-        for warning in dump.warnings:
-            say(f"warning: {warning}")
+    warn(dumps)
 
-    spectra = {tag: bucket_spectra(dump, tag) for tag, dump in dumps.items()}
-    cosines = {tag: cross_cosines([bucket.top_direction for bucket in spectra[tag]]) for tag in dumps}
-    summary = {tag: summary_of(dump, spectra[tag], cosines[tag]) for tag, dump in dumps.items()}
-    subjects = subjects_of(dumps)
+    spectra = {tag: [bucket_spectra(dump, tag) for dump in targets] for tag, targets in dumps.items()}
+    summary = {tag: summary_over_targets(dumps[tag], spectra[tag]) for tag in dumps}
+    subjects = subjects_of(first_targets(dumps))
+    cosines = [numbers["cross_bucket_top1_cosine"] for numbers in summary.values()]
     drawn = {
-        CUMULATIVE_ENERGY: figures.draw_cumulative_energy(subjects, list(spectra.values())),
-        CROSS_BUCKET_COSINE: figures.draw_cross_bucket_cosine(subjects, list(cosines.values())),
+        CUMULATIVE_ENERGY: figures.draw_cumulative_energy(subjects, [targets[0] for targets in spectra.values()]),
+        CROSS_BUCKET_COSINE: figures.draw_cross_bucket_cosine(subjects, cosines),
     }
 
     write_json(output_dir / SUMMARY, summary)
@@ -77,8 +84,26 @@ def bucket_spectra(dump: Dump, tag: str) -> list[Spectrum]:
     return list(progress(buckets, f"{tag}: spectra", dump.bins, "buckets"))
 
 
-def summary_of(dump: Dump, spectra: list[Spectrum], cosines: Cosines) -> dict[str, Any]:
-    """One tag's part of `exp1_summary.json`."""
+def summary_over_targets(dumps: list[Dump], spectra: list[list[Spectrum]]) -> dict[str, Any]:
+    """One tag's part of `exp1_summary.json`: its first target, and how its numbers vary over all of them."""
+    numbers = [summary_of(dump, buckets) for dump, buckets in zip(dumps, spectra, strict=True)]
+    if len(dumps) == 1:
+        return numbers[0]
+    replication = {
+        "targets": [dump.path.name for dump in dumps],
+        **{
+            measure: {
+                bucket: spread_of([target["per_bucket"][bucket][measure] for target in numbers])
+                for bucket in numbers[0]["per_bucket"]
+            }
+            for measure in REPLICATED
+        },
+    }
+    return {**numbers[0], "replication": replication}
+
+
+def summary_of(dump: Dump, spectra: list[Spectrum]) -> dict[str, Any]:
+    """The numbers of one target."""
     return {
         "n_positions": len(dump.grads),
         "row_dim": dump.row_dim,
@@ -86,7 +111,7 @@ def summary_of(dump: Dump, spectra: list[Spectrum], cosines: Cosines) -> dict[st
         "row_idx": dump.manifest["row_idx"],
         "model": dump.manifest["model_path"],
         "per_bucket": {str(index): bucket_numbers(spectrum) for index, spectrum in enumerate(spectra)},
-        "cross_bucket_top1_cosine": cosines,
+        "cross_bucket_top1_cosine": cross_cosines([spectrum.top_direction for spectrum in spectra]),
     }
 
 
@@ -122,7 +147,20 @@ def report(tag: str, numbers: dict[str, Any]) -> str:
         f"{numbers['n_positions']} positions of dimension {numbers['row_dim']}; bucket 0 has the lowest entropy\n"
         f"{spectra_table}\n"
         f"|cos| between the buckets' top-1 right singular vectors\n{cosine_table}"
+        f"{replication_report(numbers)}"
     )
+
+
+def replication_report(numbers: dict[str, Any]) -> str:
+    """A tag's table over its targets; empty where there is one."""
+    if "replication" not in numbers:
+        return ""
+    spreads = {
+        f"{measure}, bucket {bucket}": spread
+        for measure in REPLICATED
+        for bucket, spread in numbers["replication"][measure].items()
+    }
+    return f"\n\n{format_replication(spreads)}"
 
 
 if __name__ == "__main__":

@@ -23,17 +23,25 @@ from gradprobe import figures
 from gradprobe.analysis_inputs import (
     default_output_dir,
     directory_name,
+    first_targets,
     format_number,
+    format_replication,
     format_table,
     open_dumps,
     subjects_of,
+    warn,
 )
-from gradprobe.console import parse_tagged_dumps, printable, say, script_main
+from gradprobe.console import parse_tagged_dumps, printable, script_main
 from gradprobe.direction import Directions, compare_groups, summarise
 from gradprobe.dump import Dump, make_directory, write_json
+from gradprobe.replication import spread_of
 
 SUMMARY = "exp2_summary.json"
 HISTOGRAM = "exp2_direction_cosine_hist.png"
+REPLICATED = {
+    "mean_cosine": ("correct_vs_incorrect", "mean"),
+    "control_mean": ("control_within_group", "mean"),
+}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,14 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     dumps = open_dumps(paths)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)
-    for dump in dumps.values():
-        for warning in dump.warnings:
-            say(f"warning: {warning}")
+    warn(dumps)
 
-    directions = {tag: top_bucket_directions(dump) for tag, dump in dumps.items()}
-    summary = {tag: summary_of(dump, directions[tag]) for tag, dump in dumps.items()}
-    subjects = subjects_of(dumps)
-    histogram = figures.draw_direction_histogram(subjects, list(directions.values()))
+    directions = {tag: [top_bucket_directions(dump) for dump in targets] for tag, targets in dumps.items()}
+    summary = {tag: summary_over_targets(dumps[tag], directions[tag]) for tag in dumps}
+    subjects = subjects_of(first_targets(dumps))
+    histogram = figures.draw_direction_histogram(subjects, [targets[0] for targets in directions.values()])
 
     write_json(output_dir / SUMMARY, summary.get(None, summary))
     figures.save(histogram, output_dir / HISTOGRAM)
@@ -78,8 +84,20 @@ def top_bucket_directions(dump: Dump) -> Directions:
     return compare_groups(dump.grads, rows, dump.prompt, dump.correct, len(dump.prompt_keys))
 
 
+def summary_over_targets(dumps: list[Dump], directions: list[Directions]) -> dict[str, Any]:
+    """One tag's part of `exp2_summary.json`: its first target, and how its numbers vary over all of them."""
+    numbers = [summary_of(dump, result) for dump, result in zip(dumps, directions, strict=True)]
+    if len(dumps) == 1:
+        return numbers[0]
+    replication = {
+        "targets": [dump.path.name for dump in dumps],
+        **{name: spread_of([target[part][key] for target in numbers]) for name, (part, key) in REPLICATED.items()},
+    }
+    return {**numbers[0], "replication": replication}
+
+
 def summary_of(dump: Dump, directions: Directions) -> dict[str, Any]:
-    """`exp2_summary.json` of one dump."""
+    """The numbers of one target."""
     numbers = asdict(summarise(directions.cosines))
     control = summarise(directions.control_cosines)
     return {
@@ -135,7 +153,14 @@ def report(summary: dict[str | None, dict[str, Any]]) -> str:
         for name, numbers in named.items()
         if numbers["n_prompts_zero_mean"] or numbers["control_within_group"]["n_zero_mean"]
     ]
-    return "\n".join([*sources, "", groups, "", controls, *left_out])
+    replicated = {
+        f"{name}: {measure.replace('_', ' ')}": numbers["replication"][measure]
+        for name, numbers in named.items()
+        if "replication" in numbers
+        for measure in REPLICATED
+    }
+    replication = ["", format_replication(replicated)] if replicated else []
+    return "\n".join([*sources, "", groups, "", controls, *left_out, *replication])
 
 
 if __name__ == "__main__":

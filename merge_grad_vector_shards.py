@@ -3,9 +3,10 @@
 
     python merge_grad_vector_shards.py out/exp12/exp12_base out/exp12/exp12_base_s0 out/exp12/exp12_base_s1
 
-Gradients are copied in blocks, never all in memory. Edges are fitted over all response tokens where every shard
-has its rollouts.jsonl, else over the dumped positions (as with shards of the original scripts); shards that were
-all probed with the same --entropy-edges keep those. Shards that don't belong together are refused.
+Shards with several targets give a directory with one merged dump for each. Gradients are copied in blocks, never all
+in memory. Edges are fitted over all response tokens where every shard has its rollouts.jsonl, else over the dumped
+positions (as with shards of the original scripts); shards that were all probed with the same --entropy-edges keep
+those. Shards that don't belong together are refused.
 """
 
 import argparse
@@ -189,36 +190,73 @@ def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[st
     }
 
 
+def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | None) -> None:
+    """Write one target's merged `grads.npy`, `meta.jsonl` and, last, `manifest.json`."""
+    spaces = namespaces(shards)
+    edges = merged_edges(shards, rollout_files)
+    contract.make_directory(out_dir)
+    write_merged_grads(out_dir / contract.GRADS, shards)
+    contract.write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
+    manifest = merged_manifest(shards, spaces, edges)
+    contract.write_json(out_dir / contract.MANIFEST, manifest)
+    print(
+        f"{out_dir}: {manifest['num_positions']} gradients of {manifest['num_rollouts']} rollouts from "
+        f"{len(shards)} shards, edges over {edges['entropy_edges_over'].replace('_', ' ')}"
+    )
+
+
+def shards_by_target(shard_dirs: list[Path]) -> dict[str | None, list[Dump]]:
+    """The shards of each target; the key is the name of its directory, None where a shard has a single target.
+
+    Raises:
+        InputError: the shards have different targets, or a dump can't be read.
+    """
+    found = {directory: contract.target_directories(directory) for directory in shard_dirs}
+    names = [[None] if targets == [shard] else [t.name for t in targets] for shard, targets in found.items()]
+    raise_if_any(
+        f"{shard}: its targets are {', '.join(filter(None, other)) or 'one'}, but those of {shard_dirs[0]} are "
+        + (", ".join(filter(None, names[0])) or "one")
+        for shard, other in zip(shard_dirs, names, strict=False)
+        if other != names[0]
+    )
+    return {
+        name: [contract.load_dump(found[shard][number]) for shard in shard_dirs] for number, name in enumerate(names[0])
+    }
+
+
+def clear(out_dir: Path, targets: list[str | None]) -> None:
+    """Make the output directory unfinished: no manifest in it or in a target's directory."""
+    contract.make_directory(out_dir)
+    for stale in (out_dir / contract.MANIFEST, out_dir / contract.SETTINGS, *out_dir.glob(f"*/{contract.MANIFEST}")):
+        stale.unlink(missing_ok=True)
+    if targets != [None]:
+        contract.write_json(out_dir / contract.SETTINGS, {"targets": targets})
+
+
 @script_main
 def main(argv: list[str] | None = None) -> int:
-    """Merge shards into one dump."""
+    """Merge shards into one dump, or one for each target."""
     args = parse_args(argv)
     if args.out_dir.resolve() in {directory.resolve() for directory in args.shard_dirs}:
         raise InputError(f"{args.out_dir}: is one of the shards; give the merged dump a directory of its own")
-    shards = [contract.load_dump(directory) for directory in args.shard_dirs]
-    for warning in (warning for shard in shards for warning in shard.warnings):
-        say(f"warning: {warning}")
-    check_belong_together(shards)
-    spaces = namespaces(shards)
-    check_disjoint(shards, spaces)
-    found = [contract.find_rollouts(shard.path) for shard in shards]
-    rollout_files = [file for file in found if file is not None]
-    has_rollouts = len(rollout_files) == len(shards)
-    edges = merged_edges(shards, rollout_files if has_rollouts else None)
+    if len({directory.resolve() for directory in args.shard_dirs}) < len(args.shard_dirs):
+        raise InputError("a shard is given twice")
+    targets = shards_by_target(args.shard_dirs)
+    for shards in targets.values():
+        for warning in (warning for shard in shards for warning in shard.warnings):
+            say(f"warning: {warning}")
+        check_belong_together(shards)
+        check_disjoint(shards, namespaces(shards))
+    first = next(iter(targets.values()))
+    found = [contract.find_rollouts(shard.path) for shard in first]
+    rollout_files = [file for file in found if file is not None] if None not in found else None
 
-    contract.make_directory(args.out_dir)
-    (args.out_dir / contract.MANIFEST).unlink(missing_ok=True)  # unfinished from here on
-    write_merged_grads(args.out_dir / contract.GRADS, shards)
-    contract.write_jsonl(args.out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
-    if has_rollouts:
-        merged = merged_rollouts(rollout_files, spaces)
+    clear(args.out_dir, list(targets))
+    if rollout_files is not None:
+        merged = merged_rollouts(rollout_files, namespaces(first))
         contract.write_jsonl(args.out_dir / contract.ROLLOUTS, (asdict(rollout) for rollout in merged))
-    manifest = merged_manifest(shards, spaces, edges)
-    contract.write_json(args.out_dir / contract.MANIFEST, manifest)
-    print(
-        f"{args.out_dir}: {manifest['num_positions']} gradients of {manifest['num_rollouts']} rollouts from "
-        f"{len(shards)} shards, edges over {edges['entropy_edges_over'].replace('_', ' ')}"
-    )
+    for name, shards in targets.items():
+        merge_target(args.out_dir / (name or ""), shards, rollout_files)
     return 0
 
 

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .dump import GRADS, Dump, iter_row_blocks, load_dump
+from .console import say
+from .dump import GRADS, Dump, iter_row_blocks, load_dump, target_directories
 from .errors import InputError, raise_if_any
 from .figures import Subject
 
@@ -15,22 +16,39 @@ MISSING = "-"
 Tag = TypeVar("Tag", bound="str | None")
 
 
-def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, Dump]:
+def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, list[Dump]]:
     """Open every dump and read all of its gradients once, to be sure that they are finite numbers.
+
+    Returns:
+        For each tag its dumps: one, or one for each target that was probed, in the order they were asked for.
 
     Raises:
         InputError: with the problems of all dumps.
     """
-    dumps: dict[Tag, Dump] = {}
+    dumps: dict[Tag, list[Dump]] = {}
     problems: list[str] = []
     for tag, path in paths.items():
         try:
-            dumps[tag] = load_dump(path)
-            problems.extend(_non_finite_rows(dumps[tag]))
+            dumps[tag] = [load_dump(directory) for directory in target_directories(path)]
+            for dump in dumps[tag]:
+                problems.extend(_non_finite_rows(dump))
         except InputError as error:
             problems.extend(error.problems)
     raise_if_any(dict.fromkeys(problems))  # once, where two tags name the same dump
     return dumps
+
+
+def first_targets(dumps: Mapping[Tag, list[Dump]]) -> dict[Tag, Dump]:
+    """Each tag's first target: the one that tables and headline figures show."""
+    return {tag: targets[0] for tag, targets in dumps.items()}
+
+
+def warn(dumps: Mapping[Tag, list[Dump]]) -> None:
+    """Say each dump's warnings."""
+    for targets in dumps.values():
+        for dump in targets:
+            for warning in dump.warnings:
+                say(f"warning: {warning}")
 
 
 def _non_finite_rows(dump: Dump) -> list[str]:
@@ -80,3 +98,12 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
         cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def format_replication(spreads: Mapping[str, Mapping[str, float | int | None]]) -> str:
+    """A table of numbers over targets, see `replication.spread_of`."""
+    columns = ("n", "mean", "std", "min", "max")
+    return format_table(
+        ["over targets", *columns],
+        [[name, *(format_number(spread[column]) for column in columns)] for name, spread in spreads.items()],
+    )

@@ -165,6 +165,26 @@ def load_dump(path: Path) -> Dump:
     return Dump(path, manifest, grads, prompt_keys, prompt, warnings=_warnings(path, manifest), **columns)
 
 
+def target_directories(path: Path) -> list[Path]:
+    """The dumps in `path`: itself, or those of several targets inside it, in the order they were asked for.
+
+    Raises:
+        InputError: some of the targets that `settings.json` names are not finished.
+    """
+    if (path / MANIFEST).is_file() or not path.is_dir():
+        return [path]
+    settings = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
+    names = settings.get("targets") or sorted(child.name for child in path.iterdir() if (child / MANIFEST).is_file())
+    if len(names) < 2:
+        return [path]
+    raise_if_any(
+        f"{path / name}: not a finished dump (the manifest is written last)"
+        for name in names
+        if not (path / name / MANIFEST).is_file()
+    )
+    return [path / name for name in names]
+
+
 def load_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the dump in directory `path`.
 

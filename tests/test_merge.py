@@ -91,8 +91,29 @@ def test_each_setting_alone_is_enough_to_refuse(shards, tmp_path, capsys, key):
 def test_overlapping_shards_are_refused(shards, tmp_path, capsys):
     for shard in shards:
         edit_manifest(shard, dataset={"sha256": "a" * 64})
-    assert merge(tmp_path / "merged", shards[0], shards[1], shards[0]) == 2
+    copy = shutil.copytree(shards[0], tmp_path / "copy")
+    assert merge(tmp_path / "merged", *shards, copy) == 2
     assert "and again in" in capsys.readouterr().err
+    assert merge(tmp_path / "merged", *shards, shards[0]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_each_target_is_merged_by_itself(shards, tmp_path, capsys):
+    many = []
+    for shard in shards:
+        for row in (0, 7):
+            target = shutil.copytree(shard, tmp_path / f"many_{shard.name}" / f"L14.mlp.down_proj.weight.r{row}")
+            edit_manifest(target, row_idx=row)
+        many.append(tmp_path / f"many_{shard.name}")
+    assert merge(tmp_path / "merged", *many) == 0
+    merge(tmp_path / "single", *shards)
+    for row in (0, 7):
+        merged = tmp_path / "merged" / f"L14.mlp.down_proj.weight.r{row}"
+        assert load_dump(merged).manifest["row_idx"] == row
+        for name in ("grads.npy", "meta.jsonl"):
+            assert (merged / name).read_bytes() == (tmp_path / "single" / name).read_bytes()
+    assert merge(tmp_path / "mixed", many[0], shards[1]) == 2
+    assert "its targets are" in capsys.readouterr().err
 
 
 def test_a_merged_dump_of_the_original_is_not_merged_again(shards, tmp_path, capsys):

@@ -9,7 +9,10 @@ import torch
 from tiny import oracle_gradient, relative_error, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
+import analyze_exp1_compression
+import analyze_exp2_direction
 import merge_grad_vector_shards
+import plot_exp12_intuitive
 import probe_grad_vectors
 from gradprobe.dump import iter_rollouts, load_dump
 
@@ -222,3 +225,33 @@ def test_output_path_that_is_a_file_or_somebody_else_s_dump(sampling, tmp_path, 
     assert probe(tmp_path / "theirs", *sampling) == 2
     assert "did not make" in capsys.readouterr().err
     assert (tmp_path / "theirs" / "grads.npy").read_text() == "kept"
+
+
+def test_several_targets_through_merge_analyses_and_plots(checkpoint_dir, sampling, tmp_path):
+    targets = ["--layer", "0,1", "--row-idx", "0,random:2"]
+    for tag in ("base", "trained"):
+        for i in range(2):
+            shard = tmp_path / f"{tag}_s{i}"
+            assert probe(shard, *sampling, *targets, "--shard-index", i, "--num-shards", 2) == 0
+        shards = [str(tmp_path / f"{tag}_s{i}") for i in range(2)]
+        assert merge_grad_vector_shards.main([str(tmp_path / tag), *shards]) == 0
+    tagged = [f"{tag}={tmp_path / tag}" for tag in ("base", "trained")]
+    figures = tmp_path / "figures"
+    plot = ["--base", str(tmp_path / "base"), "--trained", str(tmp_path / "trained"), "--output-dir", str(figures)]
+    assert plot_exp12_intuitive.main(plot) == 0
+    assert not (figures / "exp12_replication.png").exists()  # it needs the summaries, and says so
+    assert analyze_exp1_compression.main(["--output-dir", str(figures), *tagged]) == 0
+    assert analyze_exp2_direction.main(["--output-dir", str(figures), *tagged]) == 0
+    assert plot_exp12_intuitive.main(plot) == 0
+    assert (figures / "exp12_replication.png").read_bytes().startswith(b"\x89PNG")
+    exp1, exp2 = (json.loads((figures / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    names = sorted(d.name for d in (tmp_path / "base").iterdir() if d.is_dir())
+    for tag in ("base", "trained"):
+        assert sorted(exp1[tag]["replication"]["targets"]) == names
+        spread = exp1[tag]["replication"]["participation_ratio"]["2"]
+        assert spread["n"] == len(spread["values"]) == 6
+        assert spread["values"][0] == exp1[tag]["per_bucket"]["2"]["participation_ratio"]
+        assert spread["min"] <= spread["mean"] <= spread["max"]
+        assert exp2[tag]["replication"]["control_mean"]["n"] <= 6
+    (tmp_path / "base" / names[0] / "manifest.json").unlink()
+    assert analyze_exp1_compression.main(["--output-dir", str(figures), *tagged]) == 2
