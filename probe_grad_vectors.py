@@ -58,6 +58,7 @@ from gradprobe.verify import is_correct
 DEFAULT_DATASET = Path(__file__).parent / "demo" / "problems.jsonl"
 SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}
 VERIFIER = "boxed"
+BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -105,14 +106,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--batch-tokens",
         type=int,
-        default=4096,
-        help="tokens in one scoring or gradient pass; lower it when memory runs out (default: %(default)s)",
+        help="tokens in one scoring or gradient pass; halves by itself when memory runs out "
+        f"(default: {BATCH_TOKENS['cuda']:,} on a GPU, {BATCH_TOKENS['cpu']:,} on a CPU)",
     )
     add(
         "--sample-rows",
         type=int,
         default=256,
-        help="responses sampled at once; lower it when memory runs out (default: %(default)s)",
+        help="responses sampled at once; halves by itself when memory runs out (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     _check_values(args)
@@ -140,7 +141,7 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.num_shards >= 1 and args.shard_index >= args.num_shards:
         problems.append(f"--shard-index {args.shard_index}: must be below --num-shards {args.num_shards}")
     for name in ("batch_tokens", "sample_rows"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     raise_if_any(problems)
 
@@ -524,6 +525,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
         device = resolve_device(args.device)
+        args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
         checkpoint = load_checkpoint(args.model_path, device, resolve_dtype(args.dtype, device), attention)
 
     rollouts_file = args.output_dir / contract.ROLLOUTS

@@ -42,6 +42,7 @@ from gradprobe.models import layer_list, load_checkpoint, resolve_device, resolv
 from gradprobe.problems import load_problems, shard_of_study  # noqa: E402
 from gradprobe.rollouts import rollout_uniforms, sample_responses, score_responses  # noqa: E402
 from gradprobe.row_gradients import RowGradients, Target  # noqa: E402
+from probe_grad_vectors import BATCH_TOKENS  # noqa: E402
 
 SHAPES = {
     "qwen2.5-1.5b": {
@@ -77,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=int, default=5)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    add("--batch-tokens", type=int, default=4096)
+    add("--batch-tokens", type=int, help="default: the probe's own")
     add("--sample-rows", type=int, default=256)
     add("--skip-plain", action="store_true", help="only ours")
     add("--skip-scaling", action="store_true", help="leave out the tables over sizes and over targets")
@@ -137,6 +138,7 @@ def build(args: argparse.Namespace) -> Bench:
     """The model and the prompts of the benchmark."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
+    args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     if args.config is not None:
         torch.manual_seed(0)
         with torch.device(device):

@@ -8,7 +8,7 @@ multiplied with the saved inputs. No weight gradient is formed, and nothing belo
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,6 +59,26 @@ class _Tap:
         return output.index_add(-1, self.rows, self.zero)
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The chosen positions of a batch: `at[b, k]` in the sequence for the k-th of rollout b, where `real[b, k]`."""
+
+    at: torch.Tensor  # [batch, passes] int64, 0 where not real
+    real: torch.Tensor  # [batch, passes] bool
+    token_ids: torch.Tensor  # [batch, passes] the token whose log π is differentiated
+
+    @staticmethod
+    def of(where: list[list[int]], token_ids: list[list[int]], device: torch.device) -> "_Chosen":
+        n_passes = max(len(w) for w in where)
+        real = torch.arange(n_passes) < torch.tensor([len(w) for w in where])[:, None]
+        return _Chosen(pad_right(where, device), real.to(device), pad_right(token_ids, device))
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[n] which rollout of the batch each real position is of, rollout by rollout."""
+        return self.real.nonzero()[:, 0]
+
+
 @dataclass
 class RowGradients:
     """Differentiates log π_t on the rows of `targets`, many rollouts at a time.
@@ -76,6 +96,7 @@ class RowGradients:
     targets: list[Target]
     positions_per_item: int = 10
     _taps: dict[tuple[int, str], _Tap] = field(init=False)
+    _can_thin: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._taps = {
@@ -145,50 +166,70 @@ class RowGradients:
     ) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
         """One forward pass; then backward pass k serves the k-th position of every rollout in the batch."""
         input_ids = pad_right(inputs, self.model.device)
-        with _hooked(self._taps.values()):
+        chosen = _Chosen.of(where, token_ids, self.model.device)
+        with _hooked(self._taps.values()), self._thinned(input_ids, chosen):
             hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
-        head_gradients = self._head_gradients(hidden.detach(), where, token_ids)
+        head_gradients = self._head_gradients(hidden.detach(), chosen)
         zeros = [tap.zero for tap in self._taps.values()]
-        members_of_pass: list[list[int]] = []
+        members_of_pass: list[torch.Tensor] = []
         rows: list[list[torch.Tensor]] = [[] for _ in self.targets]
-        n_passes = max(len(w) for w in where)
+        n_passes = chosen.real.shape[1]
         for k in range(n_passes):
-            served = [b for b, w in enumerate(where) if k < len(w)]
-            at = torch.tensor([where[b][k] for b in served], device=hidden.device)
-            members = torch.tensor(served, device=hidden.device)
+            members = chosen.real[:, k].nonzero()[:, 0]
             upstream = torch.zeros_like(hidden)
-            upstream[members, at] = head_gradients[members, k]
+            upstream[members, chosen.at[members, k]] = head_gradients[members, k]
             deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k + 1 < n_passes)
-            members_of_pass.append(served)
+            members_of_pass.append(members.cpu())
             for collected, row in zip(rows, self._rows(deltas), strict=True):
                 collected.append(row[members])
         for tap in self._taps.values():
             tap.inputs = tap.zero = None
-        passes = np.repeat(np.arange(n_passes), [len(served) for served in members_of_pass])
-        return np.concatenate(members_of_pass), passes, [torch.cat(collected) for collected in rows]
+        passes = np.repeat(np.arange(n_passes), [len(members) for members in members_of_pass])
+        return torch.cat(members_of_pass).numpy(), passes, [torch.cat(collected) for collected in rows]
 
-    def _head_gradients(
-        self, hidden: torch.Tensor, where: list[list[int]], token_ids: list[list[int]]
-    ) -> torch.Tensor:
+    def _head_gradients(self, hidden: torch.Tensor, chosen: _Chosen) -> torch.Tensor:
         """∂ log π_t / ∂ (last hidden state at t) of every chosen position, once through the vocabulary.
 
         Returns:
             [batch, most positions, hidden]; zeros where a rollout has fewer positions.
         """
-        device = hidden.device
-        index = [(b, k) for b, w in enumerate(where) for k in range(len(w))]
-        batch_index, pass_index = torch.tensor(index, device=device).T
-        at = torch.tensor([where[b][k] for b, k in index], device=device)
-        targets = torch.tensor([token_ids[b][k] for b, k in index], device=device)
+        states = hidden[chosen.rows, chosen.at[chosen.real]]  # [n, hidden]
+        token_ids = chosen.token_ids[chosen.real]
         step = positions_per_head_block(self.model)
-        gradients = hidden.new_zeros(len(where), max(len(w) for w in where), hidden.shape[-1])
-        for start in range(0, len(index), step):
-            block = slice(start, start + step)
-            leaf = hidden[batch_index[block], at[block]].requires_grad_()
-            logits = head_logits(self.model, leaf)
-            log_probs = torch.log_softmax(logits, dim=-1).gather(-1, targets[block, None])
-            gradients[batch_index[block], pass_index[block]] = torch.autograd.grad(log_probs.sum(), leaf)[0]
+        blocks = []
+        for start in range(0, len(states), step):
+            leaf = states[start : start + step].requires_grad_()
+            log_probs = torch.log_softmax(head_logits(self.model, leaf), dim=-1)
+            picked = log_probs.gather(-1, token_ids[start : start + step, None])
+            blocks.append(torch.autograd.grad(picked.sum(), leaf)[0])
+        gradients = hidden.new_zeros(*chosen.real.shape, hidden.shape[-1])
+        gradients[chosen.real] = torch.cat(blocks)
         return gradients
+
+    @contextmanager
+    def _thinned(self, input_ids: torch.Tensor, chosen: _Chosen) -> Iterator[None]:
+        """Run the last layer's feed-forward block at the chosen positions only.
+
+        Nothing else reads its output, and it takes each position by itself, so the other positions' share of every
+        backward pass would be spent on zeros. Whether a model keeps to this is tried out on the first batch.
+        """
+        block = getattr(layer_list(self.model)[1][-1], "mlp", None)
+        if self._can_thin is None:
+            self._can_thin = block is not None and self._thinning_changes_nothing(block, input_ids, chosen)
+        with _at_positions(block, chosen) if self._can_thin else nullcontext():
+            yield
+
+    def _thinning_changes_nothing(self, block: nn.Module, input_ids: torch.Tensor, chosen: _Chosen) -> bool:
+        at = (chosen.rows, chosen.at[chosen.real])
+        with torch.no_grad():
+            expected = decoder_hidden(self.model, input_ids)[at]
+            try:
+                with _at_positions(block, chosen):
+                    found = decoder_hidden(self.model, input_ids)[at]
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+                return False  # the block takes or returns something else than one tensor
+        tolerance = 100 * torch.finfo(expected.dtype).eps
+        return bool((found - expected).norm() <= tolerance * expected.norm())
 
     def _rows(self, deltas: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """Σ_s δ_s x_s for every target: [batch, in] each."""
@@ -294,6 +335,29 @@ def _resolve(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], t
 @contextmanager
 def _hooked(taps: Iterator[_Tap]) -> Iterator[None]:
     handles = [tap.linear.register_forward_hook(tap.hook) for tap in taps]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _at_positions(block: nn.Module, chosen: _Chosen) -> Iterator[None]:
+    """`block` sees, of its [batch, length, hidden] input, the chosen positions; its output is 0 at the others."""
+    length = 0
+
+    def gather(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal length
+        length = args[0].shape[1]
+        members = torch.arange(len(chosen.at), device=args[0].device)[:, None]
+        return (args[0][members, chosen.at], *args[1:])
+
+    def scatter(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        full = output.new_zeros(len(output), length, output.shape[-1])
+        return full.index_put((chosen.rows, chosen.at[chosen.real]), output[chosen.real])
+
+    handles = [block.register_forward_pre_hook(gather), block.register_forward_hook(scatter)]
     try:
         yield
     finally:

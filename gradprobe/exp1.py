@@ -1,0 +1,245 @@
+"""The whole of Exp 1 for one dump, on arrays: every number with its interval, its null and its ceiling.
+
+    common_n = smallest_bucket([dump.bin for dump in dumps])
+    result = measure_dump(dump.grads, dump.bin, dump.bins, dump.prompt, rollout_codes(...), common_n)
+    summary[tag] |= result.as_json()
+
+One pass over the buckets makes each one's Gram matrix, takes from it all that a bucket has to say, and keeps only
+what comparisons across buckets need (`subspaces`).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .compression import (
+    HALF_DRAWS,
+    MATCHED_DRAWS,
+    RANK_DRAWS,
+    DrawnNumber,
+    Interval,
+    MatchedN,
+    Sums,
+    drawn_number,
+    half_sample_interval,
+    matched_n,
+    sums_of_rows,
+)
+from .spectrum import Spectrum, smaller_gram, spectrum_of_gram
+from .subspaces import (
+    CEILING_DRAWS,
+    MAX_COSINE_BYTES,
+    NULL_DRAWS,
+    SUBSPACE_SIZES,
+    ColumnGeometry,
+    CosineGeometry,
+    Space,
+    measures_of,
+    nested,
+    shuffled_null,
+    split_half_ceiling,
+)
+
+RANK_PERCENTS = (50, 90, 95, 99)
+Table = list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How many random draws stand behind each kind of number."""
+
+    halves: int = HALF_DRAWS
+    matched: int = MATCHED_DRAWS
+    matched_rank: int = RANK_DRAWS
+    ceiling: int = CEILING_DRAWS
+    null: int = NULL_DRAWS
+
+
+@dataclass(frozen=True)
+class BucketNumbers:
+    """What one bucket has to say; see docs/methods.md for each. None: no number.
+
+    The intervals are those of `compression.half_sample_interval`.
+    """
+
+    n: int
+    participation_ratio: float | None
+    participation_ratio_ci95: Interval | None
+    top1_energy_frac: float | None
+    rank50: int | None
+    rank90: int | None
+    rank95: int | None
+    rank99: int | None
+    effective_rank: float | None
+    ess: float | None
+    ess_ci95: Interval | None
+    participation_ratio_unit_norm: float | None
+    participation_ratio_unit_norm_ci95: Interval | None
+    participation_ratio_isotropic: float | None
+    matched_n: MatchedN
+
+
+@dataclass(frozen=True)
+class Exp1:
+    """Exp 1 of one dump.
+
+    Attributes:
+        spectra: of each bucket, for figures.
+        sums: of each bucket, for `compression.compare_buckets`.
+        buckets: the numbers of each bucket.
+        cross: each measure of `subspaces.measures_of`, [B, B] with NaN for no number.
+        ceilings: per bucket, the same measures, [draws] each.
+        null: the same measures, [draws, B, B] each.
+        draws: how many were drawn of what.
+        seed: of all draws.
+    """
+
+    spectra: list[Spectrum]
+    sums: list[Sums]
+    buckets: list[BucketNumbers]
+    cross: dict[str, np.ndarray]
+    ceilings: list[dict[str, np.ndarray]]
+    null: dict[str, np.ndarray]
+    draws: Draws
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of `exp1_summary.json` that come from here; no NaN in it."""
+        tree = nested({path: _table(values) for path, values in self.cross.items()})
+        ceilings = [{path: _drawn(values) for path, values in ceiling.items()} for ceiling in self.ceilings]
+        null = {path: _drawn_table(values) for path, values in self.null.items()}
+        return {
+            "per_bucket": {str(index): asdict(numbers) for index, numbers in enumerate(self.buckets)},
+            "cross_bucket_top1_cosine": tree["top1_cosine"],
+            "cross_bucket_ceiling": [
+                None if ceiling["top1_cosine"] is None else ceiling["top1_cosine"]["mean"] for ceiling in ceilings
+            ],
+            "cross_bucket_overlap": tree["overlap"],
+            "cross_bucket_captured_energy": tree["captured"],
+            "cross_bucket_ceiling_detail": [nested(ceiling) for ceiling in ceilings],
+            "cross_bucket_null": nested(null),
+            "draws": asdict(self.draws) | {"seed": self.seed},
+        }
+
+
+def smallest_bucket(buckets: Iterable[np.ndarray]) -> int:
+    """The fewest rows of any bucket that has rows, over all dumps. `buckets`: the labels, [n], of each dump."""
+    counts = [count for labels in buckets for count in np.unique(labels, return_counts=True)[1]]
+    return int(min(counts, default=0))
+
+
+def measure_dump(
+    grads: np.ndarray,
+    bucket: np.ndarray,
+    n_buckets: int,
+    prompt: np.ndarray,
+    rollout: np.ndarray,
+    common_n: int,
+    *,
+    draws: Draws | None = None,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Exp1:
+    """All of Exp 1 for one dump.
+
+    Args:
+        grads: [n, d] float32, may be a memory map: blocks are read.
+        bucket: [n] entropy bucket, 0 .. n_buckets - 1.
+        n_buckets: how many there are, empty ones included.
+        prompt: [n] number of each row's prompt. For comparisons across dumps, equal numbers must mean equal prompts.
+        rollout: [n] number of each row's rollout (`compression.rollout_codes`).
+        common_n: the n at which buckets are compared, `smallest_bucket` of all dumps.
+        draws: how many random draws of each kind; None for the defaults.
+        seed: of all draws.
+        on_step: called `n_steps` times.
+    """
+    draws = draws or Draws()
+    rows = [np.flatnonzero(bucket == index) for index in range(n_buckets)]
+    geometry = geometry_for(grads, rows)
+    spectra, sums, numbers, spaces = [], [], [], []
+    for own in rows:
+        gram = smaller_gram(grads, own) if len(own) else np.zeros((0, 0))
+        spectrum, space = _spectrum_and_space(grads, own, gram, geometry)
+        row_gram = gram if len(own) < grads.shape[1] else None
+        own_sums = sums_of_rows(grads, own, rollout[own], prompt[own], row_gram)
+        matched = matched_n(
+            grads, own, rollout[own], own_sums, spectrum, common_n,
+            gram=row_gram, draws=draws.matched, rank_draws=draws.matched_rank, seed=seed,
+        )  # fmt: skip
+        spectra.append(spectrum)
+        sums.append(own_sums)
+        numbers.append(_bucket_numbers(spectrum, own_sums, matched, draws.halves, seed))
+        spaces.append(space)
+        del gram, row_gram
+        on_step()
+    if isinstance(geometry, CosineGeometry):
+        for i, j in zip(*np.triu_indices(n_buckets, 1), strict=True):
+            geometry.set_cross(rows[i], rows[j])
+    on_step()
+    ceilings = []
+    for own in rows:
+        ceilings.append(split_half_ceiling(geometry, own, prompt[own], draws.ceiling, seed))
+        on_step()
+    null = shuffled_null(geometry, bucket, rollout, n_buckets, draws.null, seed, on_step)
+    return Exp1(spectra, sums, numbers, measures_of(geometry.compare(spaces)), ceilings, null, draws, seed)
+
+
+def n_steps(n_buckets: int, draws: Draws | None = None) -> int:
+    """How often `measure_dump` calls `on_step`."""
+    return 2 * n_buckets + 1 + (draws or Draws()).null
+
+
+def geometry_for(grads: np.ndarray, rows: list[np.ndarray]) -> CosineGeometry | ColumnGeometry:
+    """Cosines of all rows where each bucket has fewer rows than d and they fit 3 GiB; else d × d matrices."""
+    small = max(map(len, rows), default=0) < grads.shape[1] and 4 * len(grads) ** 2 <= MAX_COSINE_BYTES
+    return CosineGeometry(grads) if small else ColumnGeometry(grads)
+
+
+def _spectrum_and_space(
+    grads: np.ndarray, rows: np.ndarray, gram: np.ndarray, geometry: CosineGeometry | ColumnGeometry
+) -> tuple[Spectrum, Space]:
+    if isinstance(geometry, CosineGeometry):
+        geometry.set_gram(rows, gram)
+    spectrum, vectors = spectrum_of_gram(grads, rows, gram, max(SUBSPACE_SIZES))
+    return spectrum, geometry.space_of_eigenvectors(rows, spectrum.energies[: vectors.shape[1]], vectors)
+
+
+def _bucket_numbers(spectrum: Spectrum, sums: Sums, matched: MatchedN, half_draws: int, seed: int) -> BucketNumbers:
+    everything = np.ones((1, len(sums.n)))
+
+    def interval(measure: Callable[[Sums, np.ndarray], np.ndarray]) -> Interval | None:
+        return half_sample_interval(sums, measure, half_draws, seed)
+
+    return BucketNumbers(
+        n=spectrum.n,
+        participation_ratio=spectrum.participation_ratio,
+        participation_ratio_ci95=interval(Sums.participation_ratios),
+        top1_energy_frac=spectrum.top1_energy_frac,
+        **{f"rank{percent}": spectrum.rank(percent / 100) for percent in RANK_PERCENTS},
+        effective_rank=spectrum.effective_rank,
+        ess=_number(sums.effective_sample_sizes(everything)[0]),
+        ess_ci95=interval(Sums.effective_sample_sizes),
+        participation_ratio_unit_norm=_number(sums.unit_norm_participation_ratios(everything)[0]),
+        participation_ratio_unit_norm_ci95=interval(Sums.unit_norm_participation_ratios),
+        participation_ratio_isotropic=_number(sums.isotropic_participation_ratios(everything)[0]),
+        matched_n=matched,
+    )
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _table(values: np.ndarray) -> Table:
+    return [[_number(value) for value in row] for row in values]
+
+
+def _drawn(values: np.ndarray) -> dict[str, Any] | None:
+    found: DrawnNumber | None = drawn_number(values)
+    return None if found is None else asdict(found)
+
+
+def _drawn_table(values: np.ndarray) -> list[list[dict[str, Any] | None]]:
+    return [[_drawn(values[:, i, j]) for j in range(values.shape[2])] for i in range(values.shape[1])]
