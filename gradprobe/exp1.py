@@ -16,8 +16,9 @@ import numpy as np
 
 from .compression import (
     HALF_DRAWS,
+    LARGE_GRAM,
     MATCHED_DRAWS,
-    RANK_DRAWS,
+    RANK_DRAWS_OF_LARGE,
     DrawnNumber,
     Interval,
     MatchedN,
@@ -48,13 +49,27 @@ Table = list[list[float | None]]
 
 @dataclass(frozen=True)
 class Draws:
-    """How many random draws stand behind each kind of number."""
+    """How many random draws stand behind each kind of number.
+
+    Attributes:
+        halves: halves of prompts, for intervals.
+        matched: subsamples at equal n, for participation ratios.
+        matched_rank: of these, those that are decomposed for the rank.
+        matched_rank_of_large: the same where n and d both exceed 1,024: each takes seconds there.
+        ceiling: halves of prompts, for the ceilings of measures across buckets.
+        null: shuffles of bucket labels.
+    """
 
     halves: int = HALF_DRAWS
     matched: int = MATCHED_DRAWS
-    matched_rank: int = RANK_DRAWS
+    matched_rank: int = MATCHED_DRAWS
+    matched_rank_of_large: int = RANK_DRAWS_OF_LARGE
     ceiling: int = CEILING_DRAWS
     null: int = NULL_DRAWS
+
+    def ranks_of(self, n: int, dim: int) -> int:
+        """How many subsamples of n rows of length `dim` are decomposed."""
+        return self.matched_rank_of_large if min(n, dim) > LARGE_GRAM else self.matched_rank
 
 
 @dataclass(frozen=True)
@@ -158,22 +173,11 @@ def measure_dump(
     draws = draws or Draws()
     rows = [np.flatnonzero(bucket == index) for index in range(n_buckets)]
     geometry = geometry_for(grads, rows)
-    spectra, sums, numbers, spaces = [], [], [], []
+    measured = []
     for own in rows:
-        gram = smaller_gram(grads, own) if len(own) else np.zeros((0, 0))
-        spectrum, space = _spectrum_and_space(grads, own, gram, geometry)
-        row_gram = gram if len(own) < grads.shape[1] else None
-        own_sums = sums_of_rows(grads, own, rollout[own], prompt[own], row_gram)
-        matched = matched_n(
-            grads, own, rollout[own], own_sums, spectrum, common_n,
-            gram=row_gram, draws=draws.matched, rank_draws=draws.matched_rank, seed=seed,
-        )  # fmt: skip
-        spectra.append(spectrum)
-        sums.append(own_sums)
-        numbers.append(_bucket_numbers(spectrum, own_sums, matched, draws.halves, seed))
-        spaces.append(space)
-        del gram, row_gram
+        measured.append(_measure_bucket(grads, own, prompt[own], rollout[own], geometry, common_n, draws, seed))
         on_step()
+    spectra, sums, numbers, spaces = map(list, zip(*measured, strict=True))
     if isinstance(geometry, CosineGeometry):
         for i, j in zip(*np.triu_indices(n_buckets, 1), strict=True):
             geometry.set_cross(rows[i], rows[j])
@@ -197,13 +201,29 @@ def geometry_for(grads: np.ndarray, rows: list[np.ndarray]) -> CosineGeometry | 
     return CosineGeometry(grads) if small else ColumnGeometry(grads)
 
 
-def _spectrum_and_space(
-    grads: np.ndarray, rows: np.ndarray, gram: np.ndarray, geometry: CosineGeometry | ColumnGeometry
-) -> tuple[Spectrum, Space]:
+def _measure_bucket(
+    grads: np.ndarray,
+    rows: np.ndarray,
+    prompt: np.ndarray,
+    rollout: np.ndarray,
+    geometry: CosineGeometry | ColumnGeometry,
+    common_n: int,
+    draws: Draws,
+    seed: int,
+) -> tuple[Spectrum, Sums, BucketNumbers, Space]:
+    """All that hangs on one bucket's Gram matrix, which lives no longer than this call."""
+    gram = smaller_gram(grads, rows) if len(rows) else np.zeros((0, 0))
+    row_gram = gram if len(rows) < grads.shape[1] else None
     if isinstance(geometry, CosineGeometry):
         geometry.set_gram(rows, gram)
     spectrum, vectors = spectrum_of_gram(grads, rows, gram, max(SUBSPACE_SIZES))
-    return spectrum, geometry.space_of_eigenvectors(rows, spectrum.energies[: vectors.shape[1]], vectors)
+    space = geometry.space_of_eigenvectors(rows, spectrum.energies[: vectors.shape[1]], vectors)
+    sums = sums_of_rows(grads, rows, rollout, prompt, row_gram)
+    matched = matched_n(
+        grads, rows, rollout, sums, spectrum, common_n,
+        gram=row_gram, draws=draws.matched, rank_draws=draws.ranks_of(common_n, grads.shape[1]), seed=seed,
+    )  # fmt: skip
+    return spectrum, sums, _bucket_numbers(spectrum, sums, matched, draws.halves, seed), space
 
 
 def _bucket_numbers(spectrum: Spectrum, sums: Sums, matched: MatchedN, half_draws: int, seed: int) -> BucketNumbers:
