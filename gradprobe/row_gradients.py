@@ -228,7 +228,7 @@ class RowGradients:
                     found = decoder_hidden(self.model, input_ids)[at]
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 return False  # the block takes or returns something else than one tensor
-        tolerance = 100 * torch.finfo(expected.dtype).eps
+        tolerance = 20 * torch.finfo(expected.dtype).eps  # rounding; a block that mixes positions is off by far more
         return bool((found - expected).norm() <= tolerance * expected.norm())
 
     def _rows(self, deltas: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

@@ -101,6 +101,25 @@ def test_padding_on_the_left_without_a_mask_would_show(monkeypatch):
     assert max(relative_error(together[key], alone[key]) for key in alone) > 0.05
 
 
+def test_a_feed_forward_block_that_mixes_positions_is_found_out(monkeypatch):
+    """The shortcut through the last block must not be taken where the block does not take each position by itself."""
+    model = tiny_model(1, torch.float64)
+    block = model.model.layers[-1].mlp
+    plain_forward = block.forward
+
+    def mixing(hidden):
+        steps = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype)[:, None]
+        return plain_forward(hidden) + hidden.cumsum(1) / steps
+
+    monkeypatch.setattr(block, "forward", mixing)
+    prompts, responses = random_rollouts(4, seed=2)
+    positions = [np.array([len(response) - 1]) for response in responses]
+    for (t, i, p), row in engine_rows(model, TARGETS, prompts, responses, positions, 60).items():
+        weight = f"model.layers.{TARGETS[t].layer}.{TARGETS[t].suffix}"
+        tokens, at = prompts[i] + responses[i], len(prompts[i]) + p
+        assert relative_error(row, oracle_gradient(model, tokens, at, weight, TARGETS[t].row_idx)) < 1e-10
+
+
 def test_rollouts_without_positions_are_left_out():
     model = tiny_model(4)
     positions = [np.array([], dtype=int), np.array([1])]
