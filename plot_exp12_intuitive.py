@@ -2,11 +2,12 @@
 """The headline figures of both experiments, base beside trained.
 
 Computes from the dumps what the two analyses compute, and writes `exp1_headline.png` (participation
-ratio and rank95 per bucket, 2-D PCA of base and of trained), `exp1_bin4_energy.png` (cumulative energy of the
-highest-entropy bucket; the file keeps its name where there are not 5 buckets) and `exp2_headline.png` (cosines of
-correct and incorrect gradients with their control). Where several targets were probed these show the first, and
-`exp12_replication.png` shows each headline number over all of them, from the summaries that the analyses left in
-the output directory. The numbers drawn go to stdout.
+ratios and rank95 per bucket with intervals, 2-D PCA of base and of trained), `exp1_bin4_energy.png` (cumulative
+energy of the highest-entropy bucket; the file keeps its name where there are not 5 buckets) and `exp2_headline.png`
+(rho with its verdict, cosines of correct and incorrect gradients with their controls). Where several targets were
+probed these show the first, and `exp12_replication.png` shows each headline number over all of them, from the
+summaries that the analyses left in the output directory. From the same summaries and all figures it writes
+`report.html`, one page to read or mail. The numbers drawn go to stdout.
 
 The study's dumps:
     python plot_exp12_intuitive.py --base out/exp12/exp12_base --trained out/exp12/exp12_trained \\
@@ -25,21 +26,34 @@ from typing import Any
 import numpy as np
 
 from analyze_exp1_compression import SUMMARY as EXP1_SUMMARY
-from analyze_exp1_compression import bucket_spectra
+from analyze_exp1_compression import compare_with_first, comparison_report, measure_dumps
 from analyze_exp2_direction import SUMMARY as EXP2_SUMMARY
-from analyze_exp2_direction import top_bucket_directions
-from gradprobe import figures
-from gradprobe.analysis_inputs import first_targets, format_number, format_table, open_dumps, subjects_of, warn
+from analyze_exp2_direction import bucket_directions, format_p_value
+from gradprobe import figures, figures_compression, figures_direction
+from gradprobe.analysis_inputs import (
+    first_targets,
+    format_number,
+    format_table,
+    format_with_interval,
+    open_dumps,
+    subjects_of,
+    warn,
+)
+from gradprobe.compression import Ratio
 from gradprobe.console import say, script_main
-from gradprobe.direction import Directions, summarise
-from gradprobe.dump import Dump, make_directory, read_json
+from gradprobe.direction import BucketDirections, summarise
+from gradprobe.dump import Dump, make_directory, read_json, write_text
 from gradprobe.errors import InputError
-from gradprobe.spectrum import Projection, Spectrum, project_to_plane
+from gradprobe.exp1 import BucketNumbers, Draws, Exp1
+from gradprobe.report import render_report
+from gradprobe.spectrum import Projection, project_to_plane
 
 EXP1_HEADLINE = "exp1_headline.png"
 TOP_BUCKET_ENERGY = "exp1_bin4_energy.png"
 EXP2_HEADLINE = "exp2_headline.png"
 REPLICATION = "exp12_replication.png"
+COMPRESSION_COLUMNS = ("n", "PR [95%]", "unit-norm PR [95%]", "rank95 at equal n")
+REPORT = "report.html"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -63,18 +77,45 @@ def main(argv: list[str] | None = None) -> int:
     for difference in differences(dumps):
         say(f"warning: {difference}")
 
-    spectra = [bucket_spectra(dump, tag) for tag, dump in dumps.items()]
+    results = measure_dumps(dumps, Draws(ceiling=0, null=0))
+    compared = compare_with_first(results)["trained"] or []
     projections = [project_to_plane(dump.grads, np.arange(len(dump.grads))) for dump in dumps.values()]
-    directions = [top_bucket_directions(dump) for dump in dumps.values()]
-    drawn = draw(dumps, spectra, projections, directions)
+    directions = [bucket_directions(dump, dump.bins - 1) for dump in dumps.values()]
+    drawn = draw(dumps, results, compared, projections, directions)
     if all(len(targets) > 1 for targets in all_targets.values()):
         drawn |= draw_replication(args.output_dir, all_targets)
 
     for name, figure in drawn.items():
         figures.save(figure, args.output_dir / name)
-    print(report(list(dumps), spectra, directions), end="\n\n")
-    print("\n".join(f"wrote {args.output_dir / name}" for name in drawn))
+    print(report(results, compared, directions), end="\n\n")
+    written = [*drawn, *write_report(args.output_dir, dumps)]
+    print("\n".join(f"wrote {args.output_dir / name}" for name in written))
     return 0
+
+
+def write_report(output_dir: Path, dumps: dict[str, Dump]) -> list[str]:
+    """Write `report.html` from the summaries and figures in `output_dir`; nothing if the analyses left none there."""
+    summaries = [output_dir / name for name in (EXP1_SUMMARY, EXP2_SUMMARY)]
+    contents = [read_json(file) if file.is_file() else {} for file in summaries]
+    if not all(_is_about(summary, dumps) for summary in contents):
+        say(
+            f"warning: {REPORT} is not written: it needs {EXP1_SUMMARY} and {EXP2_SUMMARY} of these dumps in "
+            f"{output_dir}; run both analyses with base=... trained=... first"
+        )
+        return []
+    pictures = {file.name: file.read_bytes() for file in sorted(output_dir.glob("exp*.png"))}
+    manifests = {tag: dump.manifest for tag, dump in dumps.items()}
+    write_text(output_dir / REPORT, render_report(*contents, manifests, pictures))
+    return [REPORT]
+
+
+def _is_about(summary: dict[str, Any], dumps: dict[str, Dump]) -> bool:
+    """Whether a summary holds these dumps' tags, of the same models and targets."""
+    return list(summary) == list(dumps) and all(
+        summary[tag][key] == dump.manifest[name]
+        for tag, dump in dumps.items()
+        for key, name in (("model", "model_path"), ("target", "target"), ("row_idx", "row_idx"))
+    )
 
 
 def refuse_different_buckets(dumps: dict[str, Dump]) -> None:
@@ -96,17 +137,22 @@ def differences(dumps: dict[str, Dump]) -> list[str]:
 
 def draw(
     dumps: dict[str, Dump],
-    spectra: list[list[Spectrum]],
+    results: dict[str, Exp1],
+    compared: list[Ratio | None],
     projections: list[Projection],
-    directions: list[Directions],
+    directions: list[BucketDirections],
 ) -> dict[str, figures.Figure]:
     """The three figures by file name."""
     subjects = subjects_of(dumps)
     buckets_of_rows = [dump.bin[shown.rows] for dump, shown in zip(dumps.values(), projections, strict=True)]
     return {
-        EXP1_HEADLINE: figures.draw_compression_headline(subjects, spectra, projections, buckets_of_rows),
-        TOP_BUCKET_ENERGY: figures.draw_top_bucket_energy(subjects, [buckets[-1] for buckets in spectra]),
-        EXP2_HEADLINE: figures.draw_direction_headline(subjects, directions),
+        EXP1_HEADLINE: figures_compression.draw_compression_headline(
+            subjects, list(results.values()), compared, projections, buckets_of_rows
+        ),
+        TOP_BUCKET_ENERGY: figures_compression.draw_top_bucket_energy(
+            subjects, [result.spectra[-1] for result in results.values()]
+        ),
+        EXP2_HEADLINE: figures_direction.draw_direction_headline(subjects, directions),
     }
 
 
@@ -132,29 +178,46 @@ def replications_in(file: Path, dumps: dict[str, list[Dump]]) -> list[dict[str, 
     return tables if [table.get("targets") for table in tables] == targets else None
 
 
-def report(tags: list[str], spectra: list[list[Spectrum]], directions: list[Directions]) -> str:
+def report(results: dict[str, Exp1], compared: list[Ratio | None], directions: list[BucketDirections]) -> str:
     """The numbers drawn, as tables for people."""
-    measures = {
-        "n": lambda spectrum: spectrum.n,
-        "participation ratio": lambda spectrum: spectrum.participation_ratio,
-        "rank95": lambda spectrum: spectrum.rank(0.95),
-    }
     bucket_table = format_table(
-        ["bucket", *(f"{measure}, {tag}" for measure in measures for tag in tags)],
+        ["bucket", *(f"{measure}, {tag}" for measure in COMPRESSION_COLUMNS for tag in results)],
         [
-            [str(index), *(format_number(number(s), 2) for number in measures.values() for s in both)]
-            for index, both in enumerate(zip(*spectra, strict=True))
+            [str(index), *(cell for cells in zip(*map(_compression_cells, both), strict=True) for cell in cells)]
+            for index, both in enumerate(zip(*(result.buckets for result in results.values()), strict=True))
         ],
     )
-    cosines = [(summarise(result.cosines), summarise(result.control_cosines)) for result in directions]
+    columns = ["prompts", "mean cos", "control n", "control mean", "rollout control n", "rollout control mean"]
     direction_table = format_table(
-        ["highest-entropy bucket", "prompts", "mean cos", "control n", "control mean"],
-        [
-            [tag, str(group.n), format_number(group.mean), str(control.n), format_number(control.mean)]
-            for tag, (group, control) in zip(tags, cosines, strict=True)
-        ],
+        ["highest-entropy bucket", *columns, "rho [95%]", "p (n)", "verdict"],
+        [[tag, *_direction_cells(result)] for tag, result in zip(results, directions, strict=True)],
     )
-    return f"{bucket_table}\n\n{direction_table}"
+    return f"{bucket_table}\n\n{comparison_report(*results, compared)}\n\n{direction_table}"
+
+
+def _compression_cells(numbers: BucketNumbers) -> list[str]:
+    """What `COMPRESSION_COLUMNS` names."""
+    rank = numbers.matched_n.rank95
+    return [
+        str(numbers.n),
+        format_with_interval(numbers.participation_ratio, numbers.participation_ratio_ci95),
+        format_with_interval(numbers.participation_ratio_unit_norm, numbers.participation_ratio_unit_norm_ci95),
+        format_number(None if rank is None else rank.mean, 1),
+    ]
+
+
+def _direction_cells(result: BucketDirections) -> list[str]:
+    group = summarise(result.directions.cosines)
+    controls = [summarise(v) for v in (result.directions.control_cosines, result.control_by_rollout_cosines)]
+    found = result.alignment
+    return [
+        str(group.n),
+        format_number(group.mean),
+        *(cell for control in controls for cell in (str(control.n), format_number(control.mean))),
+        format_with_interval(found.rho, found.ci95),
+        format_p_value(found.p_value, found.n_prompts),
+        found.verdict,
+    ]
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ if [[ "$DEVICE" != cpu ]]; then
     [[ "$DEVICE" == auto || ${#gpus[@]} -gt 0 ]] || die "DEVICE=cuda: nvidia-smi lists no GPU; set GPUS or DEVICE=cpu"
 fi
 
+n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
+# Analyses work on many small matrices too, where threads that wait for each other cost more than they bring: with
+# both of two cores, Exp 1 of the demo took twice as long as with one.
+analysis_threads=$(((n_cores + 1) / 2))
 n_jobs=$((2 * SHARDS_PER_MODEL))
 if ((${#gpus[@]} > 0)); then
     device=cuda
@@ -54,7 +58,6 @@ if ((${#gpus[@]} > 0)); then
     threads=""
 else
     device=cpu
-    n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
     n_slots=$((n_cores < n_jobs ? n_cores : n_jobs))
     threads=$((n_cores / n_slots))
 fi
@@ -143,8 +146,13 @@ finish_one() { # waits for whichever step ends first; its slot -> freed_slot
     freed_slot="${slot_of[$pid]}"
 }
 
+with_threads() { # number -> the array `where`, to be put before a command
+    where=(env "OMP_NUM_THREADS=$1" "MKL_NUM_THREADS=$1" "OPENBLAS_NUM_THREADS=$1")
+}
+
 run_step() { # name, log, command...
-    start "$1" "$2" 0 "${@:3}"
+    with_threads "$analysis_threads"
+    start "$1" "$2" 0 "${where[@]}" "${@:3}"
     finish_one
 }
 
@@ -182,12 +190,11 @@ for tag in base trained; do
         slot="${free_slots[0]}"
         free_slots=("${free_slots[@]:1}")
         probe_command "$tag" "$shard"
-        where=(env)
         if [[ "$device" == cuda ]]; then
-            where+=("CUDA_VISIBLE_DEVICES=${gpus[$slot]}")
+            where=(env "CUDA_VISIBLE_DEVICES=${gpus[$slot]}")
             say "probe $tag shard $shard: started on GPU ${gpus[$slot]}"
         else
-            where+=("OMP_NUM_THREADS=$threads" "MKL_NUM_THREADS=$threads" "OPENBLAS_NUM_THREADS=$threads")
+            with_threads "$threads"
             say "probe $tag shard $shard: started on the CPU, $threads threads"
         fi
         start "probe $tag shard $shard" "$logs/${tag}_s$shard.log" "$slot" "${where[@]}" "${command[@]}"

@@ -1,7 +1,7 @@
 """What the analysis scripts have in common: dumps in and checked, what figures call them, tables for people."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -88,6 +88,14 @@ def format_number(value: float | int | None, decimals: int = 3) -> str:
     if value is None:
         return MISSING
     return str(value) if isinstance(value, int) else f"{value:.{decimals}f}"
+
+
+def format_with_interval(value: float | None, interval: Sequence[float] | None, decimals: int = 2) -> str:
+    """`-0.63 [-1.33, -0.27]`; `-` for what there is not."""
+    if value is None:
+        return MISSING
+    ends = MISSING if interval is None else ", ".join(format_number(end, decimals) for end in interval)
+    return f"{format_number(value, decimals)} [{ends}]"
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:

@@ -406,6 +406,12 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         stream.write("\n")
 
 
+def write_text(file: Path, content: str) -> None:
+    """Write a text file, whole or not at all."""
+    with _written_aside(file) as stream:
+        stream.write(content)
+
+
 def write_records(file: Path, records: Iterable[Rollout | Position]) -> None:
     """Write `rollouts.jsonl` or `meta.jsonl`, one record a line, whole or not at all."""
     with _written_aside(file) as stream:

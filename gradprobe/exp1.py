@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import betaincinv
 
 from .compression import (
     HALF_DRAWS,
@@ -44,6 +45,7 @@ from .subspaces import (
 )
 
 RANK_PERCENTS = (50, 90, 95, 99)
+ROUNDING_OF_MEASURES = 1e-5
 Table = list[list[float | None]]
 
 
@@ -120,6 +122,20 @@ class Exp1:
     draws: Draws
     seed: int
 
+    def top1_repeats(self) -> list[str | None]:
+        """Per bucket: does its leading direction come up in both halves of its prompts? None: no ceiling.
+
+        "yes" where the ceiling's 95% range lies above, "no" where it lies below what the |cos| of two random
+        directions stays under 95% of the time (cos² of those is Beta(1/2, (d-1)/2)), else "can't tell".
+        """
+        dim = self.sums[0].dim
+        random = float(np.sqrt(betaincinv(0.5, (dim - 1) / 2, 0.95))) if dim > 1 else 1.0
+        found = [drawn_number(ceiling["top1_cosine"]) for ceiling in self.ceilings]
+        return [
+            None if one is None else "yes" if one.ci95[0] > random else "no" if one.ci95[1] < random else "can't tell"
+            for one in found
+        ]
+
     def as_json(self) -> dict[str, Any]:
         """The keys of `exp1_summary.json` that come from here; no NaN in it."""
         tree = nested({path: _table(values) for path, values in self.cross.items()})
@@ -131,12 +147,31 @@ class Exp1:
             "cross_bucket_ceiling": [
                 None if ceiling["top1_cosine"] is None else ceiling["top1_cosine"]["mean"] for ceiling in ceilings
             ],
+            "cross_bucket_top1_repeats": self.top1_repeats(),
             "cross_bucket_overlap": tree["overlap"],
             "cross_bucket_captured_energy": tree["captured"],
             "cross_bucket_ceiling_detail": [nested(ceiling) for ceiling in ceilings],
             "cross_bucket_null": nested(null),
             "draws": asdict(self.draws) | {"seed": self.seed},
         }
+
+
+def place_in_null(value: float, null: np.ndarray) -> int:
+    """-1 below, 1 above the central 95% of `null`, [draws], 0 inside or where either has no number."""
+    null = null[np.isfinite(null)]
+    if len(null) == 0 or not np.isfinite(value):
+        return 0
+    low, high = np.quantile(null, [0.025, 0.975])
+    return int(value > high + ROUNDING_OF_MEASURES) - int(value < low - ROUNDING_OF_MEASURES)
+
+
+def chance_outside_null(draws: int) -> float:
+    """About how often `place_in_null` of `draws` is not 0 where the value is one more draw of the same null.
+
+    The quantiles lie between the outermost two of the draws, at 0.025 (draws - 1) of the way, and one more draw falls
+    with equal chance between any two neighbours.
+    """
+    return min(1.0, 2 * (1 + 0.025 * (draws - 1)) / (draws + 1))
 
 
 def smallest_bucket(buckets: Iterable[np.ndarray]) -> int:

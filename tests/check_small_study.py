@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-FIGURES = """exp1_cumulative_energy exp1_cross_bucket_cosine exp1_headline exp1_bin4_energy
-    exp2_direction_cosine_hist exp2_headline""".split()
+FIGURES = """exp1_cumulative_energy exp1_cross_bucket_cosine exp1_norms exp1_headline exp1_bin4_energy
+    exp2_direction_cosine_hist exp2_alignment exp2_headline""".split()
 BANDS = {
     "base accuracy": (0.28, 0.75),
     "trained accuracy": (0.50, 0.97),
@@ -51,6 +51,7 @@ def main(root: Path) -> int:
         content = (root / "exp12_figures" / f"{name}.png").read_bytes()
         assert content.startswith(b"\x89PNG"), name
         assert len(content) > 20_000, name
+    assert (root / "exp12_figures" / "report.html").stat().st_size > 500_000
     for name in ("exp1.txt", "exp2.txt", "plot.txt"):
         assert (root / "exp12_figures" / name).stat().st_size > 200, name
     outside = 0

@@ -1,0 +1,55 @@
+"""Open a report in headless Chromium: it renders, the console stays quiet, and it fits a phone's width.
+
+    python tests/check_report_in_browser.py out/exp12/exp12_figures/report.html [SCREENSHOT.png]
+
+Exits non-zero otherwise. Needs `chromium` (Debian's package of that name).
+"""
+
+import html
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PHONE_WIDTH = 390
+QUIET = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars""".split()
+PROBE = """<!doctype html><title>waiting</title><iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe>
+<script>addEventListener("load", () => {{
+  const page = document.getElementById("page").contentDocument, images = [...page.images];
+  document.title = ["measured", page.documentElement.scrollWidth, page.documentElement.clientWidth, images.length,
+    images.filter(i => i.complete && i.naturalWidth > 0).length, page.querySelectorAll("script").length].join(" ");
+}});</script>"""
+
+
+def chromium(profile: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Chromium to its end; stderr holds what pages wrote to the console."""
+    command = ["chromium", *QUIET, f"--user-data-dir={profile}", "--enable-logging=stderr", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def main(report: Path, screenshot: Path | None = None) -> int:
+    """Check one report."""
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = Path(scratch) / "probe.html"
+        probe.write_text(PROBE.format(width=PHONE_WIDTH, page=html.escape(report.read_text(encoding="utf-8"))))
+        result = chromium(f"{scratch}/profile", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri())
+        measured = re.search(r"<title>measured (\d+) (\d+) (\d+) (\d+) (\d+)</title>", result.stdout)
+        assert measured, "the page did not load"
+        scroll_width, client_width, n_images, n_loaded, n_scripts = map(int, measured.groups())
+        console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+        if screenshot is not None:
+            size = "--window-size=1100,6000"
+            chromium(f"{scratch}/profile", size, f"--screenshot={screenshot.resolve()}", report.resolve().as_uri())
+    widths = f"{scroll_width} px wide on {client_width} px"
+    print(f"{n_loaded} of {n_images} images, {widths}, console: {console or 'quiet'}")
+    assert scroll_width <= client_width, "wider than a phone"
+    assert n_loaded == n_images >= 6, "an image did not load"
+    assert n_scripts == 0
+    assert not console
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *map(Path, sys.argv[2:3])))
