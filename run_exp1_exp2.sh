@@ -218,3 +218,4 @@ say "everything: $((SECONDS - began)) s"
 cat -- "$figures/exp1.txt" "$figures/exp2.txt"
 printf '\nFigures:\n'
 printf '  %s\n' "$figures"/*.png
+printf 'All of it on one page:\n  %s\n' "$figures/report.html"
