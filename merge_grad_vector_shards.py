@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,8 +253,7 @@ def main(argv: list[str] | None = None) -> int:
 
     clear(args.out_dir, list(targets))
     if rollout_files is not None:
-        merged = merged_rollouts(rollout_files, namespaces(first))
-        contract.write_jsonl(args.out_dir / contract.ROLLOUTS, (asdict(rollout) for rollout in merged))
+        contract.write_records(args.out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
     for name, shards in targets.items():
         merge_target(args.out_dir / (name or ""), shards, rollout_files)
     return 0

@@ -25,10 +25,17 @@ from typing import Any
 
 import numpy as np
 
+from analyze_exp1_compression import (
+    CROSS_BUCKET_COSINE,
+    CUMULATIVE_ENERGY,
+    NORMS,
+    compare_with_first,
+    comparison_report,
+    measure_dumps,
+)
 from analyze_exp1_compression import SUMMARY as EXP1_SUMMARY
-from analyze_exp1_compression import compare_with_first, comparison_report, measure_dumps
+from analyze_exp2_direction import ALIGNMENT, HISTOGRAM, bucket_directions, format_p_value
 from analyze_exp2_direction import SUMMARY as EXP2_SUMMARY
-from analyze_exp2_direction import bucket_directions, format_p_value
 from gradprobe import figures, figures_compression, figures_direction
 from gradprobe.analysis_inputs import (
     first_targets,
@@ -54,6 +61,7 @@ EXP2_HEADLINE = "exp2_headline.png"
 REPLICATION = "exp12_replication.png"
 COMPRESSION_COLUMNS = ("n", "PR [95%]", "unit-norm PR [95%]", "rank95 at equal n")
 REPORT = "report.html"
+ANALYSES_FIGURES = (CUMULATIVE_ENERGY, CROSS_BUCKET_COSINE, NORMS, HISTOGRAM, ALIGNMENT)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -82,31 +90,31 @@ def main(argv: list[str] | None = None) -> int:
     projections = [project_to_plane(dump.grads, np.arange(len(dump.grads))) for dump in dumps.values()]
     directions = [bucket_directions(dump, dump.bins - 1) for dump in dumps.values()]
     drawn = draw(dumps, results, compared, projections, directions)
-    if all(len(targets) > 1 for targets in all_targets.values()):
-        drawn |= draw_replication(args.output_dir, all_targets)
+    summaries = read_summaries(args.output_dir, dumps)
+    if summaries is not None:
+        drawn |= draw_replication(summaries, all_targets)
 
     for name, figure in drawn.items():
         figures.save(figure, args.output_dir / name)
     print(report(results, compared, directions), end="\n\n")
-    written = [*drawn, *write_report(args.output_dir, dumps)]
+    if summaries is not None:
+        write_report(args.output_dir, dumps, summaries, list(drawn))
+    written = [*drawn, *([] if summaries is None else [REPORT])]
     print("\n".join(f"wrote {args.output_dir / name}" for name in written))
     return 0
 
 
-def write_report(output_dir: Path, dumps: dict[str, Dump]) -> list[str]:
-    """Write `report.html` from the summaries and figures in `output_dir`; nothing if the analyses left none there."""
-    summaries = [output_dir / name for name in (EXP1_SUMMARY, EXP2_SUMMARY)]
-    contents = [read_json(file) if file.is_file() else {} for file in summaries]
-    if not all(_is_about(summary, dumps) for summary in contents):
-        say(
-            f"warning: {REPORT} is not written: it needs {EXP1_SUMMARY} and {EXP2_SUMMARY} of these dumps in "
-            f"{output_dir}; run both analyses with base=... trained=... first"
-        )
-        return []
-    pictures = {file.name: file.read_bytes() for file in sorted(output_dir.glob("exp*.png"))}
-    manifests = {tag: dump.manifest for tag, dump in dumps.items()}
-    write_text(output_dir / REPORT, render_report(*contents, manifests, pictures))
-    return [REPORT]
+def read_summaries(output_dir: Path, dumps: dict[str, Dump]) -> list[dict[str, Any]] | None:
+    """What the analyses of these dumps left in `output_dir`; None, and a warning, if it is not there."""
+    files = [output_dir / name for name in (EXP1_SUMMARY, EXP2_SUMMARY)]
+    summaries = [read_json(file) if file.is_file() else {} for file in files]
+    if all(_is_about(summary, dumps) for summary in summaries):
+        return summaries
+    say(
+        f"warning: {REPORT} is not written, nor {REPLICATION} drawn: they need {EXP1_SUMMARY} and {EXP2_SUMMARY} of "
+        f"these dumps in {output_dir}; run both analyses with base=... trained=... first"
+    )
+    return None
 
 
 def _is_about(summary: dict[str, Any], dumps: dict[str, Dump]) -> bool:
@@ -116,6 +124,14 @@ def _is_about(summary: dict[str, Any], dumps: dict[str, Dump]) -> bool:
         for tag, dump in dumps.items()
         for key, name in (("model", "model_path"), ("target", "target"), ("row_idx", "row_idx"))
     )
+
+
+def write_report(output_dir: Path, dumps: dict[str, Dump], summaries: list[dict[str, Any]], drawn: list[str]) -> None:
+    """Write `report.html` with the analyses' figures and those just `drawn`; what else lies there is of another run."""
+    names = sorted({*ANALYSES_FIGURES, *drawn})
+    pictures = {name: (output_dir / name).read_bytes() for name in names if (output_dir / name).is_file()}
+    manifests = {tag: dump.manifest for tag, dump in dumps.items()}
+    write_text(output_dir / REPORT, render_report(*summaries, manifests, pictures))
 
 
 def refuse_different_buckets(dumps: dict[str, Dump]) -> None:
@@ -156,26 +172,16 @@ def draw(
     }
 
 
-def draw_replication(output_dir: Path, dumps: dict[str, list[Dump]]) -> dict[str, figures.Figure]:
-    """`exp12_replication.png` from the summaries that the analyses left in `output_dir`; nothing if they did not."""
-    exp1, exp2 = (replications_in(output_dir / name, dumps) for name in (EXP1_SUMMARY, EXP2_SUMMARY))
-    if exp1 is None or exp2 is None:
-        say(
-            f"warning: {REPLICATION} is not drawn: it needs {EXP1_SUMMARY} and {EXP2_SUMMARY} of these dumps in "
-            f"{output_dir}; run both analyses with base=... trained=... first"
-        )
-        return {}
-    return {REPLICATION: figures.draw_replication(subjects_of(first_targets(dumps)), exp1, exp2)}
-
-
-def replications_in(file: Path, dumps: dict[str, list[Dump]]) -> list[dict[str, Any]] | None:
-    """The replication tables of base and trained in a summary; None unless it is there and about these targets."""
-    if not file.is_file():
-        return None
-    summary = read_json(file)
-    tables = [summary.get(tag, {}).get("replication", {}) for tag in dumps]
+def draw_replication(summaries: list[dict[str, Any]], dumps: dict[str, list[Dump]]) -> dict[str, figures.Figure]:
+    """`exp12_replication.png` from the summaries where several targets were probed."""
     targets = [[dump.path.name for dump in found] for found in dumps.values()]
-    return tables if [table.get("targets") for table in tables] == targets else None
+    if min(map(len, targets)) < 2:
+        return {}
+    tables = [[summary[tag].get("replication", {}) for tag in dumps] for summary in summaries]
+    if any([table.get("targets") for table in both] != targets for both in tables):
+        say(f"warning: {REPLICATION} is not drawn: the summaries are about other targets; run both analyses again")
+        return {}
+    return {REPLICATION: figures.draw_replication(subjects_of(first_targets(dumps)), *tables)}
 
 
 def report(results: dict[str, Exp1], compared: list[Ratio | None], directions: list[BucketDirections]) -> str:

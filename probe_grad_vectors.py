@@ -58,6 +58,11 @@ from gradprobe.verify import is_correct
 DEFAULT_DATASET = Path(__file__).parent / "demo" / "problems.jsonl"
 SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}
 VERIFIER = "boxed"
+LEAST = {
+    **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards", "batch_tokens", "sample_rows"), 1),
+    **dict.fromkeys(("shard_index", "seed", "pos_per_bin_per_rollout"), 0),
+    "bins": 2,
+}
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 
 
@@ -130,19 +135,14 @@ def _check_values(args: argparse.Namespace) -> None:
             if getattr(args, name) is None:
                 setattr(args, name, value)
         args.dataset = args.dataset or DEFAULT_DATASET
-        for name in ("num_prompts", "num_samples", "max_new_tokens"):
-            if getattr(args, name) < 1:
-                problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
         if not (math.isfinite(args.temperature) and args.temperature > 0):
             problems.append(f"--temperature {args.temperature}: must be above 0")
-    for name, least in {"bins": 2, "pos_per_bin_per_rollout": 0, "seed": 0, "num_shards": 1, "shard_index": 0}.items():
-        if getattr(args, name) < least:
-            problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            problems.append(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.num_shards >= 1 and args.shard_index >= args.num_shards:
         problems.append(f"--shard-index {args.shard_index}: must be below --num-shards {args.num_shards}")
-    for name in ("batch_tokens", "sample_rows"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     raise_if_any(problems)
 
 

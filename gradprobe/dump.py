@@ -414,9 +414,7 @@ def write_text(file: Path, content: str) -> None:
 
 def write_records(file: Path, records: Iterable[Rollout | Position]) -> None:
     """Write `rollouts.jsonl` or `meta.jsonl`, one record a line, whole or not at all."""
-    with _written_aside(file) as stream:
-        for record in records:
-            stream.write(json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n")
+    write_jsonl(file, map(asdict, records))
 
 
 def write_jsonl(file: Path, objects: Iterable[dict[str, Any]]) -> None:

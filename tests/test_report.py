@@ -67,6 +67,13 @@ def test_a_study_without_any_number_still_has_a_report(tmp_path):
     assert not re.search(r"\bnan\b", re.sub(r'base64,[^"]*', "", page).lower())
 
 
+def test_a_figure_of_an_earlier_run_is_not_taken_for_this_one_s(tmp_path):
+    dump = write_heavy_tailed_dump(tmp_path / "dump", seed=1)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "exp12_replication.png").write_bytes(b"of several targets, probed before")
+    assert "exp12_replication.png" not in study(dump, dump, tmp_path / "figures")
+
+
 def test_without_the_summaries_there_is_none_and_the_plot_says_so(tmp_path, capsys):
     dump = write_heavy_tailed_dump(tmp_path / "dump", seed=1)
     assert study(dump, dump, tmp_path / "figures", analyses=False) is None
