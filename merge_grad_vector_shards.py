@@ -10,6 +10,7 @@ those. Shards that don't belong together are refused.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,13 @@ import numpy as np
 
 from gradprobe import dump as contract
 from gradprobe.buckets import bucket_of, fit_edges
-from gradprobe.console import say, script_main
+from gradprobe.check import checksum_problems, checksums_of, read_content
+from gradprobe.console import printable, say, script_main
 from gradprobe.dump import Dump, PromptKey, Rollout
 from gradprobe.errors import InputError, raise_if_any
+from gradprobe.files import locked, make_directory, read_json, write_json, write_jsonl
+from gradprobe.growing import new_rows
+from gradprobe.rows import iter_row_blocks
 
 SAME_IN_ALL = (
     "target",
@@ -50,7 +55,8 @@ SUMMED = (
     "num_nonfinite_rows",
     "num_zero_rows",
 )
-OF_ONE_SHARD = ("shard", "seconds", "entropy_edges_from")
+SHOWN_MISSING = 5
+OF_ONE_SHARD = ("shard", "seconds", "entropy_edges_from", "checksums", "nonfinite_rows", "zero_rows")
 """Manifest keys that say nothing about the merged dump."""
 
 
@@ -72,7 +78,26 @@ def check_belong_together(shards: list[Dump]) -> None:
     for shard in shards[1:]:
         for key, here, there in differing_keys(first.manifest, shard.manifest):
             problems.append(f"{key} is {here} in {first.path} but {there} in {shard.path}")
-    raise_if_any(problems)
+    raise_if_any([*problems, *missing_shards(shards)])
+
+
+def missing_shards(shards: list[Dump]) -> list[str]:
+    """Shards of an i-of-n set that are not among `shards`; those of the original scripts don't say what they are."""
+    parts = [shard.manifest.get("shard") or {} for shard in shards]
+    counts = {part.get("num_shards") for part in parts}
+    if counts == {None}:
+        return []
+    if len(counts) > 1 or not all(type(part.get("index")) is int for part in parts):
+        return [
+            f"{s.path}: is shard {p.get('index')} of {p.get('num_shards')}" for s, p in zip(shards, parts, strict=True)
+        ]
+    (count,) = counts
+    present = {part["index"] for part in parts}
+    missing = (
+        f"shard {index} of {count} is missing (they count from 0)" for index in range(count) if index not in present
+    )
+    n_more = count - len(present) - SHOWN_MISSING
+    return [*itertools.islice(missing, SHOWN_MISSING), *([f"and {n_more} more shards"] if n_more > 0 else [])]
 
 
 def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -130,7 +155,7 @@ def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[s
     if rollout_files is None:
         entropies, over = np.concatenate([shard.entropy for shard in shards]), "dumped_positions"
     else:
-        parts = [r.entropies for file in rollout_files for r in contract.iter_rollouts(file)]
+        parts = [np.array(r.entropies) for file in rollout_files for r in contract.iter_rollouts(file)]
         entropies, over = np.concatenate(parts), "response_tokens"
     if entropies.size == 0:
         raise InputError("the shards hold no positions")
@@ -141,10 +166,10 @@ def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[s
 def write_merged_grads(file: Path, shards: list[Dump]) -> None:
     """Copy the shards' gradient rows one behind the other, in blocks."""
     start = 0
-    with contract.new_grads(file, sum(len(shard.grads) for shard in shards), shards[0].row_dim) as merged:
+    with new_rows(file, sum(len(shard.grads) for shard in shards), shards[0].row_dim) as merged:
         for shard in shards:
-            for block in contract.iter_row_blocks(shard.grads):
-                merged[start : start + len(block)] = block
+            for block in iter_row_blocks(shard.grads):
+                merged.write(np.arange(start, start + len(block)), block)
                 start += len(block)
 
 
@@ -167,6 +192,16 @@ def merged_rollouts(files: list[Path], spaces: list[int | None]) -> Iterator[Rol
             yield replace(rollout, prompt_idx=merged_key(rollout.prompt_idx, space))
 
 
+def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
+    """The rows that no analysis can use, in the merged dump's numbers, where all shards name theirs."""
+    starts = np.cumsum([0, *(len(shard.grads) for shard in shards)]).tolist()
+    return {
+        key: [start + row for shard, start in zip(shards, starts, strict=False) for row in shard.manifest[key]]
+        for key in ("nonfinite_rows", "zero_rows")
+        if all(key in shard.manifest for shard in shards)
+    }
+
+
 def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[str, Any]) -> dict[str, Any]:
     """The first shard's manifest with sums, the union of prompts, the new edges and the shards' names."""
     manifests = [shard.manifest for shard in shards]
@@ -183,6 +218,7 @@ def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[st
     return {
         **merged,
         **edges,
+        **merged_faulty_rows(shards),
         "format_version": contract.FORMAT_VERSION,
         "shards": [shard.path.name for shard in shards],
         "shard_seeds": [manifest.get("seed") for manifest in manifests],
@@ -194,14 +230,16 @@ def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | 
     """Write one target's merged `grads.npy`, `meta.jsonl` and, last, `manifest.json`."""
     spaces = namespaces(shards)
     edges = merged_edges(shards, rollout_files)
-    contract.make_directory(out_dir)
+    make_directory(out_dir)
     write_merged_grads(out_dir / contract.GRADS, shards)
-    contract.write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
-    manifest = merged_manifest(shards, spaces, edges)
-    contract.write_json(out_dir / contract.MANIFEST, manifest)
+    write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
+    manifest = merged_manifest(shards, spaces, edges) | {"checksums": checksums_of(out_dir)}
+    write_json(out_dir / contract.MANIFEST, manifest)
     print(
-        f"{out_dir}: {manifest['num_positions']} gradients of {manifest['num_rollouts']} rollouts from "
-        f"{len(shards)} shards, edges over {edges['entropy_edges_over'].replace('_', ' ')}"
+        printable(
+            f"{out_dir}: {manifest['num_positions']} gradients of {manifest['num_rollouts']} rollouts from "
+            f"{len(shards)} shards, edges over {edges['entropy_edges_over'].replace('_', ' ')}"
+        )
     )
 
 
@@ -226,19 +264,48 @@ def shards_by_target(shard_dirs: list[Path]) -> dict[str | None, list[Dump]]:
 
 def clear(out_dir: Path, targets: list[str | None]) -> None:
     """Make the output directory unfinished: no manifest in it or in a target's directory."""
-    contract.make_directory(out_dir)
     for stale in (out_dir / contract.MANIFEST, out_dir / contract.SETTINGS, *out_dir.glob(f"*/{contract.MANIFEST}")):
         stale.unlink(missing_ok=True)
     if targets != [None]:
-        contract.write_json(out_dir / contract.SETTINGS, {"targets": targets})
+        write_json(out_dir / contract.SETTINGS, {"targets": targets})
+
+
+def refuse_changed_files(targets: dict[str | None, list[Dump]]) -> None:
+    """Raise `InputError` where a shard's files are not what its probe wrote."""
+    raise_if_any(
+        problem
+        for shard in {shard.path: shard for shards in targets.values() for shard in shards}.values()
+        if "checksums" in shard.manifest
+        for problem in checksum_problems(shard, read_content(shard))
+    )
+
+
+def refuse_to_replace_a_probe(out_dir: Path, shard_dirs: list[Path]) -> None:
+    """Raise `InputError` where the merge would write over a shard, or over a dump that is no merged one."""
+    out = out_dir.resolve()
+    for directory in shard_dirs:
+        shard = directory.resolve()
+        if out == shard:
+            raise InputError(f"{out_dir}: is one of the shards; give the merged dump a directory of its own")
+        if out in shard.parents or shard in out.parents:
+            raise InputError(f"{out_dir}: holds the shard {directory}, or is in it; give the merged dump another place")
+    if (out_dir / contract.RECORD).exists():
+        raise InputError(f"{out_dir}: holds the beginning of a probe's dump; give the merged dump another directory")
+    others = list(out_dir.glob(f"*/{contract.MANIFEST}"))
+    if others and not (out_dir / contract.SETTINGS).exists():
+        raise InputError(
+            f"{out_dir}: holds other dumps ({others[0].parent.name}); give the merged dump another directory"
+        )
+    for manifest in (out_dir / contract.MANIFEST, *others):
+        if manifest.is_file() and "shards" not in read_json(manifest):
+            raise InputError(f"{manifest}: is of a dump that is no merged one; give the merged dump another directory")
 
 
 @script_main
 def main(argv: list[str] | None = None) -> int:
     """Merge shards into one dump, or one for each target."""
     args = parse_args(argv)
-    if args.out_dir.resolve() in {directory.resolve() for directory in args.shard_dirs}:
-        raise InputError(f"{args.out_dir}: is one of the shards; give the merged dump a directory of its own")
+    refuse_to_replace_a_probe(args.out_dir, args.shard_dirs)
     if len({directory.resolve() for directory in args.shard_dirs}) < len(args.shard_dirs):
         raise InputError("a shard is given twice")
     targets = shards_by_target(args.shard_dirs)
@@ -247,15 +314,18 @@ def main(argv: list[str] | None = None) -> int:
             say(f"warning: {warning}")
         check_belong_together(shards)
         check_disjoint(shards, namespaces(shards))
+    refuse_changed_files(targets)
     first = next(iter(targets.values()))
     found = [contract.find_rollouts(shard.path) for shard in first]
     rollout_files = [file for file in found if file is not None] if None not in found else None
 
-    clear(args.out_dir, list(targets))
-    if rollout_files is not None:
-        contract.write_records(args.out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
-    for name, shards in targets.items():
-        merge_target(args.out_dir / (name or ""), shards, rollout_files)
+    make_directory(args.out_dir)
+    with locked(args.out_dir):
+        clear(args.out_dir, list(targets))
+        if rollout_files is not None:
+            contract.write_records(args.out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
+        for name, shards in targets.items():
+            merge_target(args.out_dir / (name or ""), shards, rollout_files)
     return 0
 
 

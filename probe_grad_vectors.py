@@ -20,13 +20,15 @@ The same tokens once more, through another checkpoint:
 """
 
 import argparse
+import json
 import math
 import platform
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,14 @@ import transformers
 import gradprobe
 from gradprobe import dump as contract
 from gradprobe.buckets import bucket_of, choose_positions, fit_edges
+from gradprobe.check import checksums_of
 from gradprobe.console import progress, say, script_main
-from gradprobe.dump import Position, Rollout
+from gradprobe.dump import Position, PromptKey, Rollout
 from gradprobe.errors import InputError, raise_if_any
+from gradprobe.files import locked, make_directory, read_json, sha256_of, write_json
+from gradprobe.growing import Record
 from gradprobe.models import (
+    Budget,
     Checkpoint,
     checkpoint_identity,
     context_length,
@@ -50,8 +56,16 @@ from gradprobe.models import (
     resolve_device,
     resolve_dtype,
 )
+from gradprobe.probe_output import (
+    FaultyRows,
+    GrowingGradients,
+    GrowingRollouts,
+    prepare,
+    refuse_foreign_dump,
+    refuse_other_settings,
+)
 from gradprobe.problems import Problem, load_problems, shard_of_study
-from gradprobe.rollouts import rollout_uniforms, sample_responses, score_responses
+from gradprobe.rollouts import chunks_of, rollout_uniforms, sample_responses, score_responses
 from gradprobe.row_gradients import RowGradients, Target, expand_targets
 from gradprobe.verify import is_correct
 
@@ -76,6 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output-dir", required=True, type=Path, help="directory of the new dump")
     add("--dataset", type=Path, help="JSONL with id, prompt (fully rendered), ground_truth (default: the demo's)")
     add("--rollouts", type=Path, help="probe the rollouts of this dump (or rollouts.jsonl) instead of sampling")
+    add("--check-only", action="store_true", help="check all that can be known without the weights; write nothing")
     add("--overwrite", action="store_true", help="start afresh where the output directory holds a dump")
     add = parser.add_argument_group("sampling (not with --rollouts)").add_argument
     add("--num-prompts", type=int, help="prompts of the whole study, over all shards (default: 64)")
@@ -160,6 +175,15 @@ class Stopwatch:
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what an earlier run spent."""
+        for name, value in seconds.items():
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + value, 3)
+
+    def since(self, before: Mapping[str, float]) -> dict[str, float]:
+        """What the phases have taken since they stood at `before`."""
+        return {name: round(value - before.get(name, 0.0), 3) for name, value in self.seconds.items()}
+
     def total(self) -> dict[str, float]:
         """All phases asked for so far, and the time since the start."""
         return {**self.seconds, "total": round(time.perf_counter() - self.started, 3)}
@@ -172,6 +196,19 @@ class Source:
     problems: list[Problem]
     rollouts: list[Rollout]
     description: dict[str, Any]
+    num_samples: int = 0
+
+    def rollouts_by_prompt(self) -> list[list[Rollout]]:
+        """The rollouts of each prompt, in the order in which prompts first occur."""
+        by_prompt: dict[PromptKey, list[Rollout]] = {}
+        for rollout in self.rollouts:
+            by_prompt.setdefault(rollout.prompt_idx, []).append(rollout)
+        return list(by_prompt.values())
+
+    def chunks(self, max_rows: int) -> list[range]:
+        """Stretches of prompts that are sampled, scored and written together."""
+        counts = [len(group) for group in self.rollouts_by_prompt()] or [self.num_samples] * len(self.problems)
+        return list(chunks_of(counts, max_rows))
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -201,7 +238,7 @@ def read_source(args: argparse.Namespace) -> Source:
                 "verifier": VERIFIER,
             },
         }
-        return Source([problem_set.problems[i] for i in shard], [], description)
+        return Source([problem_set.problems[i] for i in shard], [], description, args.num_samples)
     return _read_rollouts(args)
 
 
@@ -217,7 +254,7 @@ def _read_rollouts(args: argparse.Namespace) -> Source:
     rollouts = [rollout for rollout in rollouts if rollout.prompt_idx in mine]
     # The manifest beside it says how they were sampled; without one that stays unknown.
     manifest_file = file.with_name(contract.MANIFEST)
-    origin = contract.read_json(manifest_file) if manifest_file.is_file() else {}
+    origin = read_json(manifest_file) if manifest_file.is_file() else {}
     samples = max(Counter(rollout.prompt_idx for rollout in rollouts).values())
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),
@@ -227,7 +264,7 @@ def _read_rollouts(args: argparse.Namespace) -> Source:
         "sampling": origin.get("sampling"),
         "rollouts_from": {
             "path": str(file),
-            "sha256": contract.sha256_of(file),
+            "sha256": sha256_of(file),
             "model_path": origin.get("model_path"),
             "identity": origin.get("model_identity"),
         },
@@ -235,25 +272,50 @@ def _read_rollouts(args: argparse.Namespace) -> Source:
     return Source([], rollouts, description)
 
 
-def settings_of(
-    args: argparse.Namespace,
-    source: Source,
-    identity: dict[str, str],
-    attention: str,
-    targets: list[Target],
-    edges: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """All that changes the bytes of the dump, paths left out: a moved file is the same file."""
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before a weight is loaded."""
+
+    targets: list[Target]
+    row_dims: list[int]
+    source: Source
+    edges: dict[str, Any] | None
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    settings: dict[str, Any]
+    directories: list[Path]
+
+    def positions_at_most(self, args: argparse.Namespace) -> int:
+        """The most rows that the dump of one target can have."""
+        n_rollouts = len(self.source.rollouts) or len(self.source.problems) * args.num_samples
+        of_buckets = n_rollouts * args.bins * args.pos_per_bin_per_rollout
+        n_tokens = sum(len(r.response_ids) for r in self.source.rollouts) or n_rollouts * (args.max_new_tokens or 0)
+        return n_tokens if args.pos_per_bin_per_rollout == 0 else min(of_buckets, n_tokens)
+
+    def bytes_at_most(self, args: argparse.Namespace) -> int:
+        """The most that all targets' `grads.npy` can take on disk."""
+        return self.positions_at_most(args) * 4 * sum(self.row_dims)
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Resolve and check everything that can be known without the weights; nothing is written."""
+    skeleton = load_skeleton(args.model_path)
+    targets, row_dims = expand_targets(skeleton, args.layer, args.param_suffix, args.row_idx, args.seed)
+    source, edges = read_source(args), given_edges(args)
     device = resolve_device(args.device)
+    args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
+    dtype, attention = resolve_dtype(args.dtype, device), resolve_attention(args.attention, skeleton)
     described = {
         key: {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
         for key, value in source.description.items()
     }
-    return {
+    # All that changes the bytes of the dump, paths left out: a moved file is the same file.
+    settings = {
         "format_version": contract.FORMAT_VERSION,
-        "model": identity,
+        "model": checkpoint_identity(args.model_path, skeleton),
         "targets": [target.directory for target in targets],
-        "dtype": str(resolve_dtype(args.dtype, device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
         "device": device.type,
         "shard": {"index": args.shard_index, "num_shards": args.num_shards},
@@ -263,6 +325,26 @@ def settings_of(
         "entropy_edges": edges and edges["entropy_edges"],
         **described,
     }
+    directories = dump_directories(args.output_dir, targets)
+    return Plan(targets, row_dims, source, edges, device, dtype, attention, settings, directories)
+
+
+def report_plan(args: argparse.Namespace, plan: Plan) -> None:
+    """What --check-only prints: one JSON object for the launcher.
+
+    Raises:
+        InputError: the output directory holds something else.
+    """
+    if not args.overwrite:
+        refuse_other_settings(args.output_dir, plan.settings)
+        refuse_foreign_dump(args.output_dir)
+    plan_in_numbers = {
+        "bytes_at_most": plan.bytes_at_most(args),
+        "positions_at_most": plan.positions_at_most(args),
+        "row_dims": plan.row_dims,
+        "targets": len(plan.targets),
+    }
+    print(json.dumps(plan_in_numbers))
 
 
 def given_edges(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -270,7 +352,7 @@ def given_edges(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.entropy_edges is None:
         return None
     file = args.entropy_edges / contract.MANIFEST if args.entropy_edges.is_dir() else args.entropy_edges
-    manifest = contract.read_json(file)
+    manifest = read_json(file)
     edges = manifest.get("entropy_edges")
     if not isinstance(edges, list) or len(edges) != args.bins + 1 or sorted(set(edges)) != edges:
         raise InputError(f"--entropy-edges {file}: no {args.bins + 1} increasing entropy_edges (--bins {args.bins})")
@@ -286,79 +368,82 @@ def dump_directories(output_dir: Path, targets: list[Target]) -> list[Path]:
     return [output_dir] if len(targets) == 1 else [output_dir / target.directory for target in targets]
 
 
-def prepare_output(output_dir: Path, directories: list[Path], settings: dict[str, Any], overwrite: bool) -> bool:
-    """Make the output directory ready; False if the dump that is asked for is finished there already.
+def encoded_prompts(problems: list[Problem], checkpoint: Checkpoint) -> list[list[int]]:
+    """Token ids of every prompt.
 
     Raises:
-        InputError: the directory holds a dump, or the beginning of one, of other settings.
+        InputError: a prompt has no tokens, or leaves no room in the model's context.
     """
-    contract.make_directory(output_dir)
-    settings_file = output_dir / contract.SETTINGS
-    manifests = [directory / contract.MANIFEST for directory in directories]
-    if overwrite:
-        for stale in (*manifests, settings_file, output_dir / contract.ROLLOUTS):
-            stale.unlink(missing_ok=True)
-    elif settings_file.exists():
-        differing = differences(contract.read_json(settings_file), settings)
-        if differing:
-            raise InputError(
-                f"{output_dir}: holds a dump of other settings ({'; '.join(differing)}); "
-                "choose another --output-dir, or --overwrite"
-            )
-        if all(manifest.exists() for manifest in manifests):
-            return False
-        say(f"{output_dir}: unfinished dump of the same settings, continuing")
-    elif any((output_dir / name).exists() for name in (contract.MANIFEST, contract.GRADS, contract.ROLLOUTS)):
-        raise InputError(
-            f"{output_dir}: holds a dump that this probe did not make; choose another --output-dir, or --overwrite"
-        )
-    contract.write_json(settings_file, settings)
-    return True
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each leaf in which two nested settings differ, as `name: old, now new`."""
-    found = []
-    for key in dict.fromkeys((*old, *new)):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{prefix}{key}.")
-        elif before != now:
-            found.append(f"{prefix}{key}: {before}, now {now}")
-    return found
-
-
-def sample_rollouts(args: argparse.Namespace, checkpoint: Checkpoint, problems: list[Problem]) -> list[Rollout]:
-    """Sample and verify this shard's rollouts; entropies and log-probs are still to come."""
-    tokenizer, context = checkpoint.tokenizer, context_length(checkpoint.model)
-    prompts = [tokenizer(problem.prompt, add_special_tokens=False)["input_ids"] for problem in problems]
+    context = context_length(checkpoint.model)
+    prompts = [checkpoint.tokenizer(problem.prompt, add_special_tokens=False)["input_ids"] for problem in problems]
     raise_if_any(
         f"problem '{problem.id}': its prompt has {len(ids)} tokens, "
         + ("at least 1 is needed" if not ids else f"the model's context {context}")
         for problem, ids in zip(problems, prompts, strict=True)
         if not ids or (context is not None and len(ids) >= context)
     )
-    longest = max(len(ids) for ids in prompts)
-    if context is not None and longest + args.max_new_tokens > context:
+    return prompts
+
+
+def collect_rollouts(
+    args: argparse.Namespace, source: Source, checkpoint: Checkpoint, record: Record, watch: Stopwatch
+) -> list[Rollout]:
+    """All of this shard's rollouts, sampled (or taken from the source) and scored, written chunk by chunk."""
+    growing = GrowingRollouts(args.output_dir / contract.ROLLOUTS, record)
+    for notes in growing.notes:
+        watch.add(notes["seconds"])
+    chunks = source.chunks(args.sample_rows)
+    if growing.n_chunks_kept:
+        say(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
+    if growing.n_chunks_kept < len(chunks):
+        make_chunk = scored_again(source) if source.rollouts else sampler(args, source.problems, checkpoint)
+        tokens, left = Budget(args.batch_tokens), chunks[growing.n_chunks_kept :]
+        for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
+            before = dict(watch.seconds)
+            with watch.phase("sample"):
+                rollouts = make_chunk(chunk)
+            with watch.phase("score"):
+                rollouts = score(checkpoint, rollouts, tokens)
+            growing.append(rollouts, {"seconds": watch.since(before)})
+    return growing.finish()
+
+
+def scored_again(source: Source) -> Callable[[range], list[Rollout]]:
+    """Gives the source's rollouts of a stretch of its prompts."""
+    by_prompt = source.rollouts_by_prompt()
+    return lambda chunk: [rollout for index in chunk for rollout in by_prompt[index]]
+
+
+def sampler(
+    args: argparse.Namespace, problems: list[Problem], checkpoint: Checkpoint
+) -> Callable[[range], list[Rollout]]:
+    """Samples and verifies rollouts of a stretch of `problems`; entropies and log-probs are still to come."""
+    prompts, context = encoded_prompts(problems, checkpoint), context_length(checkpoint.model)
+    if context is not None and max(map(len, prompts)) + args.max_new_tokens > context:
         say(f"note: responses end at the model's context of {context} tokens")
-    batches = sample_responses(
-        checkpoint.model,
-        prompts,
-        args.num_samples,
-        lambda p, s: rollout_uniforms(args.seed, problems[p].idx, s, args.max_new_tokens),
-        args.temperature,
-        args.max_new_tokens,
-        checkpoint.end_ids,
-        max_rows=args.sample_rows,
-        context=context,
-        report=say,
-    )
-    responses = [r for batch in progress(batches, "sampling", len(prompts), "prompts", len) for r in batch]
-    return [
-        _verified(problem, prompt_ids, sample_idx, response_ids, tokenizer)
-        for problem, prompt_ids, samples in zip(problems, prompts, responses, strict=True)
-        for sample_idx, response_ids in enumerate(samples)
-    ]
+    rows = Budget(args.sample_rows)
+
+    def sample(chunk: range) -> list[Rollout]:
+        batches = sample_responses(
+            checkpoint.model,
+            [prompts[i] for i in chunk],
+            args.num_samples,
+            lambda p, s: rollout_uniforms(args.seed, problems[chunk[p]].idx, s, args.max_new_tokens),
+            args.temperature,
+            args.max_new_tokens,
+            checkpoint.end_ids,
+            max_rows=rows,
+            context=context,
+            report=say,
+        )
+        responses = [of_prompt for batch in batches for of_prompt in batch]
+        return [
+            _verified(problems[i], prompts[i], sample_idx, response_ids, checkpoint.tokenizer)
+            for i, samples in zip(chunk, responses, strict=True)
+            for sample_idx, response_ids in enumerate(samples)
+        ]
+
+    return sample
 
 
 def _verified(
@@ -379,18 +464,21 @@ def _verified(
     )
 
 
-def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: int) -> list[Rollout]:
-    """The rollouts with entropy and log-prob of every response token under `checkpoint`."""
+def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
+    """The rollouts with entropy and log-prob of every response token under `checkpoint`.
+
+    Raises:
+        InputError: the model gives one that is not finite.
+    """
     batches = score_responses(
         checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens, say
     )
     scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for batch in progress(batches, "scoring", len(rollouts), "rollouts", len):
+    for batch in batches:
         scores.update(batch)
-    return [
-        Rollout(**{**vars(r), "entropies": scores[i][0].tolist(), "logprobs": scores[i][1].tolist()})
-        for i, r in enumerate(rollouts)
-    ]
+    if not all(np.isfinite(values).all() for of_rollout in scores.values() for values in of_rollout):
+        raise InputError("the model gives log-probs that are not finite: is the checkpoint sound?")
+    return [replace(r, entropies=scores[i][0].tolist(), logprobs=scores[i][1].tolist()) for i, r in enumerate(rollouts)]
 
 
 def edges_of(rollouts: list[Rollout], bins: int) -> dict[str, Any]:
@@ -417,31 +505,42 @@ def choose(rollouts: list[Rollout], edges: list[float], args: argparse.Namespace
 
 
 def write_gradients(
-    directories: list[Path], engine: RowGradients, rollouts: list[Rollout], chosen: list[np.ndarray], batch_tokens: int
-) -> list[dict[str, int]]:
+    args: argparse.Namespace,
+    directories: list[Path],
+    engine: RowGradients,
+    rollouts: list[Rollout],
+    chosen: list[np.ndarray],
+    record: Record,
+    watch: Stopwatch,
+) -> list[FaultyRows]:
     """Differentiate and write `grads.npy` of every target, rows in the order of rollouts and positions.
 
     Returns:
-        For each target, how many rows are not finite and how many are zero throughout.
+        For each target, the rows that no analysis can use.
     """
     starts = np.concatenate([[0], np.cumsum([len(positions) for positions in chosen])])
-    odd_rows = [Counter(num_nonfinite_rows=0, num_zero_rows=0) for _ in directories]
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(contract.new_grads(directory / contract.GRADS, int(starts[-1]), dim))
-            for directory, dim in zip(directories, engine.row_dims, strict=True)
-        ]
-        batches = engine.batches(
-            [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, batch_tokens, say
-        )
-        for members, passes, gradients in progress(
-            batches, "gradients", int(starts[-1]), "rows", lambda batch: len(batch[0])
-        ):
-            for file, rows, odd in zip(files, gradients, odd_rows, strict=True):
-                file[starts[members] + passes] = rows.cpu().numpy()
-                odd["num_nonfinite_rows"] += int((~rows.isfinite().all(dim=1)).sum())
-                odd["num_zero_rows"] += int((rows == 0).all(dim=1).sum())
-    return [dict(odd) for odd in odd_rows]
+    rows_of_items = [range(starts[i] + ks.start, starts[i] + ks.stop) for i, ks in engine.work_items(chosen)]
+    item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
+    growing = GrowingGradients(directories, engine.row_dims, int(starts[-1]), rows_of_items, record)
+    budget = Budget(growing.batch_tokens_kept or args.batch_tokens)
+    batches = engine.batches(
+        [r.prompt_ids for r in rollouts],
+        [r.response_ids for r in rollouts],
+        chosen,
+        budget,
+        say,
+        done=growing.items_kept,
+    )
+    n_left = int(starts[-1]) - sum(len(rows_of_items[item]) for item in growing.items_kept)
+    if growing.items_kept:
+        say(f"continuing: {int(starts[-1]) - n_left} of {int(starts[-1])} gradient rows are there")
+    watch.add({"gradients": growing.seconds_kept})
+    with watch.phase("gradients"):
+        for members, passes, gradients in progress(batches, "gradients", n_left, "rows", lambda batch: len(batch[0])):
+            rows = starts[members] + passes
+            items = np.unique(item_of_row[rows]).tolist()
+            growing.append(items, rows, [g.cpu().numpy() for g in gradients], budget.tokens)
+    return growing.finish()
 
 
 def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[float]) -> list[Position]:
@@ -467,12 +566,7 @@ def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[
 
 
 def manifest_of(
-    args: argparse.Namespace,
-    source: Source,
-    settings: dict[str, Any],
-    checkpoint: Checkpoint,
-    edges: dict[str, Any],
-    rollouts: list[Rollout],
+    args: argparse.Namespace, plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollouts: list[Rollout]
 ) -> dict[str, Any]:
     """What all targets' manifests have in common."""
     prompt_idxs = sorted({r.prompt_idx for r in rollouts})
@@ -481,7 +575,7 @@ def manifest_of(
         "model_path": args.model_path,
         "num_prompts": len(prompt_idxs),
         "num_rollouts": len(rollouts),
-        **source.description,
+        **plan.source.description,
         **edges,
         "bins": args.bins,
         "pos_per_bin_per_rollout": args.pos_per_bin_per_rollout,
@@ -490,11 +584,11 @@ def manifest_of(
         "prompt_idxs": prompt_idxs,
         "num_response_tokens": sum(len(r.response_ids) for r in rollouts),
         "format_version": contract.FORMAT_VERSION,
-        "model_identity": settings["model"],
-        "dtype": settings["dtype"],
-        "attention": settings["attention"],
+        "model_identity": plan.settings["model"],
+        "dtype": plan.settings["dtype"],
+        "attention": plan.settings["attention"],
         "end_ids": sorted(checkpoint.end_ids),
-        "shard": settings["shard"],
+        "shard": plan.settings["shard"],
         "batch_tokens": args.batch_tokens,
         "sample_rows": args.sample_rows,
         "versions": {
@@ -513,59 +607,51 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     watch = Stopwatch()
     with watch.phase("load"):
-        skeleton = load_skeleton(args.model_path)
-        targets, row_dims = expand_targets(skeleton, args.layer, args.param_suffix, args.row_idx, args.seed)
-        source = read_source(args)
-        edges = given_edges(args)
-        identity = checkpoint_identity(args.model_path, skeleton)
-        attention = resolve_attention(args.attention, skeleton)
-        settings = settings_of(args, source, identity, attention, targets, edges)
-        directories = dump_directories(args.output_dir, targets)
-        if not prepare_output(args.output_dir, directories, settings, args.overwrite):
+        plan = make_plan(args)
+    if args.check_only:
+        report_plan(args, plan)
+        return 0
+    make_directory(args.output_dir)
+    with locked(args.output_dir):
+        if not prepare(args.output_dir, plan.directories, plan.settings, args.overwrite):
             say(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
-        device = resolve_device(args.device)
-        args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
-        checkpoint = load_checkpoint(args.model_path, device, resolve_dtype(args.dtype, device), attention)
+        probe(args, plan, watch)
+    return 0
 
-    rollouts_file = args.output_dir / contract.ROLLOUTS
-    if rollouts_file.exists():
-        say(f"{rollouts_file}: sampled and scored before")
-        rollouts = list(contract.iter_rollouts(rollouts_file))
-    else:
-        with watch.phase("sample"):
-            rollouts = source.rollouts or sample_rollouts(args, checkpoint, source.problems)
-        with watch.phase("score"):
-            rollouts = score(checkpoint, rollouts, args.batch_tokens)
-        contract.write_records(rollouts_file, rollouts)
 
-    edges = edges or edges_of(rollouts, args.bins)
-    chosen = choose(rollouts, edges["entropy_edges"], args)
+def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
+    """Sample, score, choose, differentiate and write, from wherever an earlier run ended."""
+    with watch.phase("load"):
+        checkpoint = load_checkpoint(args.model_path, plan.device, plan.dtype, plan.attention)
+    with closing(Record(args.output_dir / contract.RECORD)) as record:
+        rollouts = collect_rollouts(args, plan.source, checkpoint, record, watch)
+        edges = plan.edges or edges_of(rollouts, args.bins)
+        chosen = choose(rollouts, edges["entropy_edges"], args)
+        engine = RowGradients(checkpoint.model, plan.targets)
+        faulty = write_gradients(args, plan.directories, engine, rollouts, chosen, record, watch)
     lines = positions_of(rollouts, chosen, edges["entropy_edges"])
-    for directory in directories:
-        contract.make_directory(directory)
-    engine = RowGradients(checkpoint.model, targets)
-    with watch.phase("gradients"):
-        odd_rows = write_gradients(directories, engine, rollouts, chosen, args.batch_tokens)
-
-    common = manifest_of(args, source, settings, checkpoint, edges, rollouts)
-    for directory, target, row_dim, odd in zip(directories, targets, row_dims, odd_rows, strict=True):
+    common = manifest_of(args, plan, checkpoint, edges, rollouts)
+    for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
         contract.write_records(directory / contract.META, lines)
+        weight = engine.weight_name(target)
         manifest = {
-            "target": engine.weight_name(target),
+            "target": weight,
             "row_idx": target.row_idx,
             "row_dim": row_dim,
             "num_positions": len(lines),
             **common,
-            **odd,
+            **asdict(rows),
+            **rows.counts(),
+            "checksums": checksums_of(directory),
             "seconds": watch.total(),
         }
-        contract.write_json(directory / contract.MANIFEST, manifest)
-        if any(odd.values()):
-            say(f"warning: {directory}: {odd['num_nonfinite_rows']} rows not finite, {odd['num_zero_rows']} all zero")
-        print(f"{directory}: {len(lines)} gradients of {engine.weight_name(target)}[{target.row_idx}], ", end="")
+        write_json(directory / contract.MANIFEST, manifest)
+        for warning in rows.warnings():
+            say(f"warning: {directory}: {warning}")
+        print(f"{directory}: {len(lines)} gradients of {weight}[{target.row_idx}], ", end="")
         print(f"{common['num_correct_rollouts']} of {len(rollouts)} rollouts correct")
-    return 0
+    (args.output_dir / contract.RECORD).unlink()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
+from .check import checksum_problems, first_of, read_content
 from .console import say
-from .dump import GRADS, Dump, iter_row_blocks, load_dump, target_directories
+from .dump import GRADS, Dump, load_dump, target_directories
 from .errors import InputError, raise_if_any
 from .figures import Subject
 
@@ -17,7 +19,9 @@ Tag = TypeVar("Tag", bound="str | None")
 
 
 def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, list[Dump]]:
-    """Open every dump and read all of its gradients once, to be sure that they are finite numbers.
+    """Open every dump, read all of its gradients once, and leave out those that say nothing.
+
+    Rows with a NaN or an infinity, and rows that are zero throughout, are left out; the dump's `warnings` say how many.
 
     Returns:
         For each tag its dumps: one, or one for each target that was probed, in the order they were asked for.
@@ -29,13 +33,24 @@ def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, list[Dump]]:
     problems: list[str] = []
     for tag, path in paths.items():
         try:
-            dumps[tag] = [load_dump(directory) for directory in target_directories(path)]
-            for dump in dumps[tag]:
-                problems.extend(_non_finite_rows(dump))
+            dumps[tag] = [_usable(load_dump(directory), problems) for directory in target_directories(path)]
         except InputError as error:
             problems.extend(error.problems)
     raise_if_any(dict.fromkeys(problems))  # once, where two tags name the same dump
     return dumps
+
+
+def _usable(dump: Dump, problems: list[str]) -> Dump:
+    """The dump without faulty rows; `problems` gets files that have changed since they were written."""
+    content = read_content(dump)
+    problems += checksum_problems(dump, content)
+    left_out = [
+        f"{dump.path / GRADS}: {len(rows)} rows {fault} are left out ({first_of(rows.tolist())})"
+        for rows, fault in ((content.nonfinite, "with NaN or infinity"), (content.zero, "that are zero throughout"))
+        if len(rows)
+    ]
+    kept = np.setdiff1d(dump.row, np.concatenate([content.nonfinite, content.zero]))
+    return replace(dump.only(kept), warnings=(*dump.warnings, *left_out))
 
 
 def first_targets(dumps: Mapping[Tag, list[Dump]]) -> dict[Tag, Dump]:
@@ -49,18 +64,6 @@ def warn(dumps: Mapping[Tag, list[Dump]]) -> None:
         for dump in targets:
             for warning in dump.warnings:
                 say(f"warning: {warning}")
-
-
-def _non_finite_rows(dump: Dump) -> list[str]:
-    faulty: list[int] = []
-    start = 0
-    for block in iter_row_blocks(dump.grads):
-        faulty.extend(int(row) + start for row in np.flatnonzero(~np.isfinite(block).all(axis=1)))
-        start += len(block)
-    if not faulty:
-        return []
-    shown = ", ".join(map(str, faulty[:5])) + (", ..." if len(faulty) > 5 else "")
-    return [f"{dump.path / GRADS}: NaN or infinity in {len(faulty)} rows ({shown}); probe again"]
 
 
 def default_output_dir(dump: Path) -> Path:

@@ -1,9 +1,13 @@
 """The scripts' edge: messages, progress and exit status. stderr has progress, stdout the result."""
 
+import errno
 import functools
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +17,7 @@ from .errors import InputError
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LOG_LINES = 10.0
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def printable(text: str) -> str:
@@ -28,18 +33,52 @@ def say(message: str) -> None:
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
     """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
 
-    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1.
+    So does a full disk. Ctrl-C and SIGTERM end it with one line, and 130 or 143. Anything else that escapes is a fault
+    of ours: the interpreter prints it and exits with 1.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         try:
-            return main(argv)
+            with _sigterm_raises():
+                return main(argv)
         except InputError as error:
             say(f"error: {error}")
             return 2
+        except OSError as error:
+            if error.errno not in DISK_IS_FULL:
+                raise
+            say(f"error: {error.filename or 'writing'}: {error.strerror}; make room and run the same command again")
+            return 2
+        except KeyboardInterrupt:
+            say("interrupted; the same command continues or starts over")
+            return 130
+        except _Terminated:
+            say("stopped by SIGTERM; the same command continues or starts over")
+            return 143
 
     return wrapped
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let files be closed and a line be said when SIGTERM comes; only the main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def progress(

@@ -1,15 +1,18 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
 import gc
+import re
 import sys
+import textwrap
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -17,10 +20,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from .dump import sha256_of
-from .errors import InputError
+from .errors import InputError, raise_if_any
+from .files import read_json, sha256_of
 
-LOADING_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+LOADING_ERRORS = (
+    *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers is known to raise on files that are not what it expects."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+SHOWN_WEIGHTS = 3
 LOGITS_PER_BLOCK = 1 << 25
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -39,13 +48,21 @@ def resolve_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one, else the CPU.
 
     Raises:
-        InputError: a GPU is asked for and torch sees none.
+        InputError: a GPU is asked for and torch sees none, or something else than a GPU or the CPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: must be auto, cuda or cpu") from error
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {name}: must be auto, cuda or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -57,24 +74,36 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_checkpoint(path: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Checkpoint:
-    """Load model and tokenizer from a local directory or, by name, from the Hub; safetensors only.
+    """Load model and tokenizer from a local directory or, by name, from the Hub; safetensors only, no code of its own.
 
     Args:
         attention: `sdpa`, `eager` or `flash_attention_2`, see `resolve_attention`.
 
     Raises:
-        InputError: there is no such checkpoint, it can't be loaded, or it names no end-of-sequence token.
+        InputError: there is no such checkpoint, it can't be loaded, it lacks weights (transformers would draw them at
+            random), its tokenizer has no vocabulary, or it names no end-of-sequence token.
     """
+    _refuse_incomplete(path)
     is_local = Path(path).exists()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=is_local
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=is_local,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(path, error) from error
+    raise_if_any(_faults_of_weights(path, found))
+    if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
+        raise InputError(f"--model-path {path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
     model = model.to(device).eval().requires_grad_(False)
     end_ids = end_token_ids(model, tokenizer)
     if not end_ids:
@@ -88,10 +117,11 @@ def load_skeleton(path: str) -> nn.Module:
     Raises:
         InputError: there is no such checkpoint, or no causal language model in it.
     """
+    _refuse_incomplete(path)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).exists())
+        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).exists(), trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise _cannot_load(path, error) from error
 
@@ -104,8 +134,42 @@ def resolve_attention(name: str, model: nn.Module) -> str:
 
 
 def _cannot_load(path: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InputError(f"--model-path {path}: can't be loaded: {reason}")
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    reason = kind + textwrap.shorten(str(error) or "no reason given", 300, placeholder=" ...")
+    where = path if Path(path).exists() else f"{path}: no such directory, and as a name on the Hub"
+    return InputError(f"--model-path {where}: can't be loaded: {reason}")
+
+
+def _refuse_incomplete(path: str) -> None:
+    """Raise `InputError` where a look at the directory tells that it is no checkpoint of ours."""
+    directory = Path(path)
+    if not directory.exists():
+        if not HUB_NAME.fullmatch(path):
+            raise InputError(f"--model-path {path}: no such directory")
+        return
+    if not directory.is_dir():
+        raise InputError(f"--model-path {path}: is a file; a checkpoint is a directory")
+    faults = []
+    if not (directory / "config.json").is_file():
+        faults.append(f"--model-path {path}: no config.json in it")
+    if not any(directory.glob("*.safetensors")):
+        faults.append(f"--model-path {path}: no *.safetensors in it; other formats, which can hold code, are not read")
+    raise_if_any(faults)
+    generation_config = directory / "generation_config.json"
+    if generation_config.is_file():
+        read_json(generation_config)  # transformers passes over a broken one, and so over end-of-sequence ids
+
+
+def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
+    """Weights that the checkpoint lacks, or has in another shape; `found` is transformers' loading info."""
+    faults = (
+        ("lacks weights of its architecture", sorted(found["missing_keys"])),
+        ("has weights of other shapes than its config's", sorted(str(key[0]) for key in found["mismatched_keys"])),
+    )
+    for fault, names in faults:
+        if names:
+            shown = ", ".join(names[:SHOWN_WEIGHTS]) + (", ..." if len(names) > SHOWN_WEIGHTS else "")
+            yield f"--model-path {path}: {fault}: {shown}"
 
 
 def checkpoint_identity(path: str, model: nn.Module) -> dict[str, str]:
@@ -117,12 +181,19 @@ def checkpoint_identity(path: str, model: nn.Module) -> dict[str, str]:
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """The union of what generation config, model config and tokenizer call end of sequence."""
+    """The union of what generation config, model config and tokenizer call end of sequence.
+
+    Raises:
+        InputError: one of them calls something else than token ids so.
+    """
     found: set[int] = set()
     generation_config = getattr(model, "generation_config", None)
     for source in (generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in listed):
+            raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
+        found.update(listed)
     return frozenset(found)
 
 
@@ -226,8 +297,19 @@ Result = TypeVar("Result")
 Report = Callable[[str], None]
 
 
+@dataclass
+class Budget:
+    """How much goes through the model at once: padded tokens, or rows. Halved for good where memory runs out."""
+
+    tokens: int
+
+
 def run_in_batches(
-    lengths: list[int], batch_tokens: int, run: Callable[[list[int]], Result], report: Report | None = None
+    lengths: list[int],
+    batch_tokens: int | Budget,
+    run: Callable[[list[int]], Result],
+    report: Report | None = None,
+    done: Collection[int] = (),
 ) -> Iterator[tuple[list[int], Result]]:
     """Run sequences of similar length together, longest first, at most `batch_tokens` padded tokens at a time.
 
@@ -237,8 +319,10 @@ def run_in_batches(
 
     Args:
         lengths: of each sequence, in tokens.
+        batch_tokens: the budget; a `Budget` is changed in place, so that it outlives the call.
         run: takes the indices of one batch; has no effect when it fails.
         report: is told, once, that the batch was halved.
+        done: indices left out: the first batches of an earlier call, so that the others come as they would have.
 
     Yields:
         (indices of a batch, what `run` returned for it).
@@ -246,9 +330,11 @@ def run_in_batches(
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: a single sequence does not fit.
     """
-    waiting = deque(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)))
+    budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
+    left = set(range(len(lengths))) - set(done)
+    waiting = deque(sorted(left, key=lambda i: (-lengths[i], i)))
     while waiting:
-        n_rows = max(1, min(len(waiting), batch_tokens // max(1, lengths[waiting[0]])))
+        n_rows = max(1, min(len(waiting), budget.tokens // max(1, lengths[waiting[0]])))
         batch = [waiting[k] for k in range(n_rows)]
         try:
             result = run(batch)
@@ -261,7 +347,7 @@ def run_in_batches(
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            batch_tokens = n_rows * lengths[waiting[0]] // 2
+            budget.tokens = n_rows * lengths[waiting[0]] // 2
             if report is not None:
                 report(f"out of memory with {n_rows} sequences of {lengths[waiting[0]]} tokens: halving the batch")
                 report = None

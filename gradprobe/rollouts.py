@@ -1,13 +1,15 @@
 """Sampling from the policy itself; entropy and log-prob of every response token."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .errors import InputError
 from .models import (
+    Budget,
     Report,
     decoder_hidden,
     head_logits,
@@ -27,6 +29,18 @@ def rollout_uniforms(seed: int, prompt_idx: int, sample_idx: int, n: int) -> np.
     return np.random.Generator(np.random.Philox([seed, prompt_idx, sample_idx])).random(n)
 
 
+def chunks_of(rows_per_prompt: Sequence[int], max_rows: int) -> Iterator[range]:
+    """Yield stretches of consecutive prompts with at most `max_rows` responses together, but at least one prompt."""
+    start = n_rows = 0
+    for index, n in enumerate(rows_per_prompt):
+        if index > start and n_rows + n > max_rows:
+            yield range(start, index)
+            start, n_rows = index, 0
+        n_rows += n
+    if start < len(rows_per_prompt):
+        yield range(start, len(rows_per_prompt))
+
+
 def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
     """Inverse-CDF sampling from the full softmax: the first token whose cumulative probability exceeds u.
 
@@ -39,12 +53,12 @@ def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         [batch] token ids.
 
     Raises:
-        FloatingPointError: a row of logits makes no distribution (NaN, or +infinity).
+        InputError: a row of logits makes no distribution (NaN, or +infinity).
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     if not cumulative[:, -1].isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: no token can be drawn")
+        raise InputError("the model's logits are not finite, so no token can be drawn: is the checkpoint sound?")
     # Scaled to the last entry, which is 1 only up to rounding, so that u never lies beyond the table.
     u = (uniforms * cumulative[:, -1])[:, None]
     return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
@@ -58,7 +72,7 @@ def sample_responses(
     temperature: float,
     max_new_tokens: int,
     end_ids: frozenset[int],
-    max_rows: int = 256,
+    max_rows: int | Budget = 256,
     context: int | None = None,
     report: Report | None = None,
 ) -> Iterator[list[list[list[int]]]]:
@@ -168,7 +182,7 @@ def score_responses(
     model: nn.Module,
     prompts: list[list[int]],
     responses: list[list[int]],
-    batch_tokens: int,
+    batch_tokens: int | Budget,
     report: Report | None = None,
 ) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
     """Entropy and log-prob of every response token by one teacher-forced pass, full softmax, temperature 1.

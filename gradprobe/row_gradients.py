@@ -7,7 +7,7 @@ multiplied with the saved inputs. No weight gradient is formed, and nothing belo
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import raise_if_any
 from .models import (
+    Budget,
     Report,
     decoder_hidden,
     head_logits,
@@ -86,7 +87,7 @@ class RowGradients:
     Args:
         model: a frozen causal language model in eval mode.
         targets: one or several rows; of one or several weights.
-        positions_per_item: after so many positions a rollout is run again, see `_work_items`.
+        positions_per_item: after so many positions a rollout is run again, see `work_items`.
 
     Raises:
         InputError: a layer, weight or row that the model does not have.
@@ -118,8 +119,9 @@ class RowGradients:
         prompts: list[list[int]],
         responses: list[list[int]],
         positions: list[np.ndarray],
-        batch_tokens: int,
+        batch_tokens: int | Budget,
         report: Report | None = None,
+        done: Collection[int] = (),
     ) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
         """Differentiate log π at `positions` of each rollout, rollouts of similar length together.
 
@@ -128,12 +130,15 @@ class RowGradients:
             positions: for each rollout, ascending, which response tokens, counted from 0.
             batch_tokens: padded tokens in one forward pass; memory grows with it.
             report: is told, once, if memory ran out and batches were halved.
+            done: numbers of the `work_items` of an earlier call's first batches, to be left out.
 
         Yields:
-            For one batch, (rollout [n], k [n], rows): row i is the gradient at `positions[rollout[i]][k[i]]`;
+            For one batch, whole work items, (rollout [n], k [n], rows): row i is the gradient at `positions[rollout[i]][k[i]]`;
             `rows` has one [n, in] tensor per target, float32 (float64 under a float64 model).
         """
-        items = self._work_items(positions)
+        items = self.work_items(positions)
+        if not items:
+            return
         # Tokens behind an item's last position contribute nothing.
         inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(positions[i][ks.stop - 1])] for i, ks in items]
         # log π of the token at index q of a sequence comes out of index q - 1.
@@ -145,12 +150,14 @@ class RowGradients:
         def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
             return self._batch([inputs[j] for j in batch], [where[j] for j in batch], [token_ids[j] for j in batch])
 
-        for batch, (members, passes, rows) in run_in_batches([len(x) for x in inputs], batch_tokens, run, report):
+        for batch, (members, passes, rows) in run_in_batches(
+            [len(x) for x in inputs], batch_tokens, run, report, done
+        ):
             item = np.array(batch)[members]
             yield rollout_of_item[item], first_k_of_item[item] + passes, rows
 
-    def _work_items(self, positions: list[np.ndarray]) -> list[tuple[int, range]]:
-        """(rollout, which of its positions): early positions apart from late ones.
+    def work_items(self, positions: list[np.ndarray]) -> list[tuple[int, range]]:
+        """(rollout, which of its positions) of every batch's parts: early positions apart from late ones.
 
         A backward pass runs over the whole input, so a rollout is run again, cut short, for its early positions.
         """

@@ -59,7 +59,7 @@ def write_dump(
         "seed": 0,
         "max_new_tokens": 64,
         "temperature": 1.0,
-        "num_correct_rollouts": 0,
+        "num_correct_rollouts": len({(int(p), int(s)) for p, s, c in zip(prompt, sample, correct, strict=True) if c}),
         "prompt_idxs": sorted(set(prompt.tolist())),
     }
     (path / "manifest.json").write_text(json.dumps(content | manifest))

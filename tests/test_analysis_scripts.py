@@ -139,26 +139,31 @@ def test_degenerate_dumps_give_nulls_and_figures(tmp_path: Path, capsys: pytest.
     grads[:10] = 0
     base = planted.write_dump(tmp_path / "base", grads, bucket, prompt=np.arange(29) % 12)
     kinds = np.arange(40) // 10 % 2 == 0
-    zero = planted.write_dump(
-        tmp_path / "zero", np.zeros((40, 24)), np.arange(40) % 5, sample=np.arange(40) // 10, correct=kinds
+    signs = np.where(np.arange(40) // 5 % 2 == 0, 1.0, -1.0)  # tokens of a rollout and bucket cancel each other
+    cancelling = planted.write_dump(
+        tmp_path / "cancelling",
+        signs[:, None] * np.ones(24),
+        np.arange(40) % 5,
+        sample=np.arange(40) // 10,
+        correct=kinds,
     )
-    exp1, exp2 = run_all(base, zero, tmp_path / "figures")
+    exp1, exp2 = run_all(base, cancelling, tmp_path / "figures")
 
     buckets = exp1["base"]["per_bucket"]
-    assert [buckets[str(index)]["n"] for index in range(5)] == [10, 1, 12, 0, 6]
+    assert [buckets[str(index)]["n"] for index in range(5)] == [0, 1, 12, 0, 6]
     for index in "03":
         assert {value for key, value in buckets[index].items() if key not in ("n", "matched_n")} == {None}
     assert buckets["1"]["participation_ratio"] == pytest.approx(1.0)
     cosines = exp1["base"]["cross_bucket_top1_cosine"]
     assert [row[3] for row in cosines] == cosines[3] == [None] * 5
-    assert exp1["trained"]["cross_bucket_top1_cosine"] == [[None] * 5] * 5
     assert exp2["base"]["n_prompts_usable"] == 0
     assert set(exp2["base"]["correct_vs_incorrect"].values()) == {None}
     assert {exp2[tag]["alignment"]["verdict"] for tag in exp2} == {"underpowered"}
     assert exp2["base"]["control_within_group"] == {"mean": None, "median": None, "n": 0, "n_zero_mean": 0}
     assert (exp2["trained"]["n_prompts_usable"], exp2["trained"]["n_prompts_zero_mean"]) == (1, 1)
-    assert exp2["trained"]["control_within_group"]["n_zero_mean"] == 2
-    assert "left out because a mean gradient is zero: 1 prompts, 2 halves" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "left out because a mean gradient is zero: 1 prompts" in captured.out
+    assert "10 rows that are zero throughout are left out (0, 1, 2" in captured.err
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -342,9 +347,6 @@ BAD_INPUT = {
     "one good, one bad": lambda good, tmp: [f"a={good}", f"b={tmp / 'nowhere'}"],
     "tag twice": lambda good, tmp: [f"a={good}", f"a={good}"],
     "a tag is missing": lambda good, tmp: [str(good), f"a={good}"],
-    "not a number": lambda good, tmp: [
-        f"a={planted.write_dump(tmp / 'nan', np.array([[np.nan, 1.0]]), np.array([0]))}"
-    ],
 }
 
 

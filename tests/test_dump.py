@@ -37,7 +37,7 @@ def test_lines_are_placed_by_row():
 
 
 def test_merged_dumps_of_the_original_are_read_with_a_warning(dump_dir):
-    assert load_dump(dump_dir).warnings == ()
+    assert not any("merge it again" in warning for warning in load_dump(dump_dir).warnings)
     manifest = json.loads((dump_dir / "manifest.json").read_text())
     (dump_dir / "manifest.json").write_text(json.dumps({**manifest, "shards": ["s0", "s1"]}))
     assert "merge it again from its shards" in load_dump(dump_dir).warnings[0]

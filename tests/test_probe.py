@@ -163,7 +163,12 @@ def test_every_response_token(whole, checkpoint_dir, tmp_path):
 def test_a_finished_dump_is_left_alone_and_other_settings_are_refused(sampling, tmp_path, capsys):
     output = tmp_path / "out"
     probe(output, *sampling)
-    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in output.iterdir()}
+
+    def files() -> dict[str, tuple]:
+        found = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in output.iterdir()}
+        return {name: content for name, content in found.items() if name != ".lock"}
+
+    before = files()
     capsys.readouterr()
     assert probe(output, *sampling) == 0
     assert "finished already" in capsys.readouterr().err
@@ -172,7 +177,7 @@ def test_a_finished_dump_is_left_alone_and_other_settings_are_refused(sampling, 
     assert "seed: 0, now 5" in error
     assert "r0" in error
     assert "r3" in error
-    assert before == {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in output.iterdir()}
+    assert before == files()
     assert probe(output, *sampling, "--seed", "5", "--overwrite") == 0
     assert json.loads((output / "manifest.json").read_text())["seed"] == 5
 

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from tiny import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_model
 
+from gradprobe.errors import InputError
 from gradprobe.models import load_checkpoint
 from gradprobe.rollouts import rollout_uniforms, sample_from, sample_responses, score_responses
 
@@ -76,7 +77,7 @@ def test_inverse_cdf_never_draws_what_has_no_probability():
 
 
 def test_logits_that_are_no_distribution_are_an_error_not_a_token():
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(InputError, match="not finite"):
         sample_from(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64), 1.0)
 
 
