@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Both experiments from start to end: probe the shards of both models (one per GPU, or as many at once as the CPU
+# Both experiments from start to end: probe the shards of every model (one per GPU, or as many at once as the CPU
 # has cores), merge, analyse, plot.
 #
 #     bash run_exp1_exp2.sh                     the study in config.env: by default the demo pair
 #     bash run_exp1_exp2.sh my_study.env        another file of settings
 #     DRY_RUN=1 bash run_exp1_exp2.sh           only print what would run
 #     BASE_MODEL=Qwen/Qwen2.5-1.5B TRAINED_MODEL=my/checkpoint DATASET=problems.jsonl bash run_exp1_exp2.sh
+#     MODELS="base=my/base step100=my/step100 step200=my/step200" bash run_exp1_exp2.sh
+#     bash run_exp1_exp2.sh out/exp12/config.resolved.env      the study that was run there, once more
 #
-# Exit status: 0 done, 2 bad settings, 1 a step failed (its log's end is shown, all others are stopped).
+# The same command again continues: what is finished and valid is left alone. Logs are in OUT_ROOT/logs.
+# Exit status: 0 done, 2 bad settings (nothing was begun), 1 a step failed (its log's end is shown, all others are
+# stopped), 128 + N ended by signal N.
 set -Eeuo pipefail
 set -m # each step in a process group of its own, so that it can be stopped with all its children
 
@@ -22,47 +26,50 @@ say() {
     printf '%s  %s\n' "$(date +%H:%M:%S)" "$1" >&2
 }
 
+printable() { # text: a terminal gets no control characters
+    tr '\r' '\n' | tr -d '\000-\010\013-\037\177'
+}
+
+# ---- settings ---------------------------------------------------------------------------------------------------
+
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash 5.1 or later is needed, this is $BASH_VERSION"
 (($# <= 1)) || die "usage: run_exp1_exp2.sh [CONFIG]"
 config="${1:-$PROJECT/config.env}"
-[[ -f "$config" ]] || die "$config: no such file of settings"
+[[ "$config" == */* ]] || config="./$config" # a bare name would be looked up in PATH
+[[ -f "$config" && -r "$config" ]] || die "$(printf '%q' "$config"): no such file of settings, or not readable"
+bash -n -- "$config" || die "$(printf '%q' "$config"): is not a file that bash can read"
+trap 'die "$(printf %q "$config"): ended early"' EXIT
 # shellcheck source=config.env
 source "$config"
-
-# ---- what to run, and where -----------------------------------------------------------------------------------
-
-[[ "$LAUNCHER" == local ]] || die "LAUNCHER=$LAUNCHER: only 'local' is known"
-for name in SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES; do
-    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a whole number from 1"
-done
-[[ "$DEVICE" == auto || "$DEVICE" == cpu || "$DEVICE" == cuda ]] || die "DEVICE=$DEVICE: must be auto, cuda or cpu"
-
-gpus=()
-if [[ "$DEVICE" != cpu ]]; then
-    if [[ -n "$GPUS" ]]; then
-        IFS=', ' read -r -a gpus <<<"$GPUS"
-    elif command -v nvidia-smi >/dev/null; then
-        mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
-    fi
-    [[ "$DEVICE" == auto || ${#gpus[@]} -gt 0 ]] || die "DEVICE=cuda: nvidia-smi lists no GPU; set GPUS or DEVICE=cpu"
-fi
+trap - EXIT
+# shellcheck source=config.env
+source "$PROJECT/config.env" # for what that file leaves out
 
 n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
+# shellcheck source=scripts/check_config.sh
+source "$PROJECT/scripts/check_config.sh"
+# shellcheck source=scripts/steps.sh
+source "$PROJECT/scripts/steps.sh"
+check_settings
+
+# ---- what to run, and where -------------------------------------------------------------------------------------
+
 # Analyses work on many small matrices too, where threads that wait for each other cost more than they bring: with
 # both of two cores, Exp 1 of the demo took twice as long as with one.
 analysis_threads=$(((n_cores + 1) / 2))
-n_jobs=$((2 * SHARDS_PER_MODEL))
-if ((${#gpus[@]} > 0)); then
+n_jobs=$((${#tags[@]} * SHARDS_PER_MODEL))
+threads=""
+if [[ "$LAUNCHER" == slurm ]]; then
+    device="$DEVICE"
+    n_slots=$n_jobs
+elif ((${#gpus[@]} > 0)); then
     device=cuda
     n_slots=${#gpus[@]}
-    threads=""
 else
     device=cpu
     n_slots=$((n_cores < n_jobs ? n_cores : n_jobs))
     threads=$((n_cores / n_slots))
 fi
-
-declare -A model_of=([base]="$BASE_MODEL" [trained]="$TRAINED_MODEL")
 figures="$OUT_ROOT/exp12_figures"
 logs="$OUT_ROOT/logs"
 
@@ -86,102 +93,131 @@ merge_command() { # tag -> the array `command`
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do command+=("$OUT_ROOT/exp12_$1_s$shard"); done
 }
 
-analysis_command() { # script, name -> the array `command`
+analysis_command() { # script -> the array `command`
     command=("$python" "$PROJECT/$1" --output-dir "$figures")
-    command+=("base=$OUT_ROOT/exp12_base" "trained=$OUT_ROOT/exp12_trained")
+    local tag
+    for tag in "${tags[@]}"; do command+=("$tag=$OUT_ROOT/exp12_$tag"); done
 }
 
 plot_command() { # -> the array `command`
-    command=("$python" "$PROJECT/plot_exp12_intuitive.py" --output-dir "$figures")
-    command+=(--base "$OUT_ROOT/exp12_base" --trained "$OUT_ROOT/exp12_trained")
+    if [[ "${tags[*]}" == "base trained" ]]; then
+        command=("$python" "$PROJECT/plot_exp12_intuitive.py" --output-dir "$figures")
+        command+=(--base "$OUT_ROOT/exp12_base" --trained "$OUT_ROOT/exp12_trained")
+    else
+        analysis_command plot_exp12_intuitive.py
+    fi
 }
 
-# ---- running steps, and stopping them --------------------------------------------------------------------------
+print_command() {
+    printf '%q ' "${command[@]}"
+    printf '\n'
+}
 
-declare -A name_of=() log_of=() slot_of=() start_of=() # by process id, which is its process group's too
-
-stop_all() {
-    local pid waited
-    for pid in "${!name_of[@]}"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
-    for pid in "${!name_of[@]}"; do
-        for ((waited = 0; waited < 50; waited++)); do
-            kill -0 -- "-$pid" 2>/dev/null || break
-            sleep 0.1
-        done
-        kill -KILL -- "-$pid" 2>/dev/null || true
+print_plan() {
+    local tag shard processors="$device${gpus[*]:+ ${gpus[*]}}"
+    if [[ "$LAUNCHER" == slurm ]]; then
+        printf '# %d shards, through Slurm, on %s\n' "$n_jobs" "$processors"
+    else
+        printf '# %d shards, %d at once, on %s\n' "$n_jobs" "$((n_slots < n_jobs ? n_slots : n_jobs))" "$processors"
+    fi
+    for tag in "${tags[@]}"; do
+        for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do probe_command "$tag" "$shard" && print_command; done
     done
-    name_of=()
+    for tag in "${tags[@]}"; do merge_command "$tag" && print_command; done
+    analysis_command analyze_exp1_compression.py && print_command
+    analysis_command analyze_exp2_direction.py && print_command
+    plot_command && print_command
 }
 
-interrupted() {
-    trap - INT TERM HUP
-    say "stopping"
+if [[ "$DRY_RUN" == 1 ]]; then
+    python="${PYTHON:-$PROJECT/.venv/bin/python}"
+    print_plan
+    exit 0
+fi
+
+# ---- before the first step --------------------------------------------------------------------------------------
+
+answers="" # a directory for the time of the checks
+clean_up() {
     stop_all
-    exit "$1"
+    if [[ -n "$answers" ]]; then rm -rf -- "$answers"; fi
 }
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
-trap stop_all EXIT
+trap clean_up EXIT
 
-start() { # name, log, slot, command...: stdout and stderr go to the log
-    local name="$1" log="$2" slot="$3"
-    shift 3
-    "$@" </dev/null >"$log" 2>&1 &
-    name_of[$!]="$name" log_of[$!]="$log" slot_of[$!]="$slot" start_of[$!]=$SECONDS
+is_locked=0
+take_lock() { # on OUT_ROOT, for the life of this process
+    ((is_locked == 0)) || return 0
+    is_locked=1
+    exec 9>>"$OUT_ROOT/.lock"
+    flock --nonblock 9 ||
+        die "OUT_ROOT=$(printf %q "$OUT_ROOT"): another launcher is at work there, $(printable <"$OUT_ROOT/.lock")"
+    printf 'process %d on %s since %s\n' "$$" "$HOSTNAME" "$(date '+%F %T %z')" >"$OUT_ROOT/.lock"
 }
 
-finish_one() { # waits for whichever step ends first; its slot -> freed_slot
-    local pid="" status=0
-    wait -n -p pid "${!name_of[@]}" || status=$?
-    local name="${name_of[$pid]}" log="${log_of[$pid]}"
-    unset "name_of[$pid]"
-    if ((status != 0)); then
-        printf 'error: %s failed with exit code %d; the end of %s:\n' "$name" "$status" "$log" >&2
-        tail -n 20 -- "$log" >&2
-        stop_all
-        exit 1
-    fi
-    say "$name: done in $((SECONDS - start_of[$pid])) s"
-    freed_slot="${slot_of[$pid]}"
-}
-
-with_threads() { # number -> the array `where`, to be put before a command
-    where=(env "OMP_NUM_THREADS=$1" "MKL_NUM_THREADS=$1" "OPENBLAS_NUM_THREADS=$1")
-}
-
-run_step() { # name, log, command...
-    with_threads "$analysis_threads"
-    start "$1" "$2" 0 "${where[@]}" "${@:3}"
-    finish_one
-}
-
-# ---- the chain ---------------------------------------------------------------------------------------------------
-
-if [[ "$DRY_RUN" == 1 ]]; then
-    python="${PYTHON:-$PROJECT/.venv/bin/python}"
-    printf '# %d shards, %d at once, on %s\n' "$n_jobs" "$((n_slots < n_jobs ? n_slots : n_jobs))" \
-        "$device${gpus[*]:+ ${gpus[*]}}"
-    for tag in base trained; do
-        for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
-            probe_command "$tag" "$shard" && printf '%q ' "${command[@]}" && printf '\n'
+save_configuration() { # what was asked for, as a file of settings that asks for it again
+    local file="$OUT_ROOT/config.resolved.env" name names
+    mapfile -t names < <(sed -n 's/^: "${\([A-Z0-9_]*\):=.*/\1/p' "$PROJECT/config.env")
+    {
+        printf '# bash run_exp1_exp2.sh THIS_FILE runs this study again; the environment wins over what stands here.\n'
+        # %q keeps on the line of the comment whatever it is given: this file will be executed.
+        printf '# %s on %q; commit: %q; device: %s, GPUs: %s\n' \
+            "$(date '+%F %T %z')" "$HOSTNAME" "$(commit)" "$device" "${gpus[*]:-none}"
+        for name in "${names[@]}"; do
+            if [[ "$name" == MODELS ]]; then save_models; else save_setting "$name" "${!name}"; fi
         done
-    done
-    for tag in base trained; do merge_command "$tag" && printf '%q ' "${command[@]}" && printf '\n'; done
-    analysis_command analyze_exp1_compression.py && printf '%q ' "${command[@]}" && printf '\n'
-    analysis_command analyze_exp2_direction.py && printf '%q ' "${command[@]}" && printf '\n'
-    plot_command && printf '%q ' "${command[@]}" && printf '\n'
-    exit 0
-fi
+    } >"$file.part"
+    mv -f -- "$file.part" "$file"
+}
+
+save_setting() { # name, value
+    # shellcheck disable=SC2016
+    printf '[[ -n "${%s-}" ]] || %s=%q\n' "$1" "$1" "$2"
+}
+
+save_models() { # with absolute paths; where the short form was used it stands for itself
+    local tag
+    # shellcheck disable=SC2016
+    printf '[[ -n "${MODELS-}" ]] || MODELS=('
+    if [[ -n "${MODELS[*]}" ]]; then
+        for tag in "${tags[@]}"; do printf '%q ' "$tag=${model_of[$tag]}"; done
+    fi
+    printf ')\n'
+}
+
+commit() {
+    local found
+    if ! found="$(git -C "$PROJECT" rev-parse HEAD 2>/dev/null)"; then found="none"; fi
+    if [[ "$found" != none ]] && ! git -C "$PROJECT" diff --quiet HEAD; then found+="-changed"; fi
+    printf '%s' "$found"
+}
 
 python="$(bash "$PROJECT/scripts/ensure_venv.sh")"
-mkdir -p -- "$figures" "$logs"
-began=$SECONDS
+if [[ -e "$OUT_ROOT/.lock" ]]; then take_lock; fi # who comes second learns it before seconds of checks
+answers="$(mktemp -d)" || die "no temporary directory can be made; set TMPDIR"
+ask_probe "$answers"
+check_models "$answers"
+check_disk_space
+reason="$(mkdir -p -- "$figures" "$logs" 2>&1)" || die "OUT_ROOT=$(printf %q "$OUT_ROOT"): $reason"
+take_lock
+save_configuration
 
+# ---- the chain --------------------------------------------------------------------------------------------------
+
+if [[ "$LAUNCHER" == slurm ]]; then
+    # shellcheck source=/dev/null
+    source "$PROJECT/scripts/slurm.sh"
+    submit_chain
+    exit
+fi
+
+began=$SECONDS
 freed_slot=""
 free_slots=()
 for ((slot = 0; slot < n_slots; slot++)); do free_slots+=("$slot"); done
-for tag in base trained; do
+for tag in "${tags[@]}"; do
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
         if ((${#free_slots[@]} == 0)); then
             finish_one
@@ -203,19 +239,21 @@ done
 while ((${#name_of[@]} > 0)); do finish_one; done
 say "all shards: $((SECONDS - began)) s"
 
-for tag in base trained; do
+for tag in "${tags[@]}"; do
     merge_command "$tag"
     run_step "merge $tag" "$logs/merge_$tag.log" "${command[@]}"
 done
 analysis_command analyze_exp1_compression.py
-run_step "experiment 1" "$figures/exp1.txt" "${command[@]}"
+run_analysis "experiment 1" exp1.txt "${command[@]}"
 analysis_command analyze_exp2_direction.py
-run_step "experiment 2" "$figures/exp2.txt" "${command[@]}"
+run_analysis "experiment 2" exp2.txt "${command[@]}"
 plot_command
-run_step "plots" "$figures/plot.txt" "${command[@]}"
+run_analysis "plots" plot.txt "${command[@]}"
 say "everything: $((SECONDS - began)) s"
 
-cat -- "$figures/exp1.txt" "$figures/exp2.txt"
-printf '\nFigures:\n'
-printf '  %s\n' "$figures"/*.png
-printf 'All of it on one page:\n  %s\n' "$figures/report.html"
+{
+    cat -- "$figures/exp1.txt" "$figures/exp2.txt"
+    printf '\nFigures:\n'
+    printf '  %s\n' "$figures"/*.png
+    printf 'All of it on one page:\n  %s\n' "$figures/report.html"
+} | printable

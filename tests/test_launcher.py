@@ -1,96 +1,66 @@
-"""The launcher, with a stub in the interpreter's place: what it runs, and what it leaves behind when a step fails."""
+"""The launcher, with a stub in the interpreter's place: what it runs, refuses, and leaves behind when a step fails."""
 
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from launching import (
+    PROBES,
+    ROOT,
+    calls,
+    launch,
+    processes_of,
+    start_launcher,
+    steps,
+    stub_environment,
+    wait_until,
+    write_program,
+)
 
-ROOT = Path(__file__).parents[1]
-STUB = """#!/usr/bin/env bash
-# Stands in for Python: notes its call, then does what the scenario of its step says.
-set -u
-script="$(basename "$1")"; shift
-output=""; shard=""
-while (($#)); do
-    case "$1" in --output-dir) output="$2" ;; --shard-index) shard="$2" ;; esac
-    shift
-done
-step="$script${shard:+:$(basename "$output")}"
-printf '%s\\t%s\\t%s\\n' "$step" "${CUDA_VISIBLE_DEVICES-}" "${OMP_NUM_THREADS-}" >>"$STUB_CALLS"
-case " $STUB_FAIL " in *" $step "*) printf 'the reason stands here\\n' >&2; exit 7 ;; esac
-case " $STUB_HANG " in *" $step "*) sleep 300 & sleep 300 ;; esac
-"""
+ANALYSES = ["analyze_exp1_compression.py", "analyze_exp2_direction.py", "plot_exp12_intuitive.py"]
+MERGE = "merge_grad_vector_shards.py"
+AWKWARD = "a b'c\"d\ne $(touch pwned); é"
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    stub = tmp_path / "stub python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    return {
-        **{name: value for name, value in os.environ.items() if name not in ("GPUS", "DEVICE")},
-        "PYTHON": str(stub),
-        "OUT_ROOT": str(tmp_path / "out 'root'"),
-        "STUB_CALLS": str(tmp_path / "calls"),
-        "STUB_FAIL": "",
-        "STUB_HANG": "",
-        "DEVICE": "cpu",
-    }
+    return stub_environment(tmp_path)
 
 
-def launch(environment: dict[str, str], **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", ROOT / "run_exp1_exp2.sh"],
-        env={**environment, **settings},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd="/",
-    )
+def arguments_of_calls(environment: dict[str, str]) -> list[str]:
+    return Path(environment["STUB_CALLS"] + ".arguments").read_bytes().decode().split("\0")
 
 
-def calls(environment: dict[str, str]) -> list[list[str]]:
-    return [line.split("\t") for line in Path(environment["STUB_CALLS"]).read_text().splitlines()]
-
-
-def processes_of(environment: dict[str, str]) -> list[str]:
-    """Command lines of living processes that have this test's stub in their environment."""
-    marker = environment["STUB_CALLS"].encode()
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and marker in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text())
-        except OSError:
-            continue
-    return found
+# ---- the chain -------------------------------------------------------------------------------------------------------
 
 
 def test_the_chain_runs_in_order(environment):
     result = launch(environment)
     assert result.returncode == 0, result.stderr
-    steps = [call[0] for call in calls(environment)]
-    shards = [f"probe_grad_vectors.py:exp12_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1)]
-    assert sorted(steps[:4]) == shards
-    assert steps[4:] == [
-        "merge_grad_vector_shards.py",
-        "merge_grad_vector_shards.py",
-        "analyze_exp1_compression.py",
-        "analyze_exp2_direction.py",
-        "plot_exp12_intuitive.py",
-    ]
+    ran = steps(environment)
+    assert sorted(ran[:4]) == PROBES
+    assert ran[4:] == [MERGE, MERGE, *ANALYSES]
+    assert "this is analyze_exp2_direction.py" in result.stdout
 
 
 def test_one_shard_per_gpu(environment):
-    result = launch(environment, DEVICE="auto", GPUS="3,5", SHARDS_PER_MODEL="3")
+    result = launch(environment, DEVICE="auto", GPUS="3,5", SHARDS_PER_MODEL="3", STUB_GPUS="0 1 2 3 4 5")
     assert result.returncode == 0, result.stderr
     probes = [call for call in calls(environment) if call[0].startswith("probe")]
     assert len(probes) == 6
     assert {call[1] for call in probes} == {"3", "5"}
+
+
+def test_all_gpus_that_are_listed_are_used(environment):
+    result = launch(environment, DEVICE="auto", STUB_GPUS="0 1 No-devices-were-found")
+    assert result.returncode == 0, result.stderr
+    assert {call[1] for call in calls(environment)[:4]} == {"0", "1"}
 
 
 def test_threads_are_divided_on_a_cpu(environment):
@@ -100,20 +70,49 @@ def test_threads_are_divided_on_a_cpu(environment):
     assert {call[2] for call in probes} == {str(n_cores // min(n_cores, 4))}
 
 
+@pytest.mark.parametrize("tags", [["only"], ["base", "step-100", "step.500"]])
+def test_any_number_of_models(environment, tags):
+    models = " ".join(f"{tag}={ROOT / 'demo' / ('base' if tag == 'base' else 'trained')}" for tag in tags)
+    result = launch(environment, MODELS=f"  {models}\n")
+    assert result.returncode == 0, result.stderr
+    ran = steps(environment)
+    assert sorted(ran[: 2 * len(tags)]) == sorted(f"probe_grad_vectors.py:exp12_{t}_s{i}" for t in tags for i in (0, 1))
+    assert ran[2 * len(tags) :] == [MERGE] * len(tags) + ANALYSES
+    merged = [f"{tag}={environment['OUT_ROOT']}/exp12_{tag}" for tag in tags]
+    arguments = arguments_of_calls(environment)
+    for script in ANALYSES:
+        call = arguments[arguments.index(str(ROOT / script)) :][: 3 + len(tags)]
+        assert call == [str(ROOT / script), "--output-dir", f"{environment['OUT_ROOT']}/exp12_figures", *merged]
+
+
+def test_base_and_trained_are_plotted_by_name(environment):
+    plan = launch(environment, DRY_RUN="1").stdout.splitlines()[-1]
+    assert re.search(r"--base \S+ \S*exp12_base --trained", plan.replace("\\ ", " ").replace("'", ""))
+
+
+def test_a_model_is_checked_once(environment):
+    launch(environment, SHARDS_PER_MODEL="3")
+    checked = [call[0] for call in calls(environment, ".checks")]
+    assert sorted(checked) == ["probe_grad_vectors.py:exp12_base_s0", "probe_grad_vectors.py:exp12_trained_s0"]
+
+
+# ---- failures and interruptions --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("failing", ["probe_grad_vectors.py:exp12_trained_s0", "analyze_exp2_direction.py"])
 def test_a_failing_step_is_named_with_its_log_and_stops_the_run(environment, failing):
     result = launch(environment, STUB_FAIL=failing)
     assert result.returncode == 1
     assert "failed with exit code 7" in result.stderr
-    assert "the reason stands here" in result.stderr
-    assert "plot_exp12_intuitive.py" not in {call[0] for call in calls(environment)}
+    assert "the reason stands [31mhere" in result.stderr, "control characters are left out"
+    assert "plot_exp12_intuitive.py" not in steps(environment)
     assert processes_of(environment) == []
 
 
-def test_a_failing_shard_stops_the_others(environment):
-    others = "probe_grad_vectors.py:exp12_base_s0"
+@pytest.mark.slow
+def test_a_failing_shard_stops_the_others_even_those_that_ignore_it(environment):
     started = time.monotonic()
-    settings = {"STUB_FAIL": "probe_grad_vectors.py:exp12_base_s1", "STUB_HANG": others, "GPUS": "0,1"}
+    settings = {"STUB_FAIL": PROBES[1], "STUB_DEAF": PROBES[0], "GPUS": "0,1", "STUB_GPUS": "0 1"}
     result = launch(environment, DEVICE="cuda", **settings)
     assert result.returncode == 1
     assert "probe base shard 1 failed" in result.stderr
@@ -121,21 +120,41 @@ def test_a_failing_shard_stops_the_others(environment):
     assert processes_of(environment) == []
 
 
-@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_run_continues_and_keeps_the_first_log(environment):
+    failing = PROBES[0]
+    assert launch(environment, STUB_FAIL=failing).returncode == 1
+    result = launch(environment)
+    assert result.returncode == 0, result.stderr
+    finished = [call[0] for call in calls(environment, ".finished")]
+    assert sorted(finished) == PROBES, "each shard is computed once over both runs"
+    log = (Path(environment["OUT_ROOT"]) / "logs" / "base_s0.log").read_text()
+    assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", log, re.DOTALL)
+
+
+def test_the_tail_of_a_log_is_of_this_run(environment):
+    launch(environment, STUB_FAIL=PROBES[0])
+    result = launch(environment, STUB_FAIL=PROBES[0])
+    assert result.stderr.count("the reason stands") == 1
+
+
+def test_results_are_not_added_to_those_of_an_earlier_run(environment):
+    launch(environment)
+    assert launch(environment).stdout.count("this is analyze_exp1_compression.py") == 1
+
+
+def start_and_hang(environment: dict[str, str], how: str = "STUB_HANG") -> subprocess.Popen[str]:
+    """A launcher whose first probes, as many as run at once, hang with a child each; `STUB_DEAF`: ignoring SIGTERM."""
+    launcher = start_launcher(environment, **{how: " ".join(PROBES)})
+    n_slots = min(len(os.sched_getaffinity(0)), 4)
+    assert wait_until(lambda: sum("sleep" in line for line in processes_of(environment)) >= 2 * n_slots)
+    return launcher
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_leaves_no_process_behind(environment, signal_number, status):
-    hanging = " ".join(f"probe_grad_vectors.py:exp12_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1))
-    launcher = subprocess.Popen(
-        ["bash", ROOT / "run_exp1_exp2.sh"],
-        env={**environment, "STUB_HANG": hanging},
-        stderr=subprocess.PIPE,
-        text=True,
-        # An ignored SIGINT, as background jobs of a shell inherit it, could not be trapped.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    deadline = time.monotonic() + 30
-    while len(processes_of(environment)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(processes_of(environment)) >= 4
+    launcher = start_and_hang(environment)
     launcher.send_signal(signal_number)
     _, error = launcher.communicate(timeout=30)
     assert launcher.returncode == status
@@ -143,36 +162,272 @@ def test_a_signal_leaves_no_process_behind(environment, signal_number, status):
     assert processes_of(environment) == []
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(environment):
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_process_behind_and_no_lock(environment):
+    launcher = start_and_hang(environment, "STUB_DEAF")
+    launcher.kill()
+    launcher.wait(timeout=30)
+    result = launch(environment, STUB_FAIL=" ".join(PROBES))
+    assert "another launcher" not in result.stderr, "the lock ends with its holder, not with the steps"
+    assert wait_until(lambda: processes_of(environment) == [], seconds=10), processes_of(environment)
+    assert launch(environment).returncode == 0
+
+
+def test_a_second_launcher_is_refused(environment):
+    launcher = start_and_hang(environment)
+    second = launch(environment)
+    launcher.terminate()
+    launcher.communicate(timeout=30)
+    assert second.returncode == 2
+    assert second.stderr.startswith("error: OUT_ROOT=")
+    assert f": another launcher is at work there, process {launcher.pid} on " in second.stderr
+    assert second.stderr.count("\n") == 1
+    assert launch(environment).returncode == 0
+
+
+def test_a_full_disk_is_a_failed_step_and_the_next_run_completes(environment):
+    full = subprocess.run(
+        ["bash", ROOT / "run_exp1_exp2.sh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert full.returncode == 1
+    assert "failed with exit code" in full.stderr
+    assert calls(environment, ".finished") == []
+    assert processes_of(environment) == []
+    result = launch(environment)
+    assert result.returncode == 0, result.stderr
+    assert sorted(call[0] for call in calls(environment, ".finished")) == PROBES
+
+
+def test_without_setpriv_the_chain_runs_all_the_same(environment, tmp_path):
+    write_program(tmp_path / "bin" / "setpriv", "#!/bin/sh\nexit 127\n")
+    result = launch(environment)
+    assert result.returncode == 0, result.stderr
+    assert len(steps(environment)) == 9
+
+
+# ---- what is refused before anything begins --------------------------------------------------------------------------
+
+BAD_SETTINGS = [
+    ({"SHARDS_PER_MODEL": "0"}, "SHARDS_PER_MODEL=0: must be a whole number from 1"),
+    ({"SHARDS_PER_MODEL": "129"}, "SHARDS_PER_MODEL=129: more shards than prompts"),
+    ({"NUM_PROMPTS": "many"}, "NUM_PROMPTS=many: must be a whole number from 1"),
+    ({"NUM_PROMPTS": "-3"}, "NUM_PROMPTS=-3: must be a whole number from 1"),
+    ({"NUM_SAMPLES": "1.5"}, "NUM_SAMPLES=1.5: must be a whole number from 1"),
+    ({"NUM_SAMPLES": "99999999999999999999"}, "NUM_SAMPLES=99999999999999999999: must be a whole number"),
+    ({"MAX_NEW_TOKENS": "0"}, "MAX_NEW_TOKENS=0: must be a whole number from 1"),
+    ({"MAX_NEW_TOKENS": "010"}, "MAX_NEW_TOKENS=010: must be a whole number from 1, without leading zeros"),
+    ({"BINS": "1"}, "BINS=1: must be a whole number from 2"),
+    ({"POS_PER_BIN_PER_ROLLOUT": "-1"}, "POS_PER_BIN_PER_ROLLOUT=-1: must be a whole number from 0"),
+    ({"SEED": "-1"}, "SEED=-1: must be a whole number from 0"),
+    ({"SEED": "a[$(touch pwned)]"}, "SEED=a\\[\\$\\(touch\\ pwned\\)\\]: must be a whole number from 0"),
+    ({"TEMPERATURE": "0"}, "TEMPERATURE=0: must be a number above 0"),
+    ({"TEMPERATURE": "0.0e5"}, "TEMPERATURE=0.0e5: must be a number above 0"),
+    ({"TEMPERATURE": "nan"}, "TEMPERATURE=nan: must be a number above 0"),
+    ({"TEMPERATURE": "-1"}, "TEMPERATURE=-1: must be a number above 0"),
+    ({"DTYPE": "float16"}, "DTYPE=float16: must be auto, bfloat16 or float32"),
+    ({"DEVICE": "tpu"}, "DEVICE=tpu: must be auto, cuda or cpu"),
+    ({"DEVICE": "cuda"}, "DEVICE=cuda: nvidia-smi lists no GPU"),
+    ({"LAUNCHER": "magic"}, "LAUNCHER=magic: must be local or slurm"),
+    ({"DRY_RUN": "yes"}, "DRY_RUN=yes: must be 0 or 1"),
+    ({"GPUS": "0,x"}, "GPUS=0\\,x: x is not the number of a GPU"),
+    ({"GPUS": "0,,1"}, "GPUS=0\\,\\,1: '' is not the number of a GPU"),
+    ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
+    ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi does not list 8, but 0 1"),
+    ({"DATASET": "/nowhere/problems.jsonl"}, "DATASET=/nowhere/problems.jsonl: no such file"),
+    ({"DATASET": "/"}, "DATASET=/: no such file"),
+    ({"BASE_MODEL": "/nowhere/base"}, "model base=/nowhere/base: no such directory"),
+    ({"TRAINED_MODEL": "./no such"}, "model trained=./no\\ such: no such directory"),
+    ({"TRAINED_MODEL": "etc/passwd"}, "model trained=etc/passwd: no such directory"),
+    ({"MODELS": "Qwen/Qwen2.5-1.5B"}, "MODELS: Qwen/Qwen2.5-1.5B is not TAG=PATH"),
+    ({"MODELS": "a=x a=y"}, "MODELS: tag a is given twice"),
+    ({"MODELS": "a/b=x"}, "MODELS: a/b=x: a tag has letters"),
+    ({"MODELS": "-a=x"}, "MODELS: -a=x: a tag has letters"),
+    ({"MODELS": "a=x a_s0=y"}, "MODELS: tag a_s0: exp12_a_s0 is the name of another directory"),
+    ({"MODELS": "figures=x"}, "MODELS: tag figures: exp12_figures is the name of another directory"),
+    ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: no such program"),
+    ({"OUT_ROOT": "/etc/passwd"}, "OUT_ROOT=/etc/passwd: /etc/passwd is not a directory"),
+    ({"OUT_ROOT": "/etc/passwd/out"}, "OUT_ROOT=/etc/passwd/out: /etc/passwd is not a directory"),
+    ({"OUT_ROOT": "/proc/out"}, "OUT_ROOT=/proc/out: "),
+    ({"STUB_REFUSE": PROBES[0]}, "--layer 99: the model has 2 layers (model: base)"),
+    ({"STUB_REFUSE": f"{PROBES[0]} {PROBES[2]}"}, "--layer 99: the model has 2 layers (model: base trained)"),
+    ({"STUB_BYTES": str(2**50)}, "up to 8388608.0 GiB are needed there, "),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
+def test_bad_settings_are_refused(environment, settings, message, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    result = launch(environment, **settings)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, "one line a problem"
+    assert result.stdout == ""
+    assert steps(environment) == []
+    assert [file for file in sorted(tmp_path.iterdir()) if file.name != "calls.checks"] == before
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_all_problems_are_reported_at_once(environment):
+    settings = {"BINS": "1", "SEED": "x", "GPUS": "0 0", "DATASET": "/nowhere", "BASE_MODEL": "./no", "DTYPE": "int8"}
+    result = launch(environment, **settings)
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(settings)
+    assert all(line.startswith("error: ") for line in lines)
+    assert all(name in result.stderr for name in ("BINS", "SEED", "GPUS", "DATASET", "model base", "DTYPE"))
+
+
+def test_what_is_finished_needs_no_room(environment):
+    assert launch(environment).returncode == 0
+    out = Path(environment["OUT_ROOT"])
+    for tag in ("base", "trained"):
+        (out / f"exp12_{tag}").mkdir()
+        (out / f"exp12_{tag}" / "manifest.json").write_text("{}")
+    assert launch(environment, STUB_BYTES=str(2**50)).returncode == 0
+    (out / "exp12_base_s1" / "manifest.json").unlink()
+    result = launch(environment, STUB_BYTES=str(2**50))
+    assert "1048575.9 GiB are needed" in result.stderr, "one shard, less what lies there"
+
+
+@pytest.mark.parametrize("text", ["if then\n", "exit 0\n", "false\n", 'X="$NO_SUCH_VARIABLE"\n'])
+def test_a_broken_file_of_settings_is_refused(environment, tmp_path, text):
+    (tmp_path / "broken.env").write_text(text)
+    result = launch(environment, tmp_path / "broken.env")
+    assert result.returncode == 2
+    assert f"error: {tmp_path / 'broken.env'}: " in result.stderr
+    assert steps(environment) == []
+
+
+def test_a_hub_name_and_a_hub_data_set_need_not_exist(environment):
+    result = launch(environment, BASE_MODEL="Qwen/Qwen2.5-1.5B", DATASET="hf:openai/gsm8k", DRY_RUN="1")
+    assert result.returncode == 0, result.stderr
+    assert "--model-path Qwen/Qwen2.5-1.5B --dataset hf:openai/gsm8k" in result.stdout
+
+
+# ---- settings, and where they are kept -------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(environment, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
     result = launch(environment, DRY_RUN="1", SHARDS_PER_MODEL="3", LAYER="2", SEED="11")
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     assert sum("probe_grad_vectors.py" in line for line in lines) == 6
     assert all("--seed 11" in line and "--layer 2" in line for line in lines if "probe_grad" in line)
     assert re.match(r"# 6 shards, \d+ at once, on cpu", lines[0])
-    assert not Path(environment["OUT_ROOT"]).exists()
-    assert not Path(environment["STUB_CALLS"]).exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_settings_come_from_the_file_and_the_environment_wins(environment, tmp_path):
     config = tmp_path / "my study.env"
     config.write_text((ROOT / "config.env").read_text().replace("SEED:=0", "SEED:=8").replace("BINS:=5", "BINS:=4"))
-    plan = subprocess.run(
-        ["bash", ROOT / "run_exp1_exp2.sh", config],
-        env={**environment, "DRY_RUN": "1", "BINS": "7"},
-        capture_output=True,
-        text=True,
-    ).stdout
+    plan = launch(environment, config, DRY_RUN="1", BINS="7").stdout
     assert "--seed 8" in plan
     assert "--bins 7" in plan
 
 
-@pytest.mark.parametrize(
-    "settings", [{"SHARDS_PER_MODEL": "0"}, {"LAUNCHER": "magic"}, {"DEVICE": "tpu"}, {"NUM_PROMPTS": "many"}]
-)
-def test_bad_settings_are_refused(environment, settings):
-    result = launch(environment, **settings)
-    assert result.returncode == 2
-    (name,) = settings
-    assert f"error: {name}={settings[name]}" in result.stderr
-    assert not Path(environment["OUT_ROOT"]).exists()
+def test_a_file_may_leave_settings_out(environment, tmp_path):
+    (tmp_path / "short.env").write_text('SEED=8\nMODELS=("a=x y" b=z)\n')
+    plan = launch(environment, "short.env", cwd=tmp_path, DRY_RUN="1").stdout
+    assert "--seed 8" in plan
+    assert "--bins 5" in plan
+    assert "--model-path x\\ y" in plan
+
+
+def test_the_resolved_configuration_runs_the_same_study(environment, tmp_path):
+    settings = {"SEED": "11", "LAYER": "1,2", "ROW_IDX": "random:3", "OUT_ROOT": "out", "BASE_MODEL": "models/b 1"}
+    (tmp_path / "models" / "b 1").mkdir(parents=True)
+    (tmp_path / "my.env").write_text(f"TEMPERATURE=0.7\nDATASET={tmp_path.name}.jsonl\n")
+    (tmp_path / f"{tmp_path.name}.jsonl").touch()
+    result = launch(environment, tmp_path / "my.env", cwd=tmp_path, **settings)
+    assert result.returncode == 0, result.stderr
+    saved = tmp_path / "out" / "config.resolved.env"
+    plan = launch(environment, tmp_path / "my.env", cwd=tmp_path, DRY_RUN="1", **settings).stdout
+    others = {name: value for name, value in environment.items() if name not in ("OUT_ROOT", "PYTHON", "DEVICE")}
+    assert plan.count("--temperature 0.7") == 4
+    assert launch(others, saved, DRY_RUN="1").stdout == plan
+    assert "--seed 12" in launch(others, saved, DRY_RUN="1", SEED="12").stdout
+    names = re.findall(r'^: "\$\{(\w+):=', (ROOT / "config.env").read_text(), re.MULTILINE)
+    text = saved.read_text()
+    assert len(names) > 20
+    assert all(f" {name}=" in text for name in names)
+    assert re.search(r"^# \d{4}-.* on .*commit: \S+; device: cpu, GPUs: none$", text, re.MULTILINE)
+    assert all(line[:1] in "#[" for line in text.splitlines())
+    assert not list(saved.parent.glob("*.part"))
+
+
+def copy_of_the_project(project: Path) -> None:
+    """What the launcher itself consists of."""
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    shutil.copy(ROOT / "run_exp1_exp2.sh", project)
+    shutil.copy(ROOT / "config.env", project)
+
+
+def test_awkward_paths_everywhere(environment, tmp_path):
+    """The project, its settings, models, data set, interpreter and results all lie at names that need quoting."""
+    here = tmp_path / AWKWARD
+    project = here / "project"
+    copy_of_the_project(project)
+    for name in ("model one", "model=two"):
+        (here / name).mkdir()
+    (here / "data.jsonl").touch()
+    write_program(here / "python", Path(environment["PYTHON"]).read_text())
+    (here / "my.env").write_text('MODELS=("one=$PROJECT/../model one" "two=$PROJECT/../model=two")\n')
+    settings = {"OUT_ROOT": str(here / "out"), "DATASET": str(here / "data.jsonl"), "PYTHON": str(here / "python")}
+    result = launch(environment, here / "my.env", root=project, cwd=here, **settings)
+    assert result.returncode == 0, result.stderr
+    arguments = arguments_of_calls(environment)
+    assert str(project / "../model one") in arguments
+    assert str(project / "../model=two") in arguments
+    assert arguments.count(str(here / "data.jsonl")) == 4
+    assert f"two={here / 'out' / 'exp12_two'}" in arguments
+    plan = launch(environment, here / "my.env", root=project, cwd=here, DRY_RUN="1", **settings).stdout
+    saved = here / "out" / "config.resolved.env"
+    assert launch(environment, saved, root=project, DRY_RUN="1", OUT_ROOT="", PYTHON="").stdout == plan
+    assert launch(environment, "my.env", root=project, cwd=here, STUB_FAIL=MERGE, **settings).returncode == 1
+    assert not list(tmp_path.rglob("pwned"))
+
+
+SLURM = """
+submit_chain() {
+    local tag
+    printf '%s\\n' "python=$python" "figures=$figures" "logs=$logs" "shards=$SHARDS_PER_MODEL"
+    for tag in "${tags[@]}"; do
+        probe_command "$tag" 1 && printf '<%s>' "${command[@]}"
+        merge_command "$tag" && printf '<%s>' "${command[@]}"
+    done
+    analysis_command analyze_exp1_compression.py && printf '<%s>' "${command[@]}"
+    plot_command && printf '<%s>\\n' "${command[@]}"
+}
+"""
+
+
+def test_another_scheduler_gets_the_commands(environment, tmp_path):
+    project = tmp_path / "project"
+    copy_of_the_project(project)
+    (project / "scripts" / "slurm.sh").unlink(missing_ok=True)
+    (tmp_path / "data").touch()
+    settings = {"LAUNCHER": "slurm", "MODELS": "a=hub/a b=hub/b c=hub/c", "DATASET": str(tmp_path / "data")}
+    settings |= {"DEVICE": "cuda", "GPUS": "0,9"}
+    missing = launch(environment, root=project, **settings)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: LAUNCHER=slurm: ")
+
+    (project / "scripts" / "slurm.sh").write_text(SLURM)
+    result = launch(environment, root=project, **settings)
+    assert result.returncode == 0, result.stderr
+    out = environment["OUT_ROOT"]
+    assert f"python={environment['PYTHON']}\nfigures={out}/exp12_figures\nlogs={out}/logs\nshards=2\n" in result.stdout
+    assert f"<--output-dir><{out}/exp12_b_s1>" in result.stdout
+    assert f"<{out}/exp12_c><{out}/exp12_c_s0><{out}/exp12_c_s1>" in result.stdout
+    assert "<--device><cuda>" in result.stdout
+    assert result.stdout.count(f"<a={out}/exp12_a><b={out}/exp12_b><c={out}/exp12_c>") == 1
+    assert steps(environment) == []
+    assert calls(environment, ".checks") == [["probe_grad_vectors.py:nothing"]] * 3
+    assert (Path(out) / "config.resolved.env").exists()
