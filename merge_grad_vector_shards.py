@@ -43,6 +43,7 @@ SAME_IN_ALL = (
     "attention",
     "sampling",
     "rollouts_from",
+    "prompts",
 )
 """Manifest keys that shards of one study share. Keys that a manifest of the original lacks count as None."""
 
@@ -54,6 +55,7 @@ SUMMED = (
     "num_response_tokens",
     "num_nonfinite_rows",
     "num_zero_rows",
+    "num_unverified_rollouts",
 )
 SHOWN_MISSING = 5
 OF_ONE_SHARD = ("shard", "seconds", "entropy_edges_from", "checksums", "nonfinite_rows", "zero_rows")

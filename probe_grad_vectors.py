@@ -22,11 +22,11 @@ The same tokens once more, through another checkpoint:
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,18 +40,23 @@ import gradprobe
 from gradprobe import dump as contract
 from gradprobe.buckets import bucket_of, choose_positions, fit_edges
 from gradprobe.check import checksums_of
-from gradprobe.console import progress, say, script_main
-from gradprobe.dump import Position, PromptKey, Rollout
+from gradprobe.completions import connect, mean_logprob_gap
+from gradprobe.console import add_common_flags, is_verbose, progress, say, script_main
+from gradprobe.dump import Position, Rollout
+from gradprobe.engine import RowGradients, Target, expand_targets
 from gradprobe.errors import InputError, raise_if_any
 from gradprobe.files import locked, make_directory, read_json, sha256_of, write_json
 from gradprobe.growing import Record
 from gradprobe.models import (
     Budget,
     Checkpoint,
+    CheckpointSource,
     checkpoint_identity,
     context_length,
+    end_token_ids,
     load_checkpoint,
     load_skeleton,
+    load_tokenizer,
     resolve_attention,
     resolve_device,
     resolve_dtype,
@@ -64,16 +69,23 @@ from gradprobe.probe_output import (
     refuse_foreign_dump,
     refuse_other_settings,
 )
-from gradprobe.problems import Problem, load_problems, shard_of_study
-from gradprobe.rollouts import chunks_of, rollout_uniforms, sample_responses, score_responses
-from gradprobe.row_gradients import RowGradients, Target, expand_targets
-from gradprobe.verify import is_correct
+from gradprobe.problems import ProblemSet, load_problems, shard_of_study
+from gradprobe.rollout_files import read_rollouts
+from gradprobe.rollout_shapes import FORMATS
+from gradprobe.rollouts import chunks_of, score_responses
+from gradprobe.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server, judged
+from gradprobe.templates import preview, read_template, render_prompts
+from gradprobe.verify import RunningVerifier, Verifier, load_verifier
 
 DEFAULT_DATASET = Path(__file__).parent / "demo" / "problems.jsonl"
 SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}
-VERIFIER = "boxed"
+DEFAULT_VERIFIER = "boxed"
+ROLLOUT_FLAGS = ("rollouts_format", "correct_from", "correct_above")
+LARGEST_LOGPROB_GAP = 0.1
+"""Nats per token between a server's log-probs and ours: rounding gives hundredths at most, another model more."""
 LEAST = {
-    **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards", "batch_tokens", "sample_rows"), 1),
+    **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards"), 1),
+    **dict.fromkeys(("batch_tokens", "sample_rows", "server_requests"), 1),
     **dict.fromkeys(("shard_index", "seed", "pos_per_bin_per_rollout"), 0),
     "bins": 2,
 }
@@ -86,20 +98,99 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument_group("what to read and where to write").add_argument
-    add("--model-path", required=True, help="checkpoint: a directory, or a name on the Hub")
-    add("--output-dir", required=True, type=Path, help="directory of the new dump")
-    add("--dataset", type=Path, help="JSONL with id, prompt (fully rendered), ground_truth (default: the demo's)")
-    add("--rollouts", type=Path, help="probe the rollouts of this dump (or rollouts.jsonl) instead of sampling")
+    add("--model-path", required=True, metavar="M", help="checkpoint: a directory, or a name on the Hub")
+    add("--revision", metavar="REV", help="branch, tag or commit of a name on the Hub (default: its default branch)")
+    add(
+        "--adapter", metavar="A", help="PEFT adapter (LoRA), merged into the weights: a directory, or a name on the Hub"
+    )
+    add("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run (default: never)")
+    add("--output-dir", required=True, type=Path, metavar="D", help="directory of the new dump")
+    add(
+        "--dataset",
+        metavar="F",
+        help="problems: .jsonl, .json, .parquet, a directory of datasets.save_to_disk, or hf:NAME[:CONFIG][:SPLIT] "
+        "(default: the demo's)",
+    )
     add("--check-only", action="store_true", help="check all that can be known without the weights; write nothing")
     add("--overwrite", action="store_true", help="start afresh where the output directory holds a dump")
+    add = parser.add_argument_group("problems into prompts").add_argument
+    add(
+        "--problem-key",
+        metavar="KEY",
+        help="field of the problem, dotted if nested (default: the first of prompt, problem, question)",
+    )
+    add(
+        "--answer-key",
+        metavar="KEY",
+        help="field of the answer (default: the first of ground_truth, reward_model.ground_truth, final_answer, "
+        "answer, solution)",
+    )
+    add(
+        "--id-key",
+        metavar="KEY",
+        help="field of the id; none: row numbers (default: the first of id, unique_id, extra_info.index)",
+    )
+    add(
+        "--prompt-template",
+        metavar="FILE|TEXT",
+        help="text with {problem}, or a file of it; other braces stay (default: the problem itself)",
+    )
+    add("--chat-template", action="store_true", help="put the problem into the tokenizer's own chat template")
+    add("--system-prompt", metavar="TEXT", help="system message of the chat template (default: the template's own)")
     add = parser.add_argument_group("sampling (not with --rollouts)").add_argument
-    add("--num-prompts", type=int, help="prompts of the whole study, over all shards (default: 64)")
-    add("--num-samples", type=int, help="rollouts per prompt (default: 8)")
-    add("--max-new-tokens", type=int, help="tokens at most in a response (default: 1024)")
-    add("--temperature", type=float, help="divides the logits while sampling (default: 1.0)")
-    add = parser.add_argument_group("shards").add_argument
-    add("--shard-index", type=int, default=0, metavar="I", help="this shard, from 0 (default: %(default)s)")
-    add("--num-shards", type=int, default=1, metavar="N", help="shards of the study (default: %(default)s)")
+    add("--num-prompts", type=int, metavar="N", help="prompts of the whole study, over all shards (default: 64)")
+    add("--num-samples", type=int, metavar="N", help="rollouts per prompt (default: 8)")
+    add("--max-new-tokens", type=int, metavar="N", help="tokens at most in a response (default: 1024)")
+    add("--temperature", type=float, metavar="T", help="divides the logits while sampling (default: 1.0)")
+    add(
+        "--sampler", default="own", choices=["own", "openai"], help="openai: ask the server at --base-url for responses"
+    )
+    add("--base-url", metavar="URL", help="of a vLLM, SGLang or llama.cpp server that runs this checkpoint")
+    add("--server-model", metavar="NAME", help="model to ask for (default: the only one that the server lists)")
+    add(
+        "--server-requests", type=int, default=16, metavar="N", help="requests under way at once (default: %(default)s)"
+    )
+    add = parser.add_argument_group("rollouts from elsewhere (docs/rollouts.md)").add_argument
+    add(
+        "--rollouts",
+        type=Path,
+        metavar="F",
+        help="probe these instead of sampling: a dump, its rollouts.jsonl, or a file of vLLM, an OpenAI-shaped server, "
+        "TRL or verl",
+    )
+    add(
+        "--rollouts-format",
+        default="auto",
+        choices=["auto", *FORMATS],
+        help="shape of --rollouts (default: by its keys)",
+    )
+    add(
+        "--correct-from",
+        default="auto",
+        metavar="NAME",
+        help="verdicts of --rollouts: auto (a true or false 'correct' or 'acc', else the reward), a key of the file, or "
+        "verifier to judge anew (default: %(default)s)",
+    )
+    add("--correct-above", type=float, metavar="REWARD", help="a reward above this is a correct answer")
+    add = parser.add_argument_group("verdicts").add_argument
+    add(
+        "--verifier",
+        default=DEFAULT_VERIFIER,
+        help="boxed: the last box, exactly; numeric: by value; math-verify; or module:function, which takes response "
+        "and ground truth and returns a bool (default: %(default)s)",
+    )
+    add(
+        "--verifier-seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="time limit of one answer, for math-verify and functions (default: %(default)g)",
+    )
+    add = parser.add_argument_group(
+        "shards (default: by torchrun's or srun's tasks, if there are several)"
+    ).add_argument
+    add("--shard-index", type=int, metavar="I", help="this shard, from 0 (default: 0)")
+    add("--num-shards", type=int, metavar="N", help="shards of the study (default: 1)")
     add = parser.add_argument_group("target: lists separated by commas give one dump for each combination").add_argument
     add("--layer", metavar="LAYER[,...]", help="layer, from 0 (default: the middle one, 14 of Qwen2.5-1.5B's 28)")
     add("--param-suffix", default="mlp.down_proj.weight", help="linear weight inside it (default: %(default)s)")
@@ -135,30 +226,83 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=256,
         help="responses sampled at once; halves by itself when memory runs out (default: %(default)s)",
     )
+    add_common_flags(parser)
     args = parser.parse_args(argv)
+    take_shard_from_environment(args, os.environ)
     _check_values(args)
     return args
 
 
+def take_shard_from_environment(args: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    """Without flags that say otherwise, each task of torchrun or srun takes a shard, a directory and a GPU of its own.
+
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID; a batch
+    script sees the first two as well, so SLURM_STEP_ID, which only srun's tasks have, is asked for too.
+    """
+    if args.shard_index is not None or args.num_shards is not None:
+        args.shard_index, args.num_shards = args.shard_index or 0, 1 if args.num_shards is None else args.num_shards
+        return
+    args.shard_index, args.num_shards = 0, 1
+    for rank, size, local, needed in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
+    ):
+        if needed not in environment or environment.get(size, "1") == "1":
+            continue
+        try:
+            args.shard_index, args.num_shards = int(environment[rank]), int(environment[size])
+            gpu = int(environment.get(local, 0))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{rank}, {size} and {local} in the environment are not numbers: {error}") from error
+        args.output_dir = args.output_dir.with_name(f"{args.output_dir.name}_s{args.shard_index}")
+        n_gpus = torch.cuda.device_count()
+        if args.device in ("auto", "cuda") and n_gpus > 1:
+            args.device = f"cuda:{gpu % n_gpus}"
+        say(f"shard {args.shard_index} of {args.num_shards}, by {rank} and {size}: {args.output_dir}")
+        return
+
+
 def _check_values(args: argparse.Namespace) -> None:
     problems = []
-    given = [name for name in (*SAMPLING_DEFAULTS, "dataset") if getattr(args, name) is not None]
     if args.rollouts is not None:
-        problems += [f"--{name.replace('_', '-')} can't go with --rollouts, which brings its own" for name in given]
+        for name in (*SAMPLING_DEFAULTS, "base_url", "server_model"):
+            if getattr(args, name) is not None:
+                problems.append(f"{flag(name)} can't go with --rollouts, which brings its own")
+        if args.sampler != "own":
+            problems.append("--sampler can't go with --rollouts, which brings its own")
     else:
+        problems += [
+            f"{flag(name)} says something of --rollouts only" for name in ROLLOUT_FLAGS if is_given(args, name)
+        ]
         for name, value in SAMPLING_DEFAULTS.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        args.dataset = args.dataset or DEFAULT_DATASET
+        args.dataset = args.dataset or str(DEFAULT_DATASET)
         if not (math.isfinite(args.temperature) and args.temperature > 0):
             problems.append(f"--temperature {args.temperature}: must be above 0")
+    if (args.sampler == "openai") != (args.base_url is not None):
+        problems.append("--sampler openai and --base-url need each other")
+    if not (math.isfinite(args.verifier_seconds) and args.verifier_seconds > 0):
+        problems.append(f"--verifier-seconds {args.verifier_seconds}: must be above 0")
+    if args.system_prompt is not None and not args.chat_template:
+        problems.append("--system-prompt: only a chat template has a place for it; add --chat-template")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and value < least:
-            problems.append(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            problems.append(f"{flag(name)} {value}: must be at least {least}")
     if args.num_shards >= 1 and args.shard_index >= args.num_shards:
         problems.append(f"--shard-index {args.shard_index}: must be below --num-shards {args.num_shards}")
     raise_if_any(problems)
+
+
+def flag(name: str) -> str:
+    """`num_prompts` -> `--num-prompts`."""
+    return "--" + name.replace("_", "-")
+
+
+def is_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag of --rollouts has another value than its default."""
+    return getattr(args, name) not in (None, "auto")
 
 
 @dataclass
@@ -189,77 +333,98 @@ class Stopwatch:
         return {**self.seconds, "total": round(time.perf_counter() - self.started, 3)}
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is probed: problems to sample from, or the rollouts of another dump; and what the manifest says of it."""
-
-    problems: list[Problem]
-    rollouts: list[Rollout]
-    description: dict[str, Any]
-    num_samples: int = 0
-
-    def rollouts_by_prompt(self) -> list[list[Rollout]]:
-        """The rollouts of each prompt, in the order in which prompts first occur."""
-        by_prompt: dict[PromptKey, list[Rollout]] = {}
-        for rollout in self.rollouts:
-            by_prompt.setdefault(rollout.prompt_idx, []).append(rollout)
-        return list(by_prompt.values())
-
-    def chunks(self, max_rows: int) -> list[range]:
-        """Stretches of prompts that are sampled, scored and written together."""
-        counts = [len(group) for group in self.rollouts_by_prompt()] or [self.num_samples] * len(self.problems)
-        return list(chunks_of(counts, max_rows))
+def checkpoint_source(args: argparse.Namespace) -> CheckpointSource:
+    """Which checkpoint the flags name."""
+    return CheckpointSource(args.model_path, args.revision, args.adapter, args.trust_remote_code)
 
 
-def read_source(args: argparse.Namespace) -> Source:
-    """This shard's problems, or its part of the rollouts of another dump."""
-    if args.rollouts is None:
-        problem_set = load_problems(args.dataset)
-        shard = shard_of_study(
-            len(problem_set.problems), args.num_prompts, args.seed, args.shard_index, args.num_shards
-        )
-        description = {
-            "max_new_tokens": args.max_new_tokens,
+def read_source(
+    args: argparse.Namespace, skeleton: torch.nn.Module, verifier: Verifier
+) -> tuple[Source, dict[str, Any]]:
+    """Where this shard's rollouts come from, and what settings and manifest say of it."""
+    if args.rollouts is not None:
+        return read_given_rollouts(args, skeleton, verifier)
+    problem_set = read_problems(args)
+    shard = shard_of_study(len(problem_set.problems), args.num_prompts, args.seed, args.shard_index, args.num_shards)
+    problems = [problem_set.problems[i] for i in shard]
+    say(f"for example {preview(problems[0])}")
+    settings = SamplingSettings(args.num_samples, args.max_new_tokens, args.temperature, args.seed)
+    server = connect(args.base_url, args.server_model) if args.sampler == "openai" else None
+    source = SampledRollouts(problems, settings, server, args.server_requests)
+    method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
+    description = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "num_samples_per_prompt": args.num_samples,
+        "dataset": problem_set.description,
+        **({"prompts": problem_set.rendering} if problem_set.rendering else {}),
+        "sampling": {
+            "distribution": "full softmax",
+            **(method if server is None else described_server(server)),
             "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens,
             "num_samples_per_prompt": args.num_samples,
-            "dataset": {
-                "path": str(args.dataset),
-                "sha256": problem_set.sha256,
-                "num_problems": len(problem_set.problems),
-            },
-            "sampling": {
-                "distribution": "full softmax",
-                "method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)",
-                "temperature": args.temperature,
-                "max_new_tokens": args.max_new_tokens,
-                "num_samples_per_prompt": args.num_samples,
-                "seed": args.seed,
-                "num_prompts_of_study": args.num_prompts,
-                "verifier": VERIFIER,
-            },
-        }
-        return Source([problem_set.problems[i] for i in shard], [], description, args.num_samples)
-    return _read_rollouts(args)
+            "seed": args.seed,
+            "num_prompts_of_study": args.num_prompts,
+            "verifier": described_verifier(args, verifier),
+        },
+    }
+    return source, description
 
 
-def _read_rollouts(args: argparse.Namespace) -> Source:
+def read_problems(args: argparse.Namespace) -> ProblemSet:
+    """The data set with its prompts rendered; what was read is said."""
+    problem_set = load_problems(args.dataset, args.problem_key, args.answer_key, args.id_key)
+    template = None if args.prompt_template is None else read_template(args.prompt_template)
+    tokenizer = load_tokenizer(checkpoint_source(args)) if args.chat_template else None
+    problem_set = render_prompts(problem_set, template, args.chat_template, args.system_prompt, tokenizer)
+    say(problem_set.summary)
+    for note in problem_set.notes:
+        say(f"note: {note}")
+    return problem_set
+
+
+def described_verifier(args: argparse.Namespace, verifier: Verifier) -> str | dict[str, Any]:
+    """What settings and manifest say of the verifier."""
+    if verifier.name == DEFAULT_VERIFIER:
+        return verifier.name
+    return {**verifier.description, "seconds": args.verifier_seconds}
+
+
+def read_given_rollouts(
+    args: argparse.Namespace, skeleton: torch.nn.Module, verifier: Verifier
+) -> tuple[Source, dict[str, Any]]:
+    """This shard's part of the rollouts that --rollouts names; what was read is said."""
     file = args.rollouts if args.rollouts.is_file() else contract.find_rollouts(args.rollouts)
     if file is None:
         raise InputError(f"--rollouts {args.rollouts}: no {contract.ROLLOUTS} there")
-    rollouts = list(contract.iter_rollouts(file))
-    prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in rollouts))
+    tokenizer = load_tokenizer(checkpoint_source(args))
+    found = read_rollouts(
+        file,
+        tokenizer,
+        skeleton.config.get_text_config().vocab_size,
+        end_token_ids(skeleton, tokenizer),
+        file_format=args.rollouts_format,
+        problems=None if args.dataset is None else read_problems(args).problems,
+        correct_from=args.correct_from,
+        correct_above=args.correct_above,
+        context=context_length(skeleton),
+    )
+    for line in found.report.lines():
+        say(line)
+    prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
     if len(prompts) < args.num_shards:
         raise InputError(f"--num-shards {args.num_shards}: {file} has {len(prompts)} prompts")
     mine = {prompts[i] for i in np.array_split(np.arange(len(prompts)), args.num_shards)[args.shard_index]}
-    rollouts = [rollout for rollout in rollouts if rollout.prompt_idx in mine]
+    source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
     # The manifest beside it says how they were sampled; without one that stays unknown.
     manifest_file = file.with_name(contract.MANIFEST)
     origin = read_json(manifest_file) if manifest_file.is_file() else {}
-    samples = max(Counter(rollout.prompt_idx for rollout in rollouts).values())
+    judge = {} if found.report.n_to_verify == 0 else {"verifier": described_verifier(args, verifier)}
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),
         "temperature": origin.get("temperature"),
-        "num_samples_per_prompt": origin.get("num_samples_per_prompt", samples),
+        "num_samples_per_prompt": origin.get("num_samples_per_prompt", max(source.rows_per_prompt)),
         "dataset": origin.get("dataset"),
         "sampling": origin.get("sampling"),
         "rollouts_from": {
@@ -267,9 +432,13 @@ def _read_rollouts(args: argparse.Namespace) -> Source:
             "sha256": sha256_of(file),
             "model_path": origin.get("model_path"),
             "identity": origin.get("model_identity"),
+            **found.report.as_dict(),
+            "correct_from": args.correct_from,
+            "correct_above": args.correct_above,
+            **judge,
         },
     }
-    return Source([], rollouts, description)
+    return source, description
 
 
 @dataclass(frozen=True)
@@ -279,6 +448,8 @@ class Plan:
     targets: list[Target]
     row_dims: list[int]
     source: Source
+    description: dict[str, Any]
+    verifier: Verifier
     edges: dict[str, Any] | None
     device: torch.device
     dtype: torch.dtype
@@ -288,9 +459,8 @@ class Plan:
 
     def positions_at_most(self, args: argparse.Namespace) -> int:
         """The most rows that the dump of one target can have."""
-        n_rollouts = len(self.source.rollouts) or len(self.source.problems) * args.num_samples
-        of_buckets = n_rollouts * args.bins * args.pos_per_bin_per_rollout
-        n_tokens = sum(len(r.response_ids) for r in self.source.rollouts) or n_rollouts * (args.max_new_tokens or 0)
+        of_buckets = sum(self.source.rows_per_prompt) * args.bins * args.pos_per_bin_per_rollout
+        n_tokens = self.source.n_tokens_at_most
         return n_tokens if args.pos_per_bin_per_rollout == 0 else min(of_buckets, n_tokens)
 
     def bytes_at_most(self, args: argparse.Namespace) -> int:
@@ -300,20 +470,22 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Resolve and check everything that can be known without the weights; nothing is written."""
-    skeleton = load_skeleton(args.model_path)
+    checkpoint = checkpoint_source(args)
+    skeleton = load_skeleton(checkpoint)
     targets, row_dims = expand_targets(skeleton, args.layer, args.param_suffix, args.row_idx, args.seed)
-    source, edges = read_source(args), given_edges(args)
+    edges, verifier = given_edges(args), load_verifier(args.verifier)
+    source, description = read_source(args, skeleton, verifier)
     device = resolve_device(args.device)
     args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     dtype, attention = resolve_dtype(args.dtype, device), resolve_attention(args.attention, skeleton)
     described = {
         key: {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
-        for key, value in source.description.items()
+        for key, value in description.items()
     }
     # All that changes the bytes of the dump, paths left out: a moved file is the same file.
     settings = {
         "format_version": contract.FORMAT_VERSION,
-        "model": checkpoint_identity(args.model_path, skeleton),
+        "model": checkpoint_identity(checkpoint, skeleton),
         "targets": [target.directory for target in targets],
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
@@ -326,7 +498,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         **described,
     }
     directories = dump_directories(args.output_dir, targets)
-    return Plan(targets, row_dims, source, edges, device, dtype, attention, settings, directories)
+    return Plan(
+        targets, row_dims, source, description, verifier, edges, device, dtype, attention, settings, directories
+    )
 
 
 def report_plan(args: argparse.Namespace, plan: Plan) -> None:
@@ -368,100 +542,62 @@ def dump_directories(output_dir: Path, targets: list[Target]) -> list[Path]:
     return [output_dir] if len(targets) == 1 else [output_dir / target.directory for target in targets]
 
 
-def encoded_prompts(problems: list[Problem], checkpoint: Checkpoint) -> list[list[int]]:
-    """Token ids of every prompt.
-
-    Raises:
-        InputError: a prompt has no tokens, or leaves no room in the model's context.
-    """
-    context = context_length(checkpoint.model)
-    prompts = [checkpoint.tokenizer(problem.prompt, add_special_tokens=False)["input_ids"] for problem in problems]
-    raise_if_any(
-        f"problem '{problem.id}': its prompt has {len(ids)} tokens, "
-        + ("at least 1 is needed" if not ids else f"the model's context {context}")
-        for problem, ids in zip(problems, prompts, strict=True)
-        if not ids or (context is not None and len(ids) >= context)
-    )
-    return prompts
-
-
 def collect_rollouts(
-    args: argparse.Namespace, source: Source, checkpoint: Checkpoint, record: Record, watch: Stopwatch
-) -> list[Rollout]:
-    """All of this shard's rollouts, sampled (or taken from the source) and scored, written chunk by chunk."""
+    args: argparse.Namespace, plan: Plan, checkpoint: Checkpoint, record: Record, watch: Stopwatch
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """All of this shard's rollouts, sampled (or taken from elsewhere), judged and scored, written chunk by chunk.
+
+    Returns:
+        The rollouts, and what the manifest says of how it went.
+    """
     growing = GrowingRollouts(args.output_dir / contract.ROLLOUTS, record)
     for notes in growing.notes:
         watch.add(notes["seconds"])
-    chunks = source.chunks(args.sample_rows)
+    chunks = list(chunks_of(plan.source.rows_per_prompt, args.sample_rows))
     if growing.n_chunks_kept:
         say(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
-    if growing.n_chunks_kept < len(chunks):
-        make_chunk = scored_again(source) if source.rollouts else sampler(args, source.problems, checkpoint)
-        tokens, left = Budget(args.batch_tokens), chunks[growing.n_chunks_kept :]
-        for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
-            before = dict(watch.seconds)
-            with watch.phase("sample"):
-                rollouts = make_chunk(chunk)
-            with watch.phase("score"):
-                rollouts = score(checkpoint, rollouts, tokens)
-            growing.append(rollouts, {"seconds": watch.since(before)})
-    return growing.finish()
+    left = chunks[growing.n_chunks_kept :]
+    if left:
+        rollouts_of = plan.source.opened(checkpoint, args.sample_rows, say)
+        tokens = Budget(args.batch_tokens)
+        with RunningVerifier(plan.verifier, args.verifier_seconds) as running:
+            for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
+                before = dict(watch.seconds)
+                with watch.phase("sample"):
+                    sampled = rollouts_of(chunk)
+                    rollouts = judged(sampled, running, say)
+                with watch.phase("score"):
+                    rollouts = score(checkpoint, rollouts, tokens)
+                notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
+                growing.append(rollouts, notes | server_gap(plan.source, sampled, rollouts))
+    rollouts = growing.finish()
+    if not rollouts:
+        raise InputError(f"--verifier {args.verifier}: no rollout is left")
+    return rollouts, summed(growing.notes)
 
 
-def scored_again(source: Source) -> Callable[[range], list[Rollout]]:
-    """Gives the source's rollouts of a stretch of its prompts."""
-    by_prompt = source.rollouts_by_prompt()
-    return lambda chunk: [rollout for index in chunk for rollout in by_prompt[index]]
+def server_gap(source: Source, sampled: list[Rollout], scored: list[Rollout]) -> dict[str, float]:
+    """How far a server's log-probs are from ours, in nats per token; nothing where no server told any."""
+    answers = source.answers if isinstance(source, SampledRollouts) else []
+    logprobs = {(r.prompt_idx, r.sample_idx): r.logprobs for r in scored}
+    pairs = [
+        (answer, logprobs[key])
+        for answer, r in zip(answers, sampled, strict=False)
+        if (key := (r.prompt_idx, r.sample_idx)) in logprobs
+    ]
+    gap = mean_logprob_gap([a for a, _ in pairs], [ours for _, ours in pairs]) if pairs else None
+    if gap is not None and gap > LARGEST_LOGPROB_GAP:
+        say(f"warning: the server's log-probs are {gap:.2f} nats per token from this checkpoint's: another model's?")
+    return {} if gap is None else {"logprob_gap": gap}
 
 
-def sampler(
-    args: argparse.Namespace, problems: list[Problem], checkpoint: Checkpoint
-) -> Callable[[range], list[Rollout]]:
-    """Samples and verifies rollouts of a stretch of `problems`; entropies and log-probs are still to come."""
-    prompts, context = encoded_prompts(problems, checkpoint), context_length(checkpoint.model)
-    if context is not None and max(map(len, prompts)) + args.max_new_tokens > context:
-        say(f"note: responses end at the model's context of {context} tokens")
-    rows = Budget(args.sample_rows)
-
-    def sample(chunk: range) -> list[Rollout]:
-        batches = sample_responses(
-            checkpoint.model,
-            [prompts[i] for i in chunk],
-            args.num_samples,
-            lambda p, s: rollout_uniforms(args.seed, problems[chunk[p]].idx, s, args.max_new_tokens),
-            args.temperature,
-            args.max_new_tokens,
-            checkpoint.end_ids,
-            max_rows=rows,
-            context=context,
-            report=say,
-        )
-        responses = [of_prompt for batch in batches for of_prompt in batch]
-        return [
-            _verified(problems[i], prompts[i], sample_idx, response_ids, checkpoint.tokenizer)
-            for i, samples in zip(chunk, responses, strict=True)
-            for sample_idx, response_ids in enumerate(samples)
-        ]
-
-    return sample
-
-
-def _verified(
-    problem: Problem, prompt_ids: list[int], sample_idx: int, response_ids: list[int], tokenizer: Any
-) -> Rollout:
-    text = tokenizer.decode(response_ids, skip_special_tokens=True)
-    return Rollout(
-        prompt_idx=problem.idx,
-        sample_idx=sample_idx,
-        problem_id=problem.id,
-        prompt_ids=prompt_ids,
-        response_ids=response_ids,
-        entropies=[],
-        logprobs=[],
-        response=text,
-        ground_truth=problem.ground_truth,
-        correct=is_correct(text, problem.ground_truth),
-    )
+def summed(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of all chunks together."""
+    gaps = [note["logprob_gap"] for note in notes if "logprob_gap" in note]
+    return {
+        "num_unverified_rollouts": sum(note["unverified"] for note in notes),
+        **({"server_logprob_gap": float(np.mean(gaps))} if gaps else {}),
+    }
 
 
 def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
@@ -575,7 +711,7 @@ def manifest_of(
         "model_path": args.model_path,
         "num_prompts": len(prompt_idxs),
         "num_rollouts": len(rollouts),
-        **plan.source.description,
+        **plan.description,
         **edges,
         "bins": args.bins,
         "pos_per_bin_per_rollout": args.pos_per_bin_per_rollout,
@@ -605,6 +741,8 @@ def manifest_of(
 def main(argv: list[str] | None = None) -> int:
     """Probe one shard of one model."""
     args = parse_args(argv)
+    if is_verbose():
+        transformers.utils.logging.set_verbosity_info()
     watch = Stopwatch()
     with watch.phase("load"):
         plan = make_plan(args)
@@ -623,9 +761,9 @@ def main(argv: list[str] | None = None) -> int:
 def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
     """Sample, score, choose, differentiate and write, from wherever an earlier run ended."""
     with watch.phase("load"):
-        checkpoint = load_checkpoint(args.model_path, plan.device, plan.dtype, plan.attention)
+        checkpoint = load_checkpoint(checkpoint_source(args), plan.device, plan.dtype, plan.attention)
     with closing(Record(args.output_dir / contract.RECORD)) as record:
-        rollouts = collect_rollouts(args, plan.source, checkpoint, record, watch)
+        rollouts, notes = collect_rollouts(args, plan, checkpoint, record, watch)
         edges = plan.edges or edges_of(rollouts, args.bins)
         chosen = choose(rollouts, edges["entropy_edges"], args)
         engine = RowGradients(checkpoint.model, plan.targets)
@@ -643,6 +781,7 @@ def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
             **common,
             **asdict(rows),
             **rows.counts(),
+            **notes,
             "checksums": checksums_of(directory),
             "seconds": watch.total(),
         }

@@ -49,8 +49,9 @@ def read_content(dump: Dump) -> Content:
     nonfinite, zero, start = [], [], 0
     for block in iter_row_blocks(dump.grads):
         digest.update(block.data.cast("B"))
-        nonfinite.append(start + np.flatnonzero(~np.isfinite(block).all(axis=1)))
-        zero.append(start + np.flatnonzero(~block.any(axis=1)))
+        with np.errstate(invalid="ignore"):  # flipped bits can make a NaN that signals
+            nonfinite.append(start + np.flatnonzero(~np.isfinite(block).all(axis=1)))
+            zero.append(start + np.flatnonzero(~block.any(axis=1)))
         start += len(block)
     none = [np.zeros(0, np.int64)]
     return Content(digest.hexdigest(), np.concatenate(none + nonfinite), np.concatenate(none + zero))

@@ -1,7 +1,10 @@
 """The scripts' edge: messages, progress and exit status. stderr has progress, stdout the result."""
 
+import argparse
+import enum
 import errno
 import functools
+import os
 import signal
 import sys
 import threading
@@ -13,10 +16,13 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from . import __version__
 from .errors import InputError
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LOG_LINES = 10.0
+COLOURS = {"error": 31, "warning": 33}
+"""ANSI colours of the first word of a line, where NO_COLOR (no-color.org) is not set."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -25,9 +31,53 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class Verbosity(enum.IntEnum):
+    """How much a script says on stderr."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
+
+
+class _Settings:
+    """What the flags of `add_common_flags` last set."""
+
+    verbosity = Verbosity.NORMAL
+
+
+class _SetVerbosity(argparse.Action):
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+        _Settings.verbosity = self.const
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """`--version`, `--quiet` and `--verbose`, which every script has."""
+    group = parser.add_argument_group("what is said")
+    group.add_argument("--version", action="version", version=f"gradprobe {__version__}")
+    how_much = group.add_mutually_exclusive_group()
+    for letter, level, text in (
+        ("q", Verbosity.QUIET, "only warnings and errors on stderr"),
+        ("v", Verbosity.VERBOSE, "also what the libraries say"),
+    ):
+        how_much.add_argument(
+            f"-{letter}", f"--{level.name.lower()}", action=_SetVerbosity, nargs=0, const=level, default=None, help=text
+        )
+
+
+def is_verbose() -> bool:
+    """Whether --verbose was given."""
+    return _Settings.verbosity == Verbosity.VERBOSE
+
+
 def say(message: str) -> None:
-    """One plain line on stderr."""
-    print(printable(message), file=sys.stderr, flush=True)
+    """One plain line on stderr; with --quiet only warnings and errors. On a terminal these have a colour."""
+    kind = message.partition(":")[0]
+    if _Settings.verbosity == Verbosity.QUIET and kind not in COLOURS:
+        return
+    line = printable(message)
+    if kind in COLOURS and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        line = f"\x1b[{COLOURS[kind]}m{kind}\x1b[0m{line[len(kind) :]}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
@@ -39,6 +89,7 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        _Settings.verbosity = Verbosity.NORMAL
         try:
             with _sigterm_raises():
                 return main(argv)
@@ -88,6 +139,9 @@ def progress(
 
     A terminal sees a tqdm bar, a log a plain line now and then.
     """
+    if _Settings.verbosity == Verbosity.QUIET:
+        yield from items
+        return
     if sys.stderr.isatty():
         with tqdm(desc=description, total=total, unit=f" {unit}", dynamic_ncols=True) as bar:
             for item in items:
@@ -104,7 +158,10 @@ def progress(
             last = now
             elapsed = now - start
             left = elapsed / n_done * (total - n_done)
-            say(f"{description}: {n_done}/{total} {unit}, {elapsed:.0f} s, about {left:.0f} s left")
+            rate = n_done / max(elapsed, 1e-9)
+            say(
+                f"{description}: {n_done}/{total} {unit}, {elapsed:.0f} s, {rate:.3g} {unit}/s, about {left:.0f} s left"
+            )
 
 
 def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> dict[str | None, Path]:

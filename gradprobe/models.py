@@ -6,7 +6,7 @@ import sys
 import textwrap
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -73,8 +73,34 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_checkpoint(path: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Checkpoint:
-    """Load model and tokenizer from a local directory or, by name, from the Hub; safetensors only, no code of its own.
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Which checkpoint: `--model-path` and what goes with it.
+
+    Attributes:
+        path: a local directory, or a name on the Hub.
+        revision: branch, tag or commit of a name on the Hub; None for its default branch.
+        adapter: a PEFT adapter (LoRA) merged into the weights: a local directory, or a name on the Hub.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every loader of transformers is told."""
+        is_local = Path(self.path).exists()
+        options = {"local_files_only": is_local, "trust_remote_code": self.trust_remote_code}
+        return options if self.revision is None else options | {"revision": self.revision}
+
+
+def load_checkpoint(
+    source: CheckpointSource | str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
+) -> Checkpoint:
+    """Load model and tokenizer; safetensors only. An adapter is merged in float32, before the weights are rounded.
 
     Args:
         attention: `sdpa`, `eager` or `flash_attention_2`, see `resolve_attention`.
@@ -83,47 +109,81 @@ def load_checkpoint(path: str, device: torch.device, dtype: torch.dtype, attenti
         InputError: there is no such checkpoint, it can't be loaded, it lacks weights (transformers would draw them at
             random), its tokenizer has no vocabulary, or it names no end-of-sequence token.
     """
-    _refuse_incomplete(path)
-    is_local = Path(path).exists()
+    source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
+    tokenizer = load_tokenizer(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_local, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
+            source.path,
+            dtype=dtype if source.adapter is None else torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
-            local_files_only=is_local,
-            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **source.options,
         )
     except LOADING_ERRORS as error:
-        raise _cannot_load(path, error) from error
-    raise_if_any(_faults_of_weights(path, found))
-    if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
-        raise InputError(f"--model-path {path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
+        raise _cannot_load(source.path, error) from error
+    raise_if_any(_faults_of_weights(source.path, found))
+    if source.adapter is not None:
+        model = _with_adapter(model, source.adapter).to(dtype)
     model = model.to(device).eval().requires_grad_(False)
-    end_ids = end_token_ids(model, tokenizer)
-    if not end_ids:
-        raise InputError(f"--model-path {path}: neither its configs nor its tokenizer name an end-of-sequence token")
-    return Checkpoint(model, tokenizer, end_ids)
+    return Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
 
 
-def load_skeleton(path: str) -> nn.Module:
-    """The checkpoint's module tree without its weights: enough to resolve targets, at no cost.
+def load_tokenizer(source: CheckpointSource) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        InputError: there is none, or it has no vocabulary.
+    """
+    _refuse_incomplete(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(source.path, error) from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
+        raise InputError(f"--model-path {source.path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
+    return tokenizer
+
+
+def load_skeleton(source: CheckpointSource) -> nn.Module:
+    """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost.
 
     Raises:
         InputError: there is no such checkpoint, or no causal language model in it.
     """
-    _refuse_incomplete(path)
+    _refuse_incomplete(source)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=Path(path).exists(), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.path, **source.options)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     except LOADING_ERRORS as error:
-        raise _cannot_load(path, error) from error
+        raise _cannot_load(source.path, error) from error
+    with suppress(OSError):  # many checkpoints have none
+        skeleton.generation_config = GenerationConfig.from_pretrained(
+            source.path, **{key: value for key, value in source.options.items() if key != "trust_remote_code"}
+        )
+    return skeleton
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    """The model with a PEFT adapter's change of its weights added to them."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"--adapter {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
+    directory = Path(adapter)
+    is_local = directory.exists()
+    if is_local and not (directory / "adapter_model.safetensors").is_file():
+        raise InputError(f"--adapter {adapter}: no adapter_model.safetensors in it; other formats are not read")
+    try:
+        return PeftModel.from_pretrained(
+            model, adapter, use_safetensors=True, local_files_only=is_local
+        ).merge_and_unload()
+    except LOADING_ERRORS as error:
+        raise InputError(f"--adapter {adapter}: can't be merged: {_reason(error)}") from error
 
 
 def resolve_attention(name: str, model: nn.Module) -> str:
@@ -134,19 +194,25 @@ def resolve_attention(name: str, model: nn.Module) -> str:
 
 
 def _cannot_load(path: str, error: Exception) -> InputError:
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    reason = kind + textwrap.shorten(str(error) or "no reason given", 300, placeholder=" ...")
     where = path if Path(path).exists() else f"{path}: no such directory, and as a name on the Hub"
-    return InputError(f"--model-path {where}: can't be loaded: {reason}")
+    return InputError(f"--model-path {where}: can't be loaded: {_reason(error)}")
 
 
-def _refuse_incomplete(path: str) -> None:
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + textwrap.shorten(str(error) or "no reason given", 300, placeholder=" ...")
+
+
+def _refuse_incomplete(source: CheckpointSource) -> None:
     """Raise `InputError` where a look at the directory tells that it is no checkpoint of ours."""
+    path = source.path
     directory = Path(path)
     if not directory.exists():
         if not HUB_NAME.fullmatch(path):
             raise InputError(f"--model-path {path}: no such directory")
         return
+    if source.revision is not None:
+        raise InputError(f"--revision {source.revision}: only names on the Hub have revisions, {path} is a directory")
     if not directory.is_dir():
         raise InputError(f"--model-path {path}: is a file; a checkpoint is a directory")
     faults = []
@@ -172,19 +238,28 @@ def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
             yield f"--model-path {path}: {fault}: {shown}"
 
 
-def checkpoint_identity(path: str, model: nn.Module) -> dict[str, str]:
-    """What the weights are: hash of a local checkpoint's configuration and weights, commit of one from the Hub."""
-    directory = Path(path)
+def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str, str]:
+    """What the weights are: hash of a local checkpoint's configuration and weights, commit of one from the Hub.
+
+    With an adapter, what that is too: its hash, or its name on the Hub.
+    """
+    directory = Path(source.path)
     if directory.is_dir():
-        return {"weights_sha256": sha256_of(directory / "config.json", *sorted(directory.glob("*.safetensors")))}
-    return {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
+        identity = {"weights_sha256": sha256_of(directory / "config.json", *sorted(directory.glob("*.safetensors")))}
+    else:
+        identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
+    if source.adapter is None:
+        return identity
+    adapter = Path(source.adapter)
+    files = [adapter / "adapter_config.json", *sorted(adapter.glob("*.safetensors"))]
+    return identity | {"adapter": sha256_of(*files) if all(map(Path.is_file, files)) else source.adapter}
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """The union of what generation config, model config and tokenizer call end of sequence.
 
     Raises:
-        InputError: one of them calls something else than token ids so.
+        InputError: one of them calls something else than token ids so, or none names any.
     """
     found: set[int] = set()
     generation_config = getattr(model, "generation_config", None)
@@ -194,6 +269,8 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
         if not all(type(i) is int for i in listed):
             raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
         found.update(listed)
+    if not found:
+        raise InputError("--model-path: neither its configs nor its tokenizer name an end-of-sequence token")
     return frozenset(found)
 
 

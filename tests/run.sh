@@ -2,7 +2,8 @@
 # The whole test suite: bash tests/run.sh [pytest arguments]
 set -Eeuo pipefail
 project="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-python="$(bash "$project/scripts/ensure_venv.sh" 'pytest==9.2.0' 'pytest-xdist==3.8.0')"
+mapfile -t needed < <(grep -v '^#' "$project/requirements-dev.txt")
+python="$(bash "$project/scripts/ensure_venv.sh" "${needed[@]}")"
 cd -- "$project"
 # One worker per core, each with one thread: more would only wait for each other.
 n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer

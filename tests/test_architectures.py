@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradprobe.models import layer_list, linear_weights
 from gradprobe.rollouts import rollout_uniforms, sample_from, sample_responses, score_responses
-from gradprobe.row_gradients import RowGradients, Target
+from gradprobe.engine import RowGradients, Target
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

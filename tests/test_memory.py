@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_row_gradients import TARGETS, engine_rows, random_rollouts
+from test_engine import TARGETS, engine_rows, random_rollouts
 from tiny import relative_error, tiny_model
 
 from gradprobe.models import run_in_batches
@@ -82,7 +82,7 @@ def test_one_rollout_of_4096_tokens_on_the_demo_model_fits_in_4_gib():
 import resource, torch, numpy as np
 from gradprobe.models import load_checkpoint
 from gradprobe.rollouts import score_responses
-from gradprobe.row_gradients import RowGradients, Target
+from gradprobe.engine import RowGradients, Target
 torch.set_num_threads(1)
 model = load_checkpoint("demo/base", torch.device("cpu"), torch.float32).model
 response = np.random.default_rng(0).integers(256, size=4096).tolist()

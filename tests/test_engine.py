@@ -6,7 +6,7 @@ import torch
 from tiny import VOCAB_SIZE, oracle_gradient, relative_error, tiny_model
 
 from gradprobe.errors import InputError
-from gradprobe.row_gradients import RowGradients, Target, expand_targets
+from gradprobe.engine import RowGradients, Target, expand_targets
 
 DOWN = "mlp.down_proj.weight"
 TARGETS = [Target(0, DOWN, 3), Target(0, DOWN, 15), Target(1, DOWN, 3), Target(1, "self_attn.k_proj.weight", 2)]
@@ -96,7 +96,7 @@ def test_padding_on_the_left_without_a_mask_would_show(monkeypatch):
         longest = max(map(len, sequences))
         return torch.tensor([[0] * (longest - len(s)) + s for s in sequences])
 
-    monkeypatch.setattr("gradprobe.row_gradients.pad_right", pad_left)
+    monkeypatch.setattr("gradprobe.engine.pad_right", pad_left)
     together = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=10_000)
     assert max(relative_error(together[key], alone[key]) for key in alone) > 0.05
 

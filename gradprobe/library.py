@@ -1,0 +1,109 @@
+"""The toolkit's numbers for one's own code: gradients, dumps, participation ratio, alignment."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import dump
+from .analysis_inputs import open_dumps
+from .direction import Alignment, directions_of_bucket
+from .errors import InputError
+from .spectrum import participation_ratio as participation_ratio_of_energies
+from .spectrum import spectrum_of_rows
+
+BATCH_TOKENS = 4096
+
+
+def load_dump(path: str | Path) -> dump.Dump:
+    """A dump of one target, opened as the analyses do: files checked, faulty rows left out.
+
+    Returns:
+        `grads` [n, row_dim] float32 (a memory map, or some rows of one) and, one entry per row, `entropy` (nats),
+        `bin`, `correct`, `prompt`, `sample_idx`, `pos`; `rows_of_bucket(b)` gives the rows of an entropy bucket;
+        `warnings` says what was left out.
+
+    Raises:
+        InputError: a file is missing or malformed, files contradict each other, or there are several targets.
+    """
+    dumps = open_dumps({None: Path(path)})[None]
+    if len(dumps) > 1:
+        raise InputError(f"{path}: holds {len(dumps)} targets; load one: {', '.join(d.path.name for d in dumps)}")
+    return dumps[0]
+
+
+def row_gradients(
+    model: Any,
+    prompt_ids: list[int],
+    response_ids: list[int],
+    positions: list[int] | np.ndarray | None = None,
+    *,
+    layer: int | None = None,
+    param_suffix: str = "mlp.down_proj.weight",
+    row_idx: int = 0,
+) -> np.ndarray:
+    """∇ log π_t with respect to one row of one linear weight, at tokens of one response.
+
+    Args:
+        model: a causal language model of transformers. It is put into eval mode, and its weights are frozen.
+        prompt_ids, response_ids: token ids.
+        positions: which response tokens, counted from 0, each at most once; None for all.
+        layer: None for the middle one.
+        param_suffix: a linear weight inside the layer.
+        row_idx: the row of W in y = W x.
+
+    Returns:
+        [n_positions, row_dim] float32 (float64 under a float64 model), in the order of `positions`.
+
+    Raises:
+        InputError: a layer, weight, row or position that there is not.
+    """
+    from .engine import RowGradients, Target
+    from .models import layer_list
+
+    wanted = np.arange(len(response_ids)) if positions is None else np.asarray(positions, dtype=np.int64)
+    if len(np.unique(wanted)) != len(wanted) or not np.isin(wanted, np.arange(len(response_ids))).all():
+        raise InputError(f"positions must be distinct and from 0 to {len(response_ids) - 1}")
+    model.eval().requires_grad_(False)
+    target = Target(len(layer_list(model)[1]) // 2 if layer is None else layer, param_suffix, row_idx)
+    engine = RowGradients(model, [target])
+    found: dict[int, np.ndarray] = {}
+    order = np.sort(wanted)
+    for _, ks, (rows,) in engine.batches([prompt_ids], [response_ids], [order], BATCH_TOKENS):
+        found.update(zip(order[ks].tolist(), rows.cpu().numpy(), strict=True))
+    return np.stack([found[t] for t in wanted.tolist()]) if found else np.zeros((0, engine.row_dims[0]), np.float32)
+
+
+def participation_ratio(gradients: np.ndarray, *, unit_norm: bool = False) -> float | None:
+    """(Σ λ)² / Σ λ² of the squared singular values λ of `gradients`, not centred: how many directions they span.
+
+    Args:
+        gradients: [n, d].
+        unit_norm: scale every row to length 1 first, so that few long rows don't decide.
+
+    Returns:
+        From 1 to min(n, d); None where no row has a length.
+    """
+    rows = np.asarray(gradients, dtype=np.float64)
+    if unit_norm:
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+    return participation_ratio_of_energies(spectrum_of_rows(rows, np.arange(len(rows))).energies)
+
+
+def alignment(loaded: dump.Dump, bucket: int | None = None, *, seed: int = 0) -> Alignment:
+    """ρ between what correct and what incorrect rollouts of a prompt push, with noise removed, in one entropy bucket.
+
+    Args:
+        loaded: of `load_dump`.
+        bucket: None for the one of highest entropy.
+        seed: of bootstrap and permutations.
+
+    Returns:
+        `rho`, `ci95`, `p_value`, `min_detectable`, `n_prompts` and `verdict` (aligned, opposed, orthogonal,
+        underpowered), as in `exp2_summary.json`; see `direction.alignment` for the formulas.
+    """
+    rows = loaded.rows_of_bucket(loaded.bins - 1 if bucket is None else bucket)
+    return directions_of_bucket(
+        loaded.grads, rows, loaded.prompt, loaded.sample_idx, loaded.correct, len(loaded.prompt_keys), seed=seed
+    ).alignment
