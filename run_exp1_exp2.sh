@@ -82,9 +82,13 @@ probe_command() { # tag, shard -> the array `command`
         --max-new-tokens "$MAX_NEW_TOKENS" --temperature "$TEMPERATURE"
         --param-suffix "$PARAM_SUFFIX" --row-idx "$ROW_IDX"
         --bins "$BINS" --pos-per-bin-per-rollout "$POS_PER_BIN_PER_ROLLOUT" --seed "$SEED"
-        --device "$device" --dtype "$DTYPE"
+        --device "$device" --dtype "$DTYPE" --verifier "$VERIFIER"
     )
     if [[ -n "$LAYER" ]]; then command+=(--layer "$LAYER"); fi
+    if [[ -n "$PROMPT_TEMPLATE" ]]; then command+=(--prompt-template "$PROMPT_TEMPLATE"); fi
+    if [[ "$CHAT_TEMPLATE" == 1 ]]; then command+=(--chat-template); fi
+    if [[ -n "$SYSTEM_PROMPT" ]]; then command+=(--system-prompt "$SYSTEM_PROMPT"); fi
+    command+=("${probe_args[@]}")
 }
 
 merge_command() { # tag -> the array `command`

@@ -3,6 +3,7 @@
 # shellcheck shell=bash disable=SC2154
 
 declare -a tags=() gpus=()           # the models' tags in their order; the GPUs' numbers, none: on the CPU
+declare -a probe_args=()             # the words of PROBE_ARGS
 declare -A model_of=()               # by tag
 declare -A bytes_of=() targets_of=() # by tag: what one shard takes at most, and how many dumps it has
 nearest_parent=""                    # of OUT_ROOT, which may have to be made
@@ -36,6 +37,9 @@ check_choices() {
     [[ "$DEVICE" =~ ^(auto|cpu|cuda)$ ]] || problem_with DEVICE "must be auto, cuda or cpu"
     [[ "$DTYPE" =~ ^(auto|bfloat16|float32)$ ]] || problem_with DTYPE "must be auto, bfloat16 or float32"
     [[ "$DRY_RUN" =~ ^[01]$ ]] || problem_with DRY_RUN "must be 0 or 1"
+    [[ "$CHAT_TEMPLATE" =~ ^[01]$ ]] || problem_with CHAT_TEMPLATE "must be 0 or 1"
+    # shellcheck disable=SC2034,SC2153
+    read -r -d '' -a probe_args <<<"$PROBE_ARGS" || true # no delimiter is there to be found
     [[ "$LAUNCHER" =~ ^(local|slurm)$ ]] || problem_with LAUNCHER "must be local or slurm"
     if [[ "$LAUNCHER" == slurm && ! -f "$PROJECT/scripts/slurm.sh" ]]; then
         problem_with LAUNCHER "$PROJECT/scripts/slurm.sh is missing"
@@ -119,7 +123,7 @@ make_absolute() { # name of a variable that holds a path: the saved configuratio
 
 check_paths() {
     if [[ "$DATASET" != hf:* ]]; then
-        [[ -f "$DATASET" && -r "$DATASET" ]] || problem_with DATASET "no such file, or not readable"
+        [[ -e "$DATASET" && -r "$DATASET" ]] || problem_with DATASET "no such file or directory, or not readable"
         make_absolute DATASET
     fi
     if [[ -n "$PYTHON" ]]; then

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,18 @@ def test_the_chain_runs_in_order(environment):
     assert sorted(ran[:4]) == PROBES
     assert ran[4:] == [MERGE, MERGE, *ANALYSES]
     assert "this is analyze_exp2_direction.py" in result.stdout
+
+
+def test_problems_verdicts_and_further_flags_reach_the_probe(environment):
+    settings = {"PROMPT_TEMPLATE": "Q: {problem}\nA:", "CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be 'brief'."}
+    settings |= {"VERIFIER": "numeric", "PROBE_ARGS": "--batch-tokens  512 --attention eager", "DRY_RUN": "1"}
+    plan = launch(environment, **settings).stdout.splitlines()[1]
+    words = shlex.split(plan.replace("$'", "'").replace("\\n", "\n"))
+    after = dict(zip(words, words[1:], strict=False))
+    assert after["--prompt-template"] == "Q: {problem}\nA:"
+    assert after["--system-prompt"] == "Be 'brief'."
+    assert (after["--verifier"], after["--batch-tokens"], after["--attention"]) == ("numeric", "512", "eager")
+    assert "--chat-template" in words
 
 
 def test_one_shard_per_gpu(environment):
@@ -239,7 +252,7 @@ BAD_SETTINGS = [
     ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
     ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi does not list 8, but 0 1"),
     ({"DATASET": "/nowhere/problems.jsonl"}, "DATASET=/nowhere/problems.jsonl: no such file"),
-    ({"DATASET": "/"}, "DATASET=/: no such file"),
+    ({"CHAT_TEMPLATE": "yes"}, "CHAT_TEMPLATE=yes: must be 0 or 1"),
     ({"BASE_MODEL": "/nowhere/base"}, "model base=/nowhere/base: no such directory"),
     ({"TRAINED_MODEL": "./no such"}, "model trained=./no\\ such: no such directory"),
     ({"TRAINED_MODEL": "etc/passwd"}, "model trained=etc/passwd: no such directory"),
