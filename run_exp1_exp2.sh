@@ -161,7 +161,7 @@ take_lock() { # on OUT_ROOT, for the life of this process
     printf 'process %d on %s since %s\n' "$$" "$HOSTNAME" "$(date '+%F %T %z')" >"$OUT_ROOT/.lock"
 }
 
-save_configuration() { # what was asked for, as a file of settings that asks for it again
+save_configuration() { # what was asked for, as a file of settings that asks for it again from any directory
     local file="$OUT_ROOT/config.resolved.env" name names
     mapfile -t names < <(sed -n 's/^: "${\([A-Z0-9_]*\):=.*/\1/p' "$PROJECT/config.env")
     {
@@ -170,10 +170,19 @@ save_configuration() { # what was asked for, as a file of settings that asks for
         printf '# %s on %q; commit: %q; device: %s, GPUs: %s\n' \
             "$(date '+%F %T %z')" "$HOSTNAME" "$(commit)" "$device" "${gpus[*]:-none}"
         for name in "${names[@]}"; do
-            if [[ "$name" == MODELS ]]; then save_models; else save_setting "$name" "${!name}"; fi
+            if [[ "$name" == MODELS ]]; then save_models; else save_setting "$name" "$(from_anywhere "$name")"; fi
         done
     } >"$file.part"
     mv -f -- "$file.part" "$file"
+}
+
+from_anywhere() { # name of a setting -> its value; local paths absolute
+    local value="${!1}"
+    case "$1" in
+        DATASET) [[ "$value" == hf:* ]] || make_absolute value ;;
+        BASE_MODEL | TRAINED_MODEL) if is_local_model "$value"; then make_absolute value; fi ;;
+    esac
+    printf '%s' "$value"
 }
 
 save_setting() { # name, value
@@ -186,7 +195,12 @@ save_models() { # with absolute paths; where the short form was used it stands f
     # shellcheck disable=SC2016
     printf '[[ -n "${MODELS-}" ]] || MODELS=('
     if [[ -n "${MODELS[*]}" ]]; then
-        for tag in "${tags[@]}"; do printf '%q ' "$tag=${model_of[$tag]}"; done
+        local path
+        for tag in "${tags[@]}"; do
+            path="${model_of[$tag]}"
+            if is_local_model "$path"; then make_absolute path; fi
+            printf '%q ' "$tag=$path"
+        done
     fi
     printf ')\n'
 }

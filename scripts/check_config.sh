@@ -100,12 +100,13 @@ read_model() { # TAG=PATH
         problems+=("MODELS: tag $tag is given twice")
         return
     fi
-    if [[ "$path" == [./~]* || -e "$path" ]]; then # else a name on the Hub
-        [[ -d "$path" ]] || problems+=("model $shown: no such directory")
-        make_absolute path
-    fi
+    if is_local_model "$path" && [[ ! -d "$path" ]]; then problems+=("model $shown: no such directory"); fi
     tags+=("$tag")
     model_of[$tag]="$path"
+}
+
+is_local_model() { # path: else it is a name on the Hub
+    [[ "$1" == [./~]* || -e "$1" ]]
 }
 
 check_names_of_dumps() { # exp12_a_s0 would be both the merged dump of a_s0 and the first shard of a
@@ -117,14 +118,13 @@ check_names_of_dumps() { # exp12_a_s0 would be both the merged dump of a_s0 and 
     done
 }
 
-make_absolute() { # name of a variable that holds a path: the saved configuration must hold anywhere
+make_absolute() { # name of a variable that holds a path
     [[ "${!1}" == /* ]] || printf -v "$1" '%s/%s' "$PWD" "${!1}"
 }
 
 check_paths() {
     if [[ "$DATASET" != hf:* ]]; then
         [[ -e "$DATASET" && -r "$DATASET" ]] || problem_with DATASET "no such file or directory, or not readable"
-        make_absolute DATASET
     fi
     if [[ -n "$PYTHON" ]]; then
         command -v -- "$PYTHON" >/dev/null || problem_with PYTHON "no such program"

@@ -1,5 +1,6 @@
 """The launcher, with a stub in the interpreter's place: what it runs, refuses, and leaves behind when a step fails."""
 
+import itertools
 import os
 import re
 import resource
@@ -55,7 +56,7 @@ def test_problems_verdicts_and_further_flags_reach_the_probe(environment):
     settings |= {"VERIFIER": "numeric", "PROBE_ARGS": "--batch-tokens  512 --attention eager", "DRY_RUN": "1"}
     plan = launch(environment, **settings).stdout.splitlines()[1]
     words = shlex.split(plan.replace("$'", "'").replace("\\n", "\n"))
-    after = dict(zip(words, words[1:], strict=False))
+    after = dict(itertools.pairwise(words))
     assert after["--prompt-template"] == "Q: {problem}\nA:"
     assert after["--system-prompt"] == "Be 'brief'."
     assert (after["--verifier"], after["--batch-tokens"], after["--attention"]) == ("numeric", "512", "eager")
@@ -364,7 +365,10 @@ def test_the_resolved_configuration_runs_the_same_study(environment, tmp_path):
     plan = launch(environment, tmp_path / "my.env", cwd=tmp_path, DRY_RUN="1", **settings).stdout
     others = {name: value for name, value in environment.items() if name not in ("OUT_ROOT", "PYTHON", "DEVICE")}
     assert plan.count("--temperature 0.7") == 4
-    assert launch(others, saved, DRY_RUN="1").stdout == plan
+    absolute = plan.replace("models/b", f"{tmp_path}/models/b").replace(
+        f"--dataset {tmp_path.name}", f"--dataset {tmp_path}/{tmp_path.name}"
+    )
+    assert launch(others, saved, DRY_RUN="1").stdout == absolute != plan
     assert "--seed 12" in launch(others, saved, DRY_RUN="1", SEED="12").stdout
     names = re.findall(r'^: "\$\{(\w+):=', (ROOT / "config.env").read_text(), re.MULTILINE)
     text = saved.read_text()
