@@ -83,6 +83,7 @@ DEFAULT_VERIFIER = "boxed"
 ROLLOUT_FLAGS = ("rollouts_format", "correct_from", "correct_above")
 LARGEST_LOGPROB_GAP = 0.1
 """Nats per token between a server's log-probs and ours: rounding gives hundredths at most, another model more."""
+SECONDS_FOR_A_LOST_NODE = 150
 LEAST = {
     **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards"), 1),
     **dict.fromkeys(("batch_tokens", "sample_rows", "server_requests"), 1),
@@ -168,8 +169,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--correct-from",
         default="auto",
         metavar="NAME",
-        help="verdicts of --rollouts: auto (a true or false 'correct' or 'acc', else the reward), a key of the file, or "
-        "verifier to judge anew (default: %(default)s)",
+        help="verdicts of --rollouts: auto (a true or false 'correct' or 'acc', else the reward), a key of the file, "
+        "or verifier to judge anew (default: %(default)s)",
     )
     add("--correct-above", type=float, metavar="REWARD", help="a reward above this is a correct answer")
     add = parser.add_argument_group("verdicts").add_argument
@@ -236,18 +237,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def take_shard_from_environment(args: argparse.Namespace, environment: Mapping[str, str]) -> None:
     """Without flags that say otherwise, each task of torchrun or srun takes a shard, a directory and a GPU of its own.
 
-    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID; a batch
-    script sees the first two as well, so SLURM_STEP_ID, which only srun's tasks have, is asked for too.
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; srun sets SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID. (A
+    batch script, which is no task, sees SLURM_PROCID and SLURM_NTASKS, but not the number of tasks of a step.)
     """
     if args.shard_index is not None or args.num_shards is not None:
         args.shard_index, args.num_shards = args.shard_index or 0, 1 if args.num_shards is None else args.num_shards
         return
     args.shard_index, args.num_shards = 0, 1
-    for rank, size, local, needed in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"),
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ):
-        if needed not in environment or environment.get(size, "1") == "1":
+        if environment.get(size, "1") == "1":
             continue
         try:
             args.shard_index, args.num_shards = int(environment[rank]), int(environment[size])
@@ -750,7 +751,9 @@ def main(argv: list[str] | None = None) -> int:
         report_plan(args, plan)
         return 0
     make_directory(args.output_dir)
-    with locked(args.output_dir):
+    # A lost node may hold the lock on a shared file system for a while after Slurm has queued the shard again.
+    patience = SECONDS_FOR_A_LOST_NODE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0
+    with locked(args.output_dir, patience):
         if not prepare(args.output_dir, plan.directories, plan.settings, args.overwrite):
             say(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0

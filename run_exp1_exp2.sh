@@ -225,7 +225,7 @@ save_configuration
 # ---- the chain --------------------------------------------------------------------------------------------------
 
 if [[ "$LAUNCHER" == slurm ]]; then
-    # shellcheck source=/dev/null
+    # shellcheck source=scripts/slurm.sh
     source "$PROJECT/scripts/slurm.sh"
     submit_chain
     exit

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,29 +104,37 @@ def make_directory(path: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes that ask for it out of `directory`; the lock ends with the process, however that ends.
+
+    Args:
+        patience: how many seconds to wait for another process to let go.
 
     Raises:
         InputError: another process holds it.
     """
-    try:
-        stream = (directory / LOCK).open("a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{directory / LOCK}: {error.strerror}") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(f"{directory / LOCK}: can't be locked: {error.strerror}") from error
-            stream.seek(0)
-            holder = stream.read().strip() or "unknown"
-            raise InputError(f"{directory}: in use by another process ({holder}); wait for it, or end it") from error
+    deadline = time.monotonic() + patience
+    with (directory / LOCK).open("a+", encoding="utf-8") as stream:
+        while not _is_ours_now(stream):
+            if time.monotonic() >= deadline:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                raise InputError(f"{directory}: in use by another process ({holder}); wait for it, or end it")
+            time.sleep(1.0)
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         stream.flush()
         yield
+
+
+def _is_ours_now(stream: TextIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True
 
 
 def aside(file: Path) -> Path:

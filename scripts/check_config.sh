@@ -41,8 +41,11 @@ check_choices() {
     # shellcheck disable=SC2034,SC2153
     read -r -d '' -a probe_args <<<"$PROBE_ARGS" || true # no delimiter is there to be found
     [[ "$LAUNCHER" =~ ^(local|slurm)$ ]] || problem_with LAUNCHER "must be local or slurm"
-    if [[ "$LAUNCHER" == slurm && ! -f "$PROJECT/scripts/slurm.sh" ]]; then
-        problem_with LAUNCHER "$PROJECT/scripts/slurm.sh is missing"
+    local program
+    if [[ "$LAUNCHER" == slurm ]]; then
+        for program in sbatch squeue scancel; do
+            command -v "$program" >/dev/null || problem_with LAUNCHER "$program is not in PATH"
+        done
     fi
 }
 

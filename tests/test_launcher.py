@@ -428,16 +428,23 @@ submit_chain() {
 def test_another_scheduler_gets_the_commands(environment, tmp_path):
     project = tmp_path / "project"
     copy_of_the_project(project)
-    (project / "scripts" / "slurm.sh").unlink(missing_ok=True)
     (tmp_path / "data").touch()
     settings = {"LAUNCHER": "slurm", "MODELS": "a=hub/a b=hub/b c=hub/c", "DATASET": str(tmp_path / "data")}
     settings |= {"DEVICE": "cuda", "GPUS": "0,9"}
-    missing = launch(environment, root=project, **settings)
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("error: LAUNCHER=slurm: ")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "squeue"):
+        (programs / name).write_text("#!/bin/sh\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    if shutil.which("scancel") is None:
+        missing = launch(environment, root=project, PATH=path, **settings)
+        assert missing.returncode == 2
+        assert missing.stderr == "error: LAUNCHER=slurm: scancel is not in PATH\n"
+    (programs / "scancel").symlink_to(programs / "sbatch")
 
     (project / "scripts" / "slurm.sh").write_text(SLURM)
-    result = launch(environment, root=project, **settings)
+    result = launch(environment, root=project, PATH=path, **settings)
     assert result.returncode == 0, result.stderr
     out = environment["OUT_ROOT"]
     assert f"python={environment['PYTHON']}\nfigures={out}/exp12_figures\nlogs={out}/logs\nshards=2\n" in result.stdout

@@ -172,12 +172,12 @@ def test_an_adapter_probed_is_the_merged_checkpoint_probed(tmp_path, checkpoint_
         ({}, (0, 1, "out")),
         ({"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}, (1, 3, "out_s1")),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1, "out")),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0"}, (2, 4, "out_s2")),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "0"}, (2, 4, "out_s2")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, "out")),  # a batch script, not a task of srun
     ],
 )
 def test_tasks_take_their_shard_from_the_environment(monkeypatch, environment, expected):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
