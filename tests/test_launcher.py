@@ -431,20 +431,24 @@ def test_another_scheduler_gets_the_commands(environment, tmp_path):
     (tmp_path / "data").touch()
     settings = {"LAUNCHER": "slurm", "MODELS": "a=hub/a b=hub/b c=hub/c", "DATASET": str(tmp_path / "data")}
     settings |= {"DEVICE": "cuda", "GPUS": "0,9"}
-    programs = tmp_path / "bin"
+    programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("sbatch", "squeue"):
-        (programs / name).write_text("#!/bin/sh\n")
-        (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
-    if shutil.which("scancel") is None:
-        missing = launch(environment, root=project, PATH=path, **settings)
-        assert missing.returncode == 2
-        assert missing.stderr == "error: LAUNCHER=slurm: scancel is not in PATH\n"
-    (programs / "scancel").symlink_to(programs / "sbatch")
+    for directory in reversed(os.environ["PATH"].split(":")):  # all that are here but Slurm's
+        for program in Path(directory).glob("*"):
+            (programs / program.name).unlink(missing_ok=True)
+            (programs / program.name).symlink_to(program)
+    for name in ("sbatch", "squeue", "scancel"):
+        (programs / name).unlink(missing_ok=True)
+    missing = launch(environment, root=project, PATH=str(programs), **settings)
+    assert missing.returncode == 2
+    assert [line.split(": ")[-1] for line in missing.stderr.splitlines()] == [
+        f"{name} is not in PATH" for name in ("sbatch", "squeue", "scancel")
+    ]
+    for name in ("sbatch", "squeue", "scancel"):
+        (programs / name).symlink_to(programs / "true")
 
     (project / "scripts" / "slurm.sh").write_text(SLURM)
-    result = launch(environment, root=project, PATH=path, **settings)
+    result = launch(environment, root=project, PATH=str(programs), **settings)
     assert result.returncode == 0, result.stderr
     out = environment["OUT_ROOT"]
     assert f"python={environment['PYTHON']}\nfigures={out}/exp12_figures\nlogs={out}/logs\nshards=2\n" in result.stdout
