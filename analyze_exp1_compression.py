@@ -3,8 +3,9 @@
 
 Reads one dump per tag and takes participation ratios, ranks and leading directions of each bucket's gradients (not
 centred, float64) with their intervals, ceilings and nulls; docs/methods.md says what each means. The first tag is
-what the others are compared with. Writes `exp1_summary.json`, `exp1_cumulative_energy.png`,
-`exp1_cross_bucket_cosine.png` and `exp1_norms.png`; the tables go to stdout.
+what the others are compared with. Writes `exp1_summary.json`, `exp1_arrays.npz` (what the headline figures need
+beside it), `exp1_cumulative_energy.png`, `exp1_cross_bucket_cosine.png` and `exp1_norms.png`; the tables go to stdout.
+Reads the gradients block by block: memory is a few matrices of d × d numbers, or of a bucket's rows if these are fewer.
 
 The study's dumps, results in out/exp12/exp12_figures:
     python analyze_exp1_compression.py base=out/exp12/exp12_base trained=out/exp12/exp12_trained
@@ -17,7 +18,7 @@ Two small dumps that come with the tests (a few seconds):
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from gradprobe.analysis_inputs import (
     subjects_of,
     warn,
 )
+from gradprobe.arithmetic import DEVICES, HOST, Arithmetic, arithmetic_for
 from gradprobe.compression import (
     Ratio,
     compare_buckets,
@@ -44,11 +46,13 @@ from gradprobe.compression import (
     row_squared_norms,
     sums_of_rows,
 )
-from gradprobe.console import parse_tagged_dumps, printable, progress, script_main
-from gradprobe.dump import Dump, make_directory, write_json
+from gradprobe.console import add_common_flags, parse_tagged_dumps, printable, progress, script_main
+from gradprobe.dump import Dump
 from gradprobe.exp1 import Draws, Exp1, chance_outside_null, measure_dump, n_steps, place_in_null, smallest_bucket
+from gradprobe.figure_inputs import EXP1_ARRAYS, Compression, fingerprint, write_compression
+from gradprobe.files import make_directory, write_json
 from gradprobe.replication import spread_of
-from gradprobe.spectrum import smaller_gram, spectrum_of_gram
+from gradprobe.spectrum import project_to_plane, smaller_gram, spectrum_of_gram
 
 SUMMARY = "exp1_summary.json"
 CUMULATIVE_ENERGY = "exp1_cumulative_energy.png"
@@ -67,6 +71,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", type=Path, metavar="D", help="made if needed (default: exp12_figures beside the first dump)"
     )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="where matrices are multiplied and decomposed (default: cpu)"
+    )
+    add_common_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -74,6 +82,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Read the dumps, compute every number, then write the summary, the figures and the tables."""
     args = parse_args(argv)
+    arithmetic = arithmetic_for(args.device)
     paths = parse_tagged_dumps(args.dumps)
     all_targets = open_dumps(paths)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
@@ -81,17 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     warn(all_targets)
 
     dumps = first_targets(all_targets)
-    results = measure_dumps(dumps)
-    compared = compare_with_first(results)
-    summary = {tag: summary_of(dump, results[tag]) for tag, dump in dumps.items()}
+    results, compared = measure_dumps(dumps, arithmetic=arithmetic)
+    fingerprints = {tag: [fingerprint(dump.path) for dump in targets] for tag, targets in all_targets.items()}
+    summary = {tag: summary_of(dump, results[tag], fingerprints[tag]) for tag, dump in dumps.items()}
     for tag, targets in all_targets.items():
         if len(targets) > 1:
-            summary[tag]["replication"] = replication_of(tag, targets, summary[tag]["per_bucket"])
+            summary[tag]["replication"] = replication_of(tag, targets, summary[tag]["per_bucket"], arithmetic)
     first_tag = next(iter(dumps))
     for tag, ratios in compared.items():
         summary[tag]["compared_with"] = {first_tag: _by_bucket(ratios)}
     drawn = draw(dumps, results)
 
+    for_figures = {tag: figure_inputs(dump, results[tag]) for tag, dump in dumps.items()}
+    write_compression(output_dir / EXP1_ARRAYS, for_figures, fingerprints)
     write_json(output_dir / SUMMARY, summary)
     for name, figure in drawn.items():
         figures.save(figure, output_dir / name)
@@ -99,37 +110,50 @@ def main(argv: list[str] | None = None) -> int:
         print(report(tag, numbers, results[tag]), end="\n\n")
     for tag, ratios in compared.items():
         print(comparison_report(first_tag, tag, ratios), end="\n\n")
-    print("\n".join(f"wrote {output_dir / name}" for name in (SUMMARY, *drawn)))
+    print("\n".join(printable(f"wrote {output_dir / name}") for name in (SUMMARY, EXP1_ARRAYS, *drawn)))
     return 0
 
 
-def measure_dumps(dumps: Mapping[str, Dump], draws: Draws | None = None) -> dict[str, Exp1]:
-    """Exp 1 of every dump, compared at the smallest bucket of all, with progress on stderr."""
+def measure_dumps(
+    dumps: Mapping[str, Dump], draws: Draws | None = None, arithmetic: Arithmetic = HOST
+) -> tuple[dict[str, Exp1], dict[str, list[Ratio | None] | None]]:
+    """Exp 1 of every dump, at the smallest bucket of all, with progress on stderr; and further tags against the first.
+
+    What only comparisons need is kept of the first dump alone: of many checkpoints it would outgrow all else.
+    """
     keys = sorted({key for dump in dumps.values() for key in dump.prompt_keys}, key=str)
     code = {key: number for number, key in enumerate(keys)}  # the same prompt has the same number in all dumps
     common_n = smallest_bucket(dump.bin for dump in dumps.values())
-    results = {}
+    results: dict[str, Exp1] = {}
+    compared = {}
     for tag, dump in dumps.items():
         total = n_steps(dump.bins, draws)
         steps = progress(range(total), f"{tag}: Exp 1", total, "steps")
         next(steps)
         prompt = np.array([code[key] for key in dump.prompt_keys], dtype=int)[dump.prompt]
-        results[tag] = measure_dump(
+        result = measure_dump(
             dump.grads, dump.bin, dump.bins, prompt, rollout_codes(dump.prompt, dump.sample_idx), common_n,
-            draws=draws, on_step=lambda steps=steps: next(steps, None),
+            draws=draws, on_step=lambda steps=steps: next(steps, None), arithmetic=arithmetic,
         )  # fmt: skip
-    return results
+        if results:
+            compared[tag] = compare(next(iter(results.values())), result)
+            result = replace(result, sums=[])
+        results[tag] = result
+    return results, compared
 
 
-def compare_with_first(results: Mapping[str, Exp1]) -> dict[str, list[Ratio | None] | None]:
-    """Each further tag's buckets against the first tag's; None where these have another number of buckets."""
-    (_, first), *others = results.items()
-    return {
-        tag: [compare_buckets(one, other) for one, other in zip(first.sums, result.sums, strict=True)]
-        if len(first.sums) == len(result.sums)
-        else None
-        for tag, result in others
-    }
+def compare(first: Exp1, result: Exp1) -> list[Ratio | None] | None:
+    """One dump's buckets against the first's; None where these have another number of buckets."""
+    if len(first.sums) != len(result.sums):
+        return None
+    return [compare_buckets(one, other) for one, other in zip(first.sums, result.sums, strict=True)]
+
+
+def figure_inputs(dump: Dump, result: Exp1) -> Compression:
+    """What the headline figures need of one dump."""
+    projection = project_to_plane(dump.grads, np.arange(len(dump.grads)))
+    energies = [spectrum.energies for spectrum in result.spectra]
+    return Compression(result.buckets, energies, projection, dump.bin[projection.rows])
 
 
 def draw(dumps: Mapping[str, Dump], results: Mapping[str, Exp1]) -> dict[str, figures.Figure]:
@@ -150,21 +174,25 @@ def draw(dumps: Mapping[str, Dump], results: Mapping[str, Exp1]) -> dict[str, fi
     }
 
 
-def summary_of(dump: Dump, result: Exp1) -> dict[str, Any]:
-    """One tag's part of `exp1_summary.json`."""
+def summary_of(dump: Dump, result: Exp1, fingerprints: list[str]) -> dict[str, Any]:
+    """One tag's part of `exp1_summary.json`. `fingerprints`: of the dumps of all its targets."""
     return {
         "n_positions": len(dump.grads),
         "row_dim": dump.row_dim,
         "target": dump.manifest["target"],
         "row_idx": dump.manifest["row_idx"],
         "model": dump.manifest["model_path"],
+        "manifest_sha256": fingerprints,
         **result.as_json(),
     }
 
 
-def replication_of(tag: str, dumps: list[Dump], first: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def replication_of(
+    tag: str, dumps: list[Dump], first: dict[str, dict[str, Any]], arithmetic: Arithmetic = HOST
+) -> dict[str, Any]:
     """How a tag's numbers vary over its targets. `first`: the first target's `per_bucket`."""
-    further = progress(map(replicated_numbers, dumps[1:]), f"{tag}: further targets", len(dumps) - 1, "targets")
+    others = (replicated_numbers(dump, arithmetic) for dump in dumps[1:])
+    further = progress(others, f"{tag}: further targets", len(dumps) - 1, "targets")
     numbers = [first, *further]
     return {
         "targets": [dump.path.name for dump in dumps],
@@ -175,16 +203,18 @@ def replication_of(tag: str, dumps: list[Dump], first: dict[str, dict[str, Any]]
     }
 
 
-def replicated_numbers(dump: Dump) -> dict[str, dict[str, float | int | None]]:
+def replicated_numbers(dump: Dump, arithmetic: Arithmetic = HOST) -> dict[str, dict[str, float | int | None]]:
     """Of each bucket what `REPLICATED` names: no draws, and one Gram matrix each."""
     rollout = rollout_codes(dump.prompt, dump.sample_idx)
     found = {}
     for index in range(dump.bins):
         rows = dump.rows_of_bucket(index)
-        gram = smaller_gram(dump.grads, rows) if len(rows) else np.zeros((0, 0))
-        spectrum, _ = spectrum_of_gram(dump.grads, rows, gram, n_vectors=1)
-        row_gram = gram if len(rows) < dump.row_dim else None
-        sums = sums_of_rows(dump.grads, rows, rollout[rows], dump.prompt[rows], row_gram)
+        gram = smaller_gram(dump.grads, rows, arithmetic) if len(rows) else np.zeros((0, 0))
+        spectrum, _ = spectrum_of_gram(dump.grads, rows, gram, n_vectors=1, arithmetic=arithmetic)
+        row_gram, columns = (gram, None) if len(rows) < dump.row_dim else (None, gram)
+        sums = sums_of_rows(
+            dump.grads, rows, rollout[rows], dump.prompt[rows], row_gram, columns=columns, arithmetic=arithmetic
+        )
         unit_norm = float(sums.unit_norm_participation_ratios(np.ones((1, len(sums.n))))[0])
         values = (spectrum.participation_ratio, unit_norm if np.isfinite(unit_norm) else None, spectrum.rank(0.95))
         found[str(index)] = dict(zip(REPLICATED, values, strict=True))

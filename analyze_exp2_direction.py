@@ -4,8 +4,9 @@
 +1: they would cancel under advantages of ±1; 0: orthogonal. Per entropy bucket: the cosine between the mean gradients
 of both kinds (prompts with at least 2 tokens of each), with controls by halves of the tokens and of the rollouts of
 one prompt and kind; rho, that cosine with the noise removed, with its interval, test and verdict; and whether the
-update cancels. Writes `exp2_summary.json`, `exp2_alignment.png` (rho in every bucket) and
-`exp2_direction_cosine_hist.png` (cosines in the bucket of highest entropy); tables go to stdout.
+update cancels. Writes `exp2_summary.json`, `exp2_arrays.npz` (of tagged dumps: what the headline figures need beside
+it), `exp2_alignment.png` (rho in every bucket) and `exp2_direction_cosine_hist.png` (cosines in the bucket of highest
+entropy); tables go to stdout. Reads the gradients of one prompt at a time.
 
 The study's dumps, results in out/exp12/exp12_figures:
     python analyze_exp2_direction.py base=out/exp12/exp12_base trained=out/exp12/exp12_trained
@@ -16,6 +17,7 @@ One dump (the summary is then not keyed by tag); this one comes with the tests (
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ from gradprobe.analysis_inputs import (
     subjects_of,
     warn,
 )
-from gradprobe.console import parse_tagged_dumps, printable, script_main
+from gradprobe.arithmetic import DEVICES, HOST, Arithmetic, arithmetic_for
+from gradprobe.console import add_common_flags, parse_tagged_dumps, printable, progress, script_main
 from gradprobe.direction import (
     MIN_ROLLOUTS_OF_EACH_KIND,
     MIN_TOKENS_OF_EACH_KIND,
@@ -44,8 +47,10 @@ from gradprobe.direction import (
     directions_of_bucket,
     summarise,
 )
-from gradprobe.dump import META, Dump, make_directory, write_json
+from gradprobe.dump import META, Dump
 from gradprobe.errors import InputError
+from gradprobe.figure_inputs import EXP2_ARRAYS, fingerprint, write_directions
+from gradprobe.files import make_directory, write_json
 from gradprobe.replication import spread_of
 
 SUMMARY = "exp2_summary.json"
@@ -81,6 +86,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output-dir", type=Path, metavar="D", help="made if needed (default: exp12_figures beside the first dump)"
     )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="cpu", help="where gradients are multiplied (default: cpu)"
+    )
+    add_common_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -88,28 +97,55 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Read the dumps, compare the groups of every prompt, then write the summary, the figure and the table."""
     args = parse_args(argv)
+    arithmetic = arithmetic_for(args.device)
     paths = parse_tagged_dumps(args.dumps, allow_untagged=True)
     dumps = open_dumps(paths)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)
     warn(dumps)
 
-    results = {
-        tag: [bucket_directions(targets[0], b) for b in range(targets[0].bins)] for tag, targets in dumps.items()
-    }
-    others = {tag: [bucket_directions(dump, dump.bins - 1) for dump in targets[1:]] for tag, targets in dumps.items()}
+    results, others = measure_dumps(dumps, arithmetic)
+    fingerprints = {tag: [fingerprint(dump.path) for dump in targets] for tag, targets in dumps.items()}
     summary = {tag: summary_over_targets(dumps[tag], results[tag], others[tag]) for tag in dumps}
+    for tag, numbers in summary.items():
+        numbers["manifest_sha256"] = fingerprints[tag]
     drawn = draw(first_targets(dumps), list(results.values()))
 
+    written = [SUMMARY, *drawn]
+    if None not in dumps:
+        write_directions(output_dir / EXP2_ARRAYS, {tag: found[-1] for tag, found in results.items()}, fingerprints)
+        written.insert(1, EXP2_ARRAYS)
     write_json(output_dir / SUMMARY, summary.get(None, summary))
     for name, figure in drawn.items():
         figures.save(figure, output_dir / name)
     print(report(summary), end="\n\n")
-    print("\n".join(f"wrote {output_dir / name}" for name in (SUMMARY, *drawn)))
+    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0
 
 
-def bucket_directions(dump: Dump, bucket: int) -> BucketDirections:
+def measure_dumps(
+    dumps: Mapping[str | None, list[Dump]], arithmetic: Arithmetic = HOST
+) -> tuple[dict[str | None, list[BucketDirections]], dict[str | None, list[BucketDirections]]]:
+    """Of each tag, every bucket of its first target, and the bucket of highest entropy of its others."""
+    wanted = {
+        tag: [(targets[0], bucket) for bucket in range(targets[0].bins)] + [(d, d.bins - 1) for d in targets[1:]]
+        for tag, targets in dumps.items()
+    }
+    total = sum(map(len, wanted.values()))
+    steps = progress(range(total), "Exp 2", total, "buckets")
+    next(steps)
+    found: dict[str | None, list[BucketDirections]] = {tag: [] for tag in wanted}
+    for tag, pairs in wanted.items():
+        for dump, bucket in pairs:
+            found[tag].append(bucket_directions(dump, bucket, arithmetic))
+            next(steps, None)
+    n_buckets = {tag: targets[0].bins for tag, targets in dumps.items()}
+    return {tag: one[: n_buckets[tag]] for tag, one in found.items()}, {
+        tag: one[n_buckets[tag] :] for tag, one in found.items()
+    }
+
+
+def bucket_directions(dump: Dump, bucket: int, arithmetic: Arithmetic = HOST) -> BucketDirections:
     """All of Exp 2 at the tokens of one entropy bucket.
 
     Raises:
@@ -117,7 +153,9 @@ def bucket_directions(dump: Dump, bucket: int) -> BucketDirections:
     """
     rows = dump.rows_of_bucket(bucket)
     try:
-        return directions_of_bucket(dump.grads, rows, dump.prompt, dump.sample_idx, dump.correct, len(dump.prompt_keys))
+        return directions_of_bucket(
+            dump.grads, rows, dump.prompt, dump.sample_idx, dump.correct, len(dump.prompt_keys), arithmetic=arithmetic
+        )
     except ValueError as error:
         raise InputError(f"{dump.path / META}: {_mixed_rollout(dump, rows) or error}; probe again") from error
 

@@ -23,10 +23,10 @@ import numpy as np
 from gradprobe import dump as contract
 from gradprobe.buckets import bucket_of, fit_edges
 from gradprobe.check import checksum_problems, checksums_of, read_content
-from gradprobe.console import printable, say, script_main
+from gradprobe.console import add_common_flags, printable, say, script_main
 from gradprobe.dump import Dump, PromptKey, Rollout
 from gradprobe.errors import InputError, raise_if_any
-from gradprobe.files import locked, make_directory, read_json, write_json, write_jsonl
+from gradprobe.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
 from gradprobe.growing import new_rows
 from gradprobe.rows import iter_row_blocks
 
@@ -67,6 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path, help="directory of the merged dump; replaced if it holds one")
     parser.add_argument("shard_dirs", type=Path, nargs="+", metavar="SHARD_DIR", help="dumps to merge, in this order")
+    add_common_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -145,6 +146,16 @@ def check_disjoint(shards: list[Dump], spaces: list[int | None]) -> None:
             owner[rollout] = shard.path
     if problems:
         raise InputError(problems[0], *([f"and {len(problems) - 1} more rollouts"] if problems[1:] else []))
+
+
+def refuse_copies(shards: list[Dump]) -> None:
+    """Raise `InputError` if a shard is there twice; where data sets are unknown its prompts can't tell."""
+    owner: dict[str, Path] = {}
+    for shard in shards:
+        content = sha256_of(shard.path / contract.META, shard.path / contract.GRADS)
+        if content in owner and len(shard.grads):
+            raise InputError(f"{shard.path}: is a copy of {owner[content]}; a shard is to be given once")
+        owner[content] = shard.path
 
 
 def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[str, Any]:
@@ -317,6 +328,8 @@ def main(argv: list[str] | None = None) -> int:
         check_belong_together(shards)
         check_disjoint(shards, namespaces(shards))
     refuse_changed_files(targets)
+    for shards in targets.values():
+        refuse_copies(shards)
     first = next(iter(targets.values()))
     found = [contract.find_rollouts(shard.path) for shard in first]
     rollout_files = [file for file in found if file is not None] if None not in found else None

@@ -41,7 +41,7 @@ from gradprobe import dump as contract
 from gradprobe.buckets import bucket_of, choose_positions, fit_edges
 from gradprobe.check import checksums_of
 from gradprobe.completions import connect, mean_logprob_gap
-from gradprobe.console import add_common_flags, is_verbose, progress, say, script_main
+from gradprobe.console import add_common_flags, is_verbose, printable, progress, say, script_main
 from gradprobe.dump import Position, Rollout
 from gradprobe.engine import RowGradients, Target, expand_targets
 from gradprobe.errors import InputError, raise_if_any
@@ -90,6 +90,8 @@ LEAST = {
     **dict.fromkeys(("shard_index", "seed", "pos_per_bin_per_rollout"), 0),
     "bins": 2,
 }
+MOST = {"num_samples": 10**6, "max_new_tokens": 10**7}
+"""Beyond these a typo is likelier than a study, and arrays of that length would be made."""
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 
 
@@ -291,6 +293,9 @@ def _check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             problems.append(f"{flag(name)} {value}: must be at least {least}")
+        most = MOST.get(name, 2**31 - 1)
+        if value is not None and value > most:
+            problems.append(f"{flag(name)} {value}: must be at most {most}")
     if args.num_shards >= 1 and args.shard_index >= args.num_shards:
         problems.append(f"--shard-index {args.shard_index}: must be below --num-shards {args.num_shards}")
     raise_if_any(problems)
@@ -399,6 +404,8 @@ def read_given_rollouts(
     file = args.rollouts if args.rollouts.is_file() else contract.find_rollouts(args.rollouts)
     if file is None:
         raise InputError(f"--rollouts {args.rollouts}: no {contract.ROLLOUTS} there")
+    if file.resolve() == (args.output_dir / contract.ROLLOUTS).resolve():
+        raise InputError(f"--rollouts {args.rollouts}: is the output directory's own; choose another --output-dir")
     tokenizer = load_tokenizer(checkpoint_source(args))
     found = read_rollouts(
         file,
@@ -529,7 +536,7 @@ def given_edges(args: argparse.Namespace) -> dict[str, Any] | None:
     file = args.entropy_edges / contract.MANIFEST if args.entropy_edges.is_dir() else args.entropy_edges
     manifest = read_json(file)
     edges = manifest.get("entropy_edges")
-    if not isinstance(edges, list) or len(edges) != args.bins + 1 or sorted(set(edges)) != edges:
+    if not isinstance(edges, list) or len(edges) != args.bins + 1 or not contract.are_edges(edges):
         raise InputError(f"--entropy-edges {file}: no {args.bins + 1} increasing entropy_edges (--bins {args.bins})")
     return {
         "entropy_edges": edges,
@@ -791,7 +798,7 @@ def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
         write_json(directory / contract.MANIFEST, manifest)
         for warning in rows.warnings():
             say(f"warning: {directory}: {warning}")
-        print(f"{directory}: {len(lines)} gradients of {weight}[{target.row_idx}], ", end="")
+        print(printable(f"{directory}: {len(lines)} gradients of {weight}[{target.row_idx}]"), end=", ")
         print(f"{common['num_correct_rollouts']} of {len(rollouts)} rollouts correct")
     (args.output_dir / contract.RECORD).unlink()
 

@@ -2,25 +2,22 @@
 
 The participation ratio of any union of whole rollouts hangs on sums per rollout only: with the pairwise sums of
 squared dot products T[r, s] = Σ_{i in r, j in s} (g_i · g_j)², it is (Σ_r tr_r)² / Σ_{r,s} T[r, s]. So T is taken
-once per bucket (`RolloutSums`), and every interval and subsample costs no more than a small matrix product.
+once per bucket (`Sums`), and every interval and subsample costs no more than a small matrix product. Of more than
+2,048 rollouts T would outgrow the gradients' own Gram matrices: then its diagonal and row sums stand for it
+(`AdditiveDots`), which two passes over the rows give.
 
 a_i = ‖g_i‖² throughout. Where there is no number, functions return None.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from .spectrum import (
-    Spectrum,
-    block_slices,
-    energies_in_single_precision,
-    rank_of_share,
-    read_rows,
-    smaller_gram,
-)
+from .arithmetic import HOST, Arithmetic
+from .spectrum import Spectrum, block_slices, column_gram, rank_of_share, read_rows, smaller_gram
 
 HALF_DRAWS = 2000
 MATCHED_DRAWS = 20
@@ -28,6 +25,9 @@ RANK_DRAWS_OF_LARGE = 3
 LARGE_GRAM = 1024
 MIN_PROMPTS = 4
 """Fewer prompts have at most 3 ways to be halved: no interval."""
+MAX_EXACT_ROLLOUTS = 2048
+"""T of more is not formed."""
+PICKS_AT_ONCE_BYTES = 64 << 20
 
 Interval = tuple[float, float]
 
@@ -35,6 +35,32 @@ Interval = tuple[float, float]
 def rollout_codes(prompt: np.ndarray, sample_idx: np.ndarray) -> np.ndarray:
     """[n] a number 0, 1, ... for each distinct (prompt, sample). `prompt`, `sample_idx`: [n] integers."""
     return np.unique(np.stack([prompt, sample_idx], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+@dataclass(frozen=True)
+class AdditiveDots:
+    """Stands for T, [m, m], where m is large: its diagonal and row sums are known, and the rest taken as additive.
+
+    T[r, s] ≈ u_r + u_s for r ≠ s, with the u that give T's row sums. Sums over everything, and over everything but
+    one cluster, are then exact, and so is the mean over random subsets. What a random half's sum lacks is of the order
+    of 1/m of it, where halves differ among themselves by 1/√m.
+
+    Attributes:
+        diagonal: [m] T[r, r].
+        row_sums: [m] Σ_s T[r, s].
+        prompt_diagonal: [prompts] the diagonal of T between prompts, which are in ascending order.
+    """
+
+    diagonal: np.ndarray
+    row_sums: np.ndarray
+    prompt_diagonal: np.ndarray
+
+    def quadratic(self, picks: np.ndarray) -> np.ndarray:
+        """[draws] zᵀ T z for each z of `picks`, [draws, m] 0 or 1; m >= 3."""
+        m = len(self.diagonal)
+        off_diagonal = self.row_sums - self.diagonal
+        u = (off_diagonal - off_diagonal.sum() / (2 * (m - 1))) / (m - 2)
+        return picks @ (self.diagonal - 2 * u) + 2 * (picks @ u) * picks.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -46,8 +72,8 @@ class Sums:
         n_nonzero: [m] number of rows that are not all zero.
         energy: [m] Σ a.
         energy_squares: [m] Σ a².
-        dots: [m, m] Σ_{i in r, j in s} (g_i · g_j)².
-        unit_dots: [m, m] the same for the rows at unit length; rows that are all zero are left out.
+        dots: [m, m] Σ_{i in r, j in s} (g_i · g_j)², or what stands for it.
+        unit_dots: the same for the rows at unit length; rows that are all zero are left out.
         prompt: [m] the prompt of each cluster.
         dim: d.
     """
@@ -56,26 +82,31 @@ class Sums:
     n_nonzero: np.ndarray
     energy: np.ndarray
     energy_squares: np.ndarray
-    dots: np.ndarray
-    unit_dots: np.ndarray
+    dots: np.ndarray | AdditiveDots
+    unit_dots: np.ndarray | AdditiveDots
     prompt: np.ndarray
     dim: int
 
     def by_prompt(self) -> "Sums":
         """The same sums over prompts, in ascending order."""
         prompts, code = np.unique(self.prompt, return_inverse=True)
-        member = np.eye(len(prompts))[code]  # [m, prompts]
 
         def total(values: np.ndarray) -> np.ndarray:
             return np.bincount(code, values, minlength=len(prompts))
+
+        def total_dots(dots: np.ndarray | AdditiveDots) -> np.ndarray | AdditiveDots:
+            if isinstance(dots, AdditiveDots):
+                return AdditiveDots(dots.prompt_diagonal, total(dots.row_sums), dots.prompt_diagonal)
+            member = np.eye(len(prompts))[code]  # [m, prompts]
+            return member.T @ dots @ member
 
         return Sums(
             total(self.n),
             total(self.n_nonzero),
             total(self.energy),
             total(self.energy_squares),
-            member.T @ self.dots @ member,
-            member.T @ self.unit_dots @ member,
+            total_dots(self.dots),
+            total_dots(self.unit_dots),
             prompts,
             self.dim,
         )
@@ -105,7 +136,14 @@ Measure = Callable[[Sums, np.ndarray], np.ndarray]
 
 
 def sums_of_rows(
-    grads: np.ndarray, rows: np.ndarray, rollout: np.ndarray, prompt: np.ndarray, gram: np.ndarray | None = None
+    grads: np.ndarray,
+    rows: np.ndarray,
+    rollout: np.ndarray,
+    prompt: np.ndarray,
+    gram: np.ndarray | None = None,
+    *,
+    columns: np.ndarray | None = None,
+    arithmetic: Arithmetic = HOST,
 ) -> Sums:
     """The sums per rollout of one bucket.
 
@@ -114,7 +152,24 @@ def sums_of_rows(
         rows: [m] row numbers of the bucket.
         rollout, prompt: [m] of each of these rows.
         gram: [m, m] X Xᵀ of these rows if it is there already; else it is made panel by panel and not kept.
+        columns: [d, d] Xᵀ X if it is there already; needed with more than 2,048 rollouts only.
+        arithmetic: where products are formed.
     """
+    if len(np.unique(rollout)) > MAX_EXACT_ROLLOUTS:
+        order = np.lexsort((rollout, prompt))
+        return _sums_without_pairs(grads, rows[order], rollout[order], prompt[order], gram, order, columns, arithmetic)
+    return _sums_of_pairs(grads, rows, rollout, prompt, gram, arithmetic)
+
+
+def _sums_of_pairs(
+    grads: np.ndarray,
+    rows: np.ndarray,
+    rollout: np.ndarray,
+    prompt: np.ndarray,
+    gram: np.ndarray | None,
+    arithmetic: Arithmetic,
+) -> Sums:
+    """`sums_of_rows` with T itself."""
     n_rows, dim = len(rows), grads.shape[1]
     order = np.argsort(rollout, kind="stable")
     _, first, n = np.unique(rollout[order], return_index=True, return_counts=True)
@@ -122,28 +177,129 @@ def sums_of_rows(
     a = squared_norms[order]
     n_rollouts = len(first)
     dots, unit_dots = np.zeros((n_rollouts, n_rollouts)), np.zeros((n_rollouts, n_rollouts))
-    with np.errstate(divide="ignore"):
-        inverse = np.where(a > 0, 1 / a, 0.0)
-    for clusters, panel in _rollout_panels(n_rows, first):
-        square = _panel_dots(grads, rows[order], panel) if gram is None else gram[np.ix_(order[panel], order)]
+    inverse = _inverse(a)
+    for clusters, panel in _panels(n_rows, first, 8 * n_rows):
+        if gram is None:
+            square = _panel_dots(grads, rows[order], panel, arithmetic)
+        else:
+            square = gram[np.ix_(order[panel], order)]
         np.square(square, out=square)
         within = first[clusters] - panel.start
         dots[clusters] = np.add.reduceat(np.add.reduceat(square, first, axis=1), within, axis=0)
         square *= inverse
         unit = np.add.reduceat(square, first, axis=1) * inverse[panel, None]
         unit_dots[clusters] = np.add.reduceat(unit, within, axis=0)
+    return _sums(a, first, n, dots, unit_dots, prompt[order[first]], dim)
+
+
+def _sums(
+    a: np.ndarray,
+    first: np.ndarray,
+    n: np.ndarray,
+    dots: np.ndarray | AdditiveDots,
+    unit_dots: np.ndarray | AdditiveDots,
+    prompt: np.ndarray,
+    dim: int,
+) -> Sums:
+    """From the squared norms `a` of rows sorted by rollout, of which each begins at `first` and has `n`."""
 
     def total(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, first) if n_rollouts else np.zeros(0)
+        return np.add.reduceat(values, first) if len(first) else np.zeros(0)
 
-    return Sums(n, total((a > 0).astype(float)), total(a), total(a**2), dots, unit_dots, prompt[order[first]], dim)
+    return Sums(n, total((a > 0).astype(float)), total(a), total(a**2), dots, unit_dots, prompt, dim)
+
+
+def _sums_without_pairs(
+    grads: np.ndarray,
+    rows: np.ndarray,
+    rollout: np.ndarray,
+    prompt: np.ndarray,
+    gram: np.ndarray | None,
+    place: np.ndarray,
+    columns: np.ndarray | None,
+    arithmetic: Arithmetic,
+) -> Sums:
+    """`sums_of_rows` with what stands for T; the rows of one prompt in the bucket are held together.
+
+    The share of row i in a row sum of T is Σ_j (g_i · g_j)² = g_iᵀ (Xᵀ X) g_i.
+
+    Args:
+        rows, rollout, prompt: sorted by prompt and, within each, by rollout.
+        gram: X Xᵀ in another order, if it is there.
+        place: where in that order these rows stand.
+    """
+    dim = grads.shape[1]
+    first = np.flatnonzero(np.diff(rollout, prepend=rollout[0] - 1))
+    of_prompt = np.flatnonzero(np.diff(prompt, prepend=prompt[0] - 1))
+    a = row_squared_norms(grads, rows) if gram is None else np.diag(gram)[place]
+    inverse = _inverse(a)
+    shares = np.zeros((2, len(rows)))  # of the rows as they are, and at unit length
+    diagonal, prompt_diagonal = np.zeros((2, len(first))), np.zeros((2, len(of_prompt)))
+    if gram is None:
+        forms = _forms_of_columns(grads, rows, np.sqrt(inverse), columns, arithmetic)
+    else:
+        shares[0] = np.einsum("ij,ij->i", gram, gram)[place]
+        shares[1] = _unit_shares(gram)[place]
+    for prompts, panel in _panels(len(rows), of_prompt, 8 * dim):
+        block = read_rows(grads, rows[panel])
+        unit = block * np.sqrt(inverse[panel, None])
+        inside = slice(*np.searchsorted(first, [panel.start, panel.stop]))
+        for kind, vectors in enumerate((block, unit)):
+            if gram is None:
+                shares[kind, panel] = forms[kind](vectors)
+            diagonal[kind, inside] = _cluster_dots(vectors, first[inside] - panel.start)
+            prompt_diagonal[kind, prompts] = _cluster_dots(vectors, of_prompt[prompts] - panel.start)
+    ascending = np.argsort(rollout[first], kind="stable")
+    dots = [
+        AdditiveDots(own[ascending], np.add.reduceat(share, first)[ascending], of_prompts)
+        for own, share, of_prompts in zip(diagonal, shares, prompt_diagonal, strict=True)
+    ]
+    sums = _sums(a, first, np.diff(first, append=len(rows)), *dots, prompt[first], dim)
+    by_rollout = {
+        name: getattr(sums, name)[ascending] for name in ("n", "n_nonzero", "energy", "energy_squares", "prompt")
+    }
+    return replace(sums, **by_rollout)
+
+
+def _forms_of_columns(
+    grads: np.ndarray, rows: np.ndarray, scale: np.ndarray, columns: np.ndarray | None, arithmetic: Arithmetic
+) -> list[Callable[[np.ndarray], np.ndarray]]:
+    """xᵀ (Xᵀ X) x of the rows as they are, and the same where X holds the rows at the `scale`, [m], given."""
+    of_unit = arithmetic.new_gram(grads.shape[1])
+    for part in block_slices(len(rows), 8 * grads.shape[1]):
+        of_unit.add(read_rows(grads, rows[part]) * scale[part, None])
+    raw = column_gram(grads, rows, arithmetic) if columns is None else columns
+    return [arithmetic.forms(raw), arithmetic.forms(of_unit.total())]
+
+
+def _unit_shares(gram: np.ndarray) -> np.ndarray:
+    """[m] Σ_j cos²(g_i, g_j) from X Xᵀ, 0 where a row is all zero."""
+    inverse = _inverse(np.diag(gram))
+    found = np.empty(len(gram))
+    for part in block_slices(len(gram), 8 * len(gram)):
+        found[part] = (gram[part] ** 2 @ inverse) * inverse[part]
+    return found
+
+
+def _cluster_dots(vectors: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Σ (x_i · x_j)² over the pairs of each cluster of `vectors`, [m, d], that begin at the rows `first`."""
+    found = np.empty(len(first))
+    for index, members in enumerate(np.split(vectors, first[1:])):
+        small = members @ members.T if len(members) < members.shape[1] else members.T @ members
+        found[index] = np.vdot(small, small)
+    return found
+
+
+def _inverse(squared_norms: np.ndarray) -> np.ndarray:
+    """1 / a, and 0 where a is 0."""
+    return np.divide(1.0, squared_norms, out=np.zeros(len(squared_norms)), where=squared_norms > 0)
 
 
 def row_squared_norms(grads: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[m] ‖g‖² in float64 of `grads[rows]`."""
     found = np.zeros(len(rows))
     for part in block_slices(len(rows), 8 * grads.shape[1]):
-        block = read_rows(grads, rows[part], slice(None))
+        block = read_rows(grads, rows[part])
         found[part] = np.einsum("ij,ij->i", block, block)
     return found
 
@@ -180,18 +336,36 @@ def half_sample_interval(sums: Sums, measure: Measure, draws: int = HALF_DRAWS, 
     if n_prompts < MIN_PROMPTS:
         return None
     whole = _finite_log(measure(by_prompt, np.ones((1, n_prompts))))
-    halves = _finite_log(measure(by_prompt, half_picks(n_prompts, draws, seed)))
+    halves = _finite_log(_in_parts(by_prompt, measure, half_picks(n_prompts, draws, seed)))
     if len(whole) == 0 or len(halves) < draws:
         return None
-    without_one = _finite_log(measure(by_prompt, 1 - np.eye(n_prompts)))
+    without_one = _finite_log(_in_parts(by_prompt, measure, without_each(n_prompts)))
     low, high = _deviation_range(halves, without_one - whole[0], n_prompts)
     return max(1.0, float(np.exp(whole[0] + low))), float(np.exp(whole[0] + high))
 
 
-def half_picks(n_prompts: int, draws: int, seed: int) -> np.ndarray:
-    """[draws, n_prompts] 0 or 1: halves drawn without replacement; of an odd number, the smaller half."""
-    order = np.argsort(np.random.default_rng(seed).random((draws, n_prompts)), axis=1)
-    return (order < n_prompts // 2).astype(float)
+def half_picks(n_prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """[some, n_prompts] 0 or 1, `draws` in all: halves without replacement; of an odd number, the smaller half."""
+    rng = np.random.default_rng(seed)
+    for part in _pick_slices(draws, n_prompts):
+        order = np.argsort(rng.random((part.stop - part.start, n_prompts)), axis=1)
+        yield (order < n_prompts // 2).astype(float)
+
+
+def without_each(n_prompts: int) -> Iterator[np.ndarray]:
+    """[some, n_prompts] 0 or 1: all but one prompt, each in turn."""
+    for part in _pick_slices(n_prompts, n_prompts):
+        yield 1 - np.eye(part.stop - part.start, n_prompts, k=part.start)
+
+
+def _pick_slices(draws: int, n_prompts: int) -> Iterator[slice]:
+    step = max(1, PICKS_AT_ONCE_BYTES // (8 * n_prompts))
+    return (slice(start, min(start + step, draws)) for start in range(0, draws, step))
+
+
+def _in_parts(sums: Sums, measure: Measure, picks: Iterable[np.ndarray]) -> np.ndarray:
+    """`measure` of all picks, a part of them at a time."""
+    return np.concatenate([np.zeros(0), *(measure(sums, part) for part in picks)])
 
 
 def _deviation_range(halves: np.ndarray, without_one: np.ndarray, n_prompts: int) -> tuple[float, float]:
@@ -208,11 +382,16 @@ def _deviation_range(halves: np.ndarray, without_one: np.ndarray, n_prompts: int
     return min(low, without_one.min(initial=0.0)), max(high, without_one.max(initial=0.0))
 
 
-def _values_at(by_prompt: Sums, prompts: np.ndarray, picks: np.ndarray, measure: Measure) -> np.ndarray:
-    """[draws] `measure` of picked `prompts`, [p], some of those of `by_prompt`. `picks`: [draws, p] 0 or 1."""
-    at = np.zeros((len(picks), len(by_prompt.prompt)))
-    at[:, np.searchsorted(by_prompt.prompt, prompts)] = picks
-    return measure(by_prompt, at)
+def _values_at(by_prompt: Sums, prompts: np.ndarray, picks: Iterable[np.ndarray], measure: Measure) -> np.ndarray:
+    """[draws] `measure` of picked `prompts`, [p], some of those of `by_prompt`. `picks`: parts, [some, p] 0 or 1."""
+    places = np.searchsorted(by_prompt.prompt, prompts)
+
+    def placed(part: np.ndarray) -> np.ndarray:
+        at = np.zeros((len(part), len(by_prompt.prompt)))
+        at[:, places] = part
+        return at
+
+    return _in_parts(by_prompt, measure, map(placed, picks))
 
 
 def _finite_log(values: np.ndarray) -> np.ndarray:
@@ -295,8 +474,10 @@ def compare_buckets(
     no_interval = Ratio(float(np.exp(log_ratio)), None, n, len(shared), "can't tell")
     if len(shared) < MIN_PROMPTS:
         return no_interval
-    picks = [half_picks(len(shared), half_draws, seed), 1 - np.eye(len(shared)), np.ones((1, len(shared)))]
-    values = [_values_at(sums.by_prompt(), shared, np.concatenate(picks), measure) for sums in (first, second)]
+    values = []
+    for sums in (first, second):
+        picks = chain(half_picks(len(shared), half_draws, seed), without_each(len(shared)), [np.ones((1, len(shared)))])
+        values.append(_values_at(sums.by_prompt(), shared, picks, measure))
     logs_of_ratio = np.full(len(values[0]), np.nan)
     known = np.isfinite(values[0]) & np.isfinite(values[1])
     logs_of_ratio[known] = np.log(values[1][known] / values[0][known])
@@ -319,12 +500,15 @@ def matched_picks(n_of_rollout: np.ndarray, n: int, draws: int, seed: int) -> np
         return np.ones((1, len(n_of_rollout)))
     rng = np.random.default_rng(seed)
     picks = np.zeros((draws, len(n_of_rollout)))
+    sizes = n_of_rollout.tolist()
     for pick in picks:
         room = n
-        for candidate in rng.permutation(len(n_of_rollout)):
-            if n_of_rollout[candidate] <= room:
+        for candidate in rng.permutation(len(sizes)).tolist():
+            if room == 0:
+                break
+            if sizes[candidate] <= room:
                 pick[candidate] = 1
-                room -= n_of_rollout[candidate]
+                room -= sizes[candidate]
     return picks
 
 
@@ -337,14 +521,16 @@ def matched_n(
     n: int,
     *,
     gram: np.ndarray | None = None,
+    columns: np.ndarray | None = None,
     draws: int = MATCHED_DRAWS,
     rank_draws: int = MATCHED_DRAWS,
     seed: int = 0,
+    arithmetic: Arithmetic = HOST,
 ) -> MatchedN:
     """A bucket's numbers at `n` rows, so that buckets and runs of different sizes can be compared.
 
     Args:
-        grads, rows, rollout, gram: as for `sums_of_rows`.
+        grads, rows, rollout, gram, columns, arithmetic: as for `sums_of_rows`.
         sums: those of this bucket.
         whole: the bucket's spectrum: taken instead of a draw where the bucket has no more than `n` rows.
         n: the smallest bucket of all dumps that are compared.
@@ -359,16 +545,36 @@ def matched_n(
         if pick.all():
             ranks.append(whole.rank(0.95))
             continue
-        kept = np.flatnonzero(np.isin(rollout, codes[pick > 0]))
-        if len(kept):
-            part = smaller_gram(grads, rows[kept]) if gram is None else gram[np.ix_(kept, kept)]
-            ranks.append(rank_of_share(energies_in_single_precision(part), 0.95))
+        is_kept = np.isin(rollout, codes[pick > 0])
+        if is_kept.any():
+            part = _gram_of_some(grads, rows, is_kept, gram, columns, arithmetic)
+            ranks.append(rank_of_share(arithmetic.rough_energies(part), 0.95))
     return MatchedN(
         n,
         drawn_number(sums.participation_ratios(picks)),
         drawn_number(sums.unit_norm_participation_ratios(picks)),
         drawn_number(np.array([np.nan if rank is None else rank for rank in ranks])),
     )
+
+
+def _gram_of_some(
+    grads: np.ndarray,
+    rows: np.ndarray,
+    is_kept: np.ndarray,
+    gram: np.ndarray | None,
+    columns: np.ndarray | None,
+    arithmetic: Arithmetic,
+) -> np.ndarray:
+    """A Gram matrix of the kept rows, from X Xᵀ or Xᵀ X of all rows where that saves work."""
+    if gram is not None:
+        kept = np.flatnonzero(is_kept)
+        return gram[np.ix_(kept, kept)]
+    n_kept = int(is_kept.sum())
+    if columns is not None and n_kept >= grads.shape[1] and 2 * n_kept > len(rows):
+        others = column_gram(grads, rows[~is_kept], arithmetic)
+        if 2 * np.trace(others) <= np.trace(columns):  # else rounding of what goes could outweigh what stays
+            return columns - others
+    return smaller_gram(grads, rows[is_kept], arithmetic)
 
 
 def drawn_number(values: np.ndarray) -> DrawnNumber | None:
@@ -384,13 +590,15 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
 
 
-def _quadratic(picks: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _quadratic(picks: np.ndarray, matrix: np.ndarray | AdditiveDots) -> np.ndarray:
+    if isinstance(matrix, AdditiveDots):
+        return matrix.quadratic(picks)
     return np.einsum("ij,ij->i", picks @ matrix, picks)
 
 
-def _rollout_panels(n_rows: int, first: np.ndarray) -> Iterator[tuple[slice, slice]]:
-    """Cut rows that are sorted by rollout into panels of whole rollouts: (the rollouts, their rows)."""
-    limit = next(block_slices(n_rows, 8 * n_rows), slice(0, 0)).stop
+def _panels(n_rows: int, first: np.ndarray, bytes_each: int) -> Iterator[tuple[slice, slice]]:
+    """Cut rows that are sorted by cluster into panels of whole clusters: (the clusters, their rows)."""
+    limit = next(block_slices(n_rows, bytes_each), slice(0, 0)).stop
     ends = np.append(first[1:], n_rows)
     start = 0
     while start < len(first):
@@ -399,10 +607,10 @@ def _rollout_panels(n_rows: int, first: np.ndarray) -> Iterator[tuple[slice, sli
         start = stop
 
 
-def _panel_dots(grads: np.ndarray, rows: np.ndarray, panel: slice) -> np.ndarray:
+def _panel_dots(grads: np.ndarray, rows: np.ndarray, panel: slice, arithmetic: Arithmetic) -> np.ndarray:
     """[panel, m] dot products of the panel's rows with all rows."""
-    own = read_rows(grads, rows[panel], slice(None))
+    own = read_rows(grads, rows[panel])
     dots = np.empty((len(own), len(rows)))
     for part in block_slices(len(rows), 8 * grads.shape[1]):
-        dots[:, part] = own @ read_rows(grads, rows[part], slice(None)).T
+        dots[:, part] = arithmetic.product(own, read_rows(grads, rows[part]).T)
     return dots

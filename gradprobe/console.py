@@ -5,6 +5,7 @@ import enum
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,10 +18,12 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, raise_if_any
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LOG_LINES = 10.0
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What stands for bytes of a command line that are not UTF-8."""
 COLOURS = {"error": 31, "warning": 33}
 """ANSI colours of the first word of a line, where NO_COLOR (no-color.org) is not set."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -91,6 +94,7 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
     def wrapped(argv: list[str] | None = None) -> int:
         _Settings.verbosity = Verbosity.NORMAL
         try:
+            _refuse_undecodable(sys.argv[1:] if argv is None else argv)
             with _sigterm_raises():
                 return main(argv)
         except InputError as error:
@@ -109,6 +113,11 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
             return 143
 
     return wrapped
+
+
+def _refuse_undecodable(arguments: Iterable[str]) -> None:
+    """Raise `InputError` for names that are not UTF-8: no JSON file could hold them."""
+    raise_if_any(f"argument '{a}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a))
 
 
 class _Terminated(BaseException):

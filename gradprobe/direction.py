@@ -9,12 +9,17 @@ with the noise removed, an interval and a verdict; `cancellation` looks at the u
 gives all of it. The unit of chance is the rollout: tokens of one rollout are not independent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student_t
+
+from .arithmetic import HOST, Arithmetic
+from .spectrum import read_rows
 
 MIN_TOKENS_OF_EACH_KIND = 2
 MIN_TOKENS_TO_SPLIT = 4
@@ -24,6 +29,11 @@ ORTHOGONAL_WITHIN = 0.25
 POWER_FACTOR = 2.8
 """Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""
 PERMUTATIONS_AT_ONCE = 500
+BOOTSTRAPS_AT_ONCE = 500
+MAX_LABELS_EACH = 4096
+"""Rollouts of more: permutations are drawn from tables of each prompt's labellings."""
+LABELLINGS_LISTED = 1000
+LABELLING_BYTES = 64 << 20
 ROUNDING = 1e-10
 
 
@@ -119,7 +129,10 @@ class RolloutGrams:
     def with_rollouts_of_each_kind(self, minimum: int) -> "RolloutGrams":
         """The prompts with at least `minimum` correct and as many incorrect rollouts, and a gradient that is not 0."""
         fewest = np.minimum(self.correct.sum(axis=1), self.incorrect.sum(axis=1))
-        keep = (fewest >= minimum) & (np.trace(self.gram, axis1=1, axis2=2) > 0)
+        return self.only((fewest >= minimum) & (np.trace(self.gram, axis1=1, axis2=2) > 0))
+
+    def only(self, keep: np.ndarray) -> "RolloutGrams":
+        """Some of the prompts. `keep`: [P] bool, or their places."""
         return RolloutGrams(self.prompts[keep], self.gram[keep], self.n_tokens[keep], self.correct[keep])
 
 
@@ -256,15 +269,21 @@ def compare_groups(
     rng = np.random.default_rng(seed)
     per_prompt: list[PromptDirection] = []
     control: list[float | None] = []
-    for code in range(n_prompts):
-        members = rows[prompt[rows] == code]
-        gradients = np.asarray(grads[members]).astype(np.float64)
+    for code, members in _rows_by_prompt(rows, prompt):
+        gradients = read_rows(grads, members)
         kinds = (gradients[correct[members]], gradients[~correct[members]])
         if min(len(kind) for kind in kinds) >= MIN_TOKENS_OF_EACH_KIND:
             across = cosine(kinds[0].mean(axis=0), kinds[1].mean(axis=0))
             per_prompt.append(PromptDirection(code, len(kinds[0]), len(kinds[1]), across))
         control.extend(half_split_cosine(kind, rng) for kind in kinds if len(kind) >= MIN_TOKENS_TO_SPLIT)
     return Directions(n_prompts, tuple(per_prompt), tuple(control))
+
+
+def _rows_by_prompt(rows: np.ndarray, prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each prompt that has any of `rows`, by ascending code, with these in their order."""
+    by_prompt = rows[np.argsort(prompt[rows], kind="stable")]
+    codes, starts = np.unique(prompt[by_prompt], return_index=True)
+    return zip(codes.tolist(), np.split(by_prompt, starts[1:]), strict=False)  # split gives a part where there is none
 
 
 def half_split_cosine(gradients: np.ndarray, rng: np.random.Generator) -> float | None:
@@ -285,6 +304,7 @@ def directions_of_bucket(
     seed: int = 0,
     n_bootstrap: int = 4000,
     n_permutations: int = 9999,
+    arithmetic: Arithmetic = HOST,
 ) -> BucketDirections:
     """All of Exp 2 on the tokens `rows`; the same arguments give the same numbers.
 
@@ -301,11 +321,12 @@ def directions_of_bucket(
         seed: of splits, bootstrap and permutations.
         n_bootstrap: draws for `min_detectable`.
         n_permutations: draws for p-values, which can't fall below 2 / (n_permutations + 1); 0 for none.
+        arithmetic: where products of rollouts' gradients are formed.
 
     Raises:
         ValueError: a rollout has both correct and incorrect rows.
     """
-    grams = rollout_grams(grads, rows, prompt, sample_idx, correct)
+    grams = rollout_grams(grads, rows, prompt, sample_idx, correct, arithmetic)
     return BucketDirections(
         directions=compare_groups(grads, rows, prompt, correct, n_prompts, seed),
         control_by_rollout=half_split_cosines_by_rollout(grams, np.random.default_rng([seed, 1])),
@@ -322,7 +343,12 @@ def directions_of_bucket(
 
 
 def rollout_grams(
-    grads: np.ndarray, rows: np.ndarray, prompt: np.ndarray, sample_idx: np.ndarray, correct: np.ndarray
+    grads: np.ndarray,
+    rows: np.ndarray,
+    prompt: np.ndarray,
+    sample_idx: np.ndarray,
+    correct: np.ndarray,
+    arithmetic: Arithmetic = HOST,
 ) -> RolloutGrams:
     """Read `grads[rows]` once, a prompt at a time, and keep the Gram matrices of its rollouts' token sums.
 
@@ -342,9 +368,9 @@ def rollout_grams(
         n_tokens = np.diff(first, append=len(part))
         if np.any((n_correct > 0) & (n_correct < n_tokens)):
             raise ValueError(f"prompt {codes[index]}: a rollout has both correct and incorrect rows")
-        sums = np.add.reduceat(np.asarray(grads[part]).astype(np.float64), first, axis=0)  # [rollouts, d]
+        sums = np.add.reduceat(read_rows(grads, part), first, axis=0)  # [rollouts, d]
         here = slice(len(first))
-        grams.gram[index, here, here] = sums @ sums.T
+        grams.gram[index, here, here] = arithmetic.product(sums, sums.T)
         grams.n_tokens[index, here] = n_tokens
         grams.correct[index, here] = n_correct > 0
     return grams
@@ -408,8 +434,8 @@ def alignment(
     if all(signal.above_zero for signal in signals):
         interval = _fieller_interval(products)
         min_detectable = POWER_FACTOR * _bootstrap_error(products, bootstrap_rng, n_bootstrap)
-    null = permutation_null(grams, permutation_rng, n_permutations, _mean_cosine)
-    observed = _mean_cosine(grams, grams.correct[:, None])[0]
+    null = permutation_null(grams, permutation_rng, n_permutations, _label_cosines)
+    observed = _label_cosines(grams, grams.correct[:, None]).mean()
     return Alignment(
         n_prompts=n_prompts,
         rho=None if np.isnan(rho) else float(rho),
@@ -442,9 +468,9 @@ def cancellation(
         return Cancellation(0, None, None, None, None)
 
     def statistic(some: RolloutGrams, labels: np.ndarray) -> np.ndarray:
-        return _cancellation_ratios(some, labels, group_normalised).mean(axis=0)
+        return _cancellation_ratios(some, labels, group_normalised)
 
-    ratio = float(statistic(grams, grams.correct[:, None])[0])
+    ratio = float(statistic(grams, grams.correct[:, None]).mean())
     null = permutation_null(grams, rng, n_permutations, statistic)
     if len(null) == 0:
         return Cancellation(len(grams.prompts), ratio, None, None, None)
@@ -465,21 +491,58 @@ def prompt_products(grams: RolloutGrams) -> np.ndarray:
     return np.stack([forms[1] / pairs[0], forms[0] / pairs[1], forms[2] / pairs[2]], axis=1)
 
 
-def permutation_null(
-    grams: RolloutGrams,
-    rng: np.random.Generator,
-    n_permutations: int,
-    statistic: Callable[[RolloutGrams, np.ndarray], np.ndarray],
-) -> np.ndarray:
-    """[n_permutations] `statistic` with correctness permuted over the rollouts of each prompt.
+LabelStatistic = Callable[[RolloutGrams, np.ndarray], np.ndarray]
+"""Takes the Grams and labels, [P, draws, R] bool, and gives every prompt's value, [P, draws]."""
 
-    `statistic` takes the Grams and labels, [P, draws, R] bool, and gives [draws].
+
+def permutation_null(
+    grams: RolloutGrams, rng: np.random.Generator, n_permutations: int, statistic: LabelStatistic
+) -> np.ndarray:
+    """[n_permutations] the mean over prompts of `statistic`, correctness permuted over the rollouts of each prompt.
+
+    A prompt of 8 rollouts has no more than 70 ways to be labelled: with more than 4,096 rollouts in all, the value of
+    each way is computed once, and permutations are drawn from these. Where a prompt has more than 1,000 ways, it is
+    1,000 drawn at random that stand for them.
     """
+    if grams.correct.size > MAX_LABELS_EACH and n_permutations > 0:
+        return _null_from_tables(grams, rng, n_permutations, statistic)
     draws = [
-        statistic(grams, _permuted_labels(grams, min(PERMUTATIONS_AT_ONCE, n_permutations - start), rng))
+        statistic(grams, _permuted_labels(grams, min(PERMUTATIONS_AT_ONCE, n_permutations - start), rng)).mean(axis=0)
         for start in range(0, n_permutations, PERMUTATIONS_AT_ONCE)
     ]
     return np.concatenate([np.zeros(0), *draws])
+
+
+def _null_from_tables(
+    grams: RolloutGrams, rng: np.random.Generator, n_permutations: int, statistic: LabelStatistic
+) -> np.ndarray:
+    """`permutation_null` with the value of each of a prompt's labellings computed once."""
+    total = np.zeros(n_permutations)
+    sizes = np.stack([grams.present.sum(axis=1), grams.correct.sum(axis=1)], axis=1)  # [P, 2]
+    for n_present, n_correct in np.unique(sizes, axis=0):
+        members = np.flatnonzero((sizes == (n_present, n_correct)).all(axis=1))
+        labels = _labellings(int(n_present), int(n_correct), grams.correct.shape[1], rng)
+        at_once = max(1, LABELLING_BYTES // (8 * max(labels.size, n_permutations)))
+        for start in range(0, len(members), at_once):
+            some = grams.only(members[start : start + at_once])
+            values = statistic(some, np.broadcast_to(labels, (len(some.prompts), *labels.shape)))  # [some, labellings]
+            drawn = rng.integers(len(labels), size=(len(values), n_permutations))
+            total += np.take_along_axis(values, drawn, axis=1).sum(axis=0)
+    return total / len(sizes)
+
+
+def _labellings(n_present: int, n_correct: int, n_rollouts: int, rng: np.random.Generator) -> np.ndarray:
+    """[labellings, n_rollouts] bool, ways to call `n_correct` of the first `n_present` rollouts correct.
+
+    All of them, or 1,000 drawn with replacement where there are more.
+    """
+    if comb(n_present, n_correct) <= LABELLINGS_LISTED:
+        chosen = np.array(list(combinations(range(n_present), n_correct)), dtype=int)
+    else:
+        chosen = np.argsort(rng.random((LABELLINGS_LISTED, n_present)), axis=1)[:, :n_correct]
+    labels = np.zeros((len(chosen), n_rollouts), bool)
+    np.put_along_axis(labels, chosen, True, axis=1)
+    return labels
 
 
 def _permuted_labels(grams: RolloutGrams, n_draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -511,9 +574,9 @@ def _cosines(forms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(forms[1] / np.where(defined, norms, 1.0), -1.0, 1.0) * defined, defined
 
 
-def _mean_cosine(grams: RolloutGrams, labels: np.ndarray) -> np.ndarray:
-    """[draws] the mean over prompts of the token-weighted cosine. `labels`: [P, draws, R] bool."""
-    return _cosines(_group_forms(grams.gram, labels, grams.present[:, None] & ~labels))[0].mean(axis=0)
+def _label_cosines(grams: RolloutGrams, labels: np.ndarray) -> np.ndarray:
+    """[P, draws] the token-weighted cosine of every prompt, 0 without one. `labels`: [P, draws, R] bool."""
+    return _cosines(_group_forms(grams.gram, labels, grams.present[:, None] & ~labels))[0]
 
 
 def _cancellation_ratios(grams: RolloutGrams, labels: np.ndarray, group_normalised: bool) -> np.ndarray:
@@ -563,7 +626,11 @@ def _fieller_interval(products: np.ndarray) -> tuple[float, float]:
 def _bootstrap_error(products: np.ndarray, rng: np.random.Generator, n_bootstrap: int) -> float:
     """Standard error of rho over prompts drawn with replacement. `products`: [P, 3]."""
     n = len(products)
-    draws = _rho(rng.multinomial(n, np.full(n, 1 / n), n_bootstrap) @ products)
+    sums = [
+        rng.multinomial(n, np.full(n, 1 / n), min(BOOTSTRAPS_AT_ONCE, n_bootstrap - start)) @ products
+        for start in range(0, n_bootstrap, BOOTSTRAPS_AT_ONCE)
+    ]
+    draws = _rho(np.concatenate(sums))
     low, high = np.nanquantile(draws, norm.cdf([-1, 1]))
     return float(high - low) / 2
 

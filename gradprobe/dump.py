@@ -17,8 +17,8 @@ import numpy as np
 
 from .buckets import bucket_of
 from .errors import InputError, raise_if_any
-from .files import iter_jsonl, make_directory, read_json, write_json, write_jsonl, write_text  # noqa: F401
-from .rows import SelectedRows, iter_row_blocks, open_rows  # noqa: F401
+from .files import iter_jsonl, read_json, write_jsonl
+from .rows import SelectedRows, open_rows
 
 GRADS = "grads.npy"
 META = "meta.jsonl"

@@ -29,6 +29,10 @@ from .models import (
     positions_per_head_block,
     run_in_batches,
 )
+from .placement import input_device
+
+MOST_DIGITS = 10
+"""Of a layer's or row's number on the command line; Python refuses to read thousands."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,14 @@ class _Tap:
     """A linear map under observation: its input, and the zero added to some rows of its output."""
 
     linear: nn.Module
-    rows: torch.Tensor  # [rows]
+    rows: list[int]
     inputs: torch.Tensor | None = None  # [batch, length, in]
     zero: torch.Tensor | None = None  # [batch, length, rows]
 
     def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        self.inputs = args[0].detach()
+        self.inputs = args[0].detach().to(output.device)  # elsewhere only where weights are spread over devices
         self.zero = output.new_zeros(*output.shape[:-1], len(self.rows), requires_grad=True)
-        return output.index_add(-1, self.rows, self.zero)
+        return output.index_add(-1, torch.tensor(self.rows, device=output.device), self.zero)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,10 @@ class _Chosen:
         n_passes = max(len(w) for w in where)
         real = torch.arange(n_passes) < torch.tensor([len(w) for w in where])[:, None]
         return _Chosen(pad_right(where, device), real.to(device), pad_right(token_ids, device))
+
+    def to(self, device: torch.device) -> "_Chosen":
+        """The same on another device."""
+        return _Chosen(self.at.to(device), self.real.to(device), self.token_ids.to(device))
 
     @property
     def rows(self) -> torch.Tensor:
@@ -100,10 +108,7 @@ class RowGradients:
     _can_thin: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._taps = {
-            key: _Tap(linear, torch.tensor(rows, device=self.model.device))
-            for key, (linear, rows) in _resolve(self.model, self.targets).items()
-        }
+        self._taps = {key: _Tap(linear, rows) for key, (linear, rows) in _resolve(self.model, self.targets).items()}
 
     @property
     def row_dims(self) -> list[int]:
@@ -133,8 +138,9 @@ class RowGradients:
             done: numbers of the `work_items` of an earlier call's first batches, to be left out.
 
         Yields:
-            For one batch, whole work items, (rollout [n], k [n], rows): row i is the gradient at `positions[rollout[i]][k[i]]`;
-            `rows` has one [n, in] tensor per target, float32 (float64 under a float64 model).
+            For one batch, whole work items, (rollout [n], k [n], rows): row i is the gradient at
+            `positions[rollout[i]][k[i]]`; `rows` has one [n, in] tensor per target, float32 (float64 under a float64
+            model).
         """
         items = self.work_items(positions)
         if not items:
@@ -150,9 +156,7 @@ class RowGradients:
         def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
             return self._batch([inputs[j] for j in batch], [where[j] for j in batch], [token_ids[j] for j in batch])
 
-        for batch, (members, passes, rows) in run_in_batches(
-            [len(x) for x in inputs], batch_tokens, run, report, done
-        ):
+        for batch, (members, passes, rows) in run_in_batches([len(x) for x in inputs], batch_tokens, run, report, done):
             item = np.array(batch)[members]
             yield rollout_of_item[item], first_k_of_item[item] + passes, rows
 
@@ -172,8 +176,9 @@ class RowGradients:
         self, inputs: list[list[int]], where: list[list[int]], token_ids: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
         """One forward pass; then backward pass k serves the k-th position of every rollout in the batch."""
-        input_ids = pad_right(inputs, self.model.device)
-        chosen = _Chosen.of(where, token_ids, self.model.device)
+        device = input_device(self.model)
+        input_ids = pad_right(inputs, device)
+        chosen = _Chosen.of(where, token_ids, device)
         with _hooked(self._taps.values()), self._thinned(input_ids, chosen):
             hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
         head_gradients = self._head_gradients(hidden.detach(), chosen)
@@ -188,7 +193,7 @@ class RowGradients:
             deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k + 1 < n_passes)
             members_of_pass.append(members.cpu())
             for collected, row in zip(rows, self._rows(deltas), strict=True):
-                collected.append(row[members])
+                collected.append(row[members.to(row.device)])
         for tap in self._taps.values():
             tap.inputs = tap.zero = None
         passes = np.repeat(np.arange(n_passes), [len(members) for members in members_of_pass])
@@ -244,10 +249,7 @@ class RowGradients:
         for key, tap, delta in zip(self._taps, self._taps.values(), deltas, strict=True):
             dtype = torch.promote_types(delta.dtype, torch.float32)
             of_tap[key] = delta.to(dtype).transpose(1, 2) @ tap.inputs.to(dtype)  # [batch, rows, in]
-        return [
-            of_tap[t.layer, t.suffix][:, self._taps[t.layer, t.suffix].rows.tolist().index(t.row_idx)]
-            for t in self.targets
-        ]
+        return [of_tap[t.layer, t.suffix][:, self._taps[t.layer, t.suffix].rows.index(t.row_idx)] for t in self.targets]
 
 
 def expand_targets(
@@ -286,7 +288,7 @@ def expand_targets(
 def _integers(words: str, flag: str, problems: list[str]) -> list[int]:
     numbers = []
     for word in words.split(","):
-        if word.strip().isdecimal():
+        if word.strip().isdecimal() and len(word) < MOST_DIGITS:
             numbers.append(int(word))
         else:
             problems.append(f"{flag} {words}: '{word}' is not a number from 0")
@@ -298,11 +300,11 @@ def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> lis
     rows: list[int] = []
     for word in words.split(","):
         kind, _, count = word.partition(":")
-        if kind == "random" and count.isdecimal() and 0 < int(count) <= n_rows:
+        if kind == "random" and count.isdecimal() and len(count) < MOST_DIGITS and 0 < int(count) <= n_rows:
             rows += sorted(np.random.default_rng(seed).choice(n_rows, int(count), replace=False).tolist())
         elif word in named:
             rows.append(named[word])
-        elif word.strip().isdecimal() and int(word) < n_rows:
+        elif word.strip().isdecimal() and len(word) < MOST_DIGITS and int(word) < n_rows:
             rows.append(int(word))
         else:
             problems.append(
@@ -331,9 +333,7 @@ def _resolve(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], t
         if linear is None:
             continue
         if not 0 <= target.row_idx < n_output_rows(linear):
-            problems.append(
-                f"--row-idx {target.row_idx}: {target.suffix} has rows 0 to {n_output_rows(linear) - 1}"
-            )
+            problems.append(f"--row-idx {target.row_idx}: {target.suffix} has rows 0 to {n_output_rows(linear) - 1}")
         weights.setdefault((target.layer, target.suffix), (linear, []))[1].append(target.row_idx)
     raise_if_any(dict.fromkeys(problems))
     return weights
@@ -358,11 +358,12 @@ def _at_positions(block: nn.Module, chosen: _Chosen) -> Iterator[None]:
         nonlocal length
         length = args[0].shape[1]
         members = torch.arange(len(chosen.at), device=args[0].device)[:, None]
-        return (args[0][members, chosen.at], *args[1:])
+        return (args[0][members, chosen.at.to(args[0].device)], *args[1:])
 
     def scatter(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         full = output.new_zeros(len(output), length, output.shape[-1])
-        return full.index_put((chosen.rows, chosen.at[chosen.real]), output[chosen.real])
+        here = chosen.to(output.device)
+        return full.index_put((here.rows, here.at[here.real]), output[here.real])
 
     handles = [block.register_forward_pre_hook(gather), block.register_forward_hook(scatter)]
     try:

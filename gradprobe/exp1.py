@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import betaincinv
 
+from .arithmetic import HOST, Arithmetic
 from .compression import (
     HALF_DRAWS,
     LARGE_GRAM,
@@ -103,8 +104,9 @@ class Exp1:
     """Exp 1 of one dump.
 
     Attributes:
+        dim: d.
         spectra: of each bucket, for figures.
-        sums: of each bucket, for `compression.compare_buckets`.
+        sums: of each bucket, for `compression.compare_buckets`; empty once all comparisons are made.
         buckets: the numbers of each bucket.
         cross: each measure of `subspaces.measures_of`, [B, B] with NaN for no number.
         ceilings: per bucket, the same measures, [draws] each.
@@ -113,6 +115,7 @@ class Exp1:
         seed: of all draws.
     """
 
+    dim: int
     spectra: list[Spectrum]
     sums: list[Sums]
     buckets: list[BucketNumbers]
@@ -128,8 +131,7 @@ class Exp1:
         "yes" where the ceiling's 95% range lies above, "no" where it lies below what the |cos| of two random
         directions stays under 95% of the time (cos² of those is Beta(1/2, (d-1)/2)), else "can't tell".
         """
-        dim = self.sums[0].dim
-        random = float(np.sqrt(betaincinv(0.5, (dim - 1) / 2, 0.95))) if dim > 1 else 1.0
+        random = float(np.sqrt(betaincinv(0.5, (self.dim - 1) / 2, 0.95))) if self.dim > 1 else 1.0
         found = [drawn_number(ceiling["top1_cosine"]) for ceiling in self.ceilings]
         return [
             None if one is None else "yes" if one.ci95[0] > random else "no" if one.ci95[1] < random else "can't tell"
@@ -191,6 +193,7 @@ def measure_dump(
     draws: Draws | None = None,
     seed: int = 0,
     on_step: Callable[[], None] = lambda: None,
+    arithmetic: Arithmetic = HOST,
 ) -> Exp1:
     """All of Exp 1 for one dump.
 
@@ -204,13 +207,16 @@ def measure_dump(
         draws: how many random draws of each kind; None for the defaults.
         seed: of all draws.
         on_step: called `n_steps` times.
+        arithmetic: where Gram products and eigenvalues are computed.
     """
     draws = draws or Draws()
     rows = [np.flatnonzero(bucket == index) for index in range(n_buckets)]
-    geometry = geometry_for(grads, rows)
+    geometry = geometry_for(grads, rows, arithmetic)
     measured = []
     for own in rows:
-        measured.append(_measure_bucket(grads, own, prompt[own], rollout[own], geometry, common_n, draws, seed))
+        measured.append(
+            _measure_bucket(grads, own, prompt[own], rollout[own], geometry, common_n, draws, seed, arithmetic)
+        )
         on_step()
     spectra, sums, numbers, spaces = map(list, zip(*measured, strict=True))
     if isinstance(geometry, CosineGeometry):
@@ -222,7 +228,8 @@ def measure_dump(
         ceilings.append(split_half_ceiling(geometry, own, prompt[own], draws.ceiling, seed))
         on_step()
     null = shuffled_null(geometry, bucket, rollout, n_buckets, draws.null, seed, on_step)
-    return Exp1(spectra, sums, numbers, measures_of(geometry.compare(spaces)), ceilings, null, draws, seed)
+    cross = measures_of(geometry.compare(spaces))
+    return Exp1(grads.shape[1], spectra, sums, numbers, cross, ceilings, null, draws, seed)
 
 
 def n_steps(n_buckets: int, draws: Draws | None = None) -> int:
@@ -230,10 +237,12 @@ def n_steps(n_buckets: int, draws: Draws | None = None) -> int:
     return 2 * n_buckets + 1 + (draws or Draws()).null
 
 
-def geometry_for(grads: np.ndarray, rows: list[np.ndarray]) -> CosineGeometry | ColumnGeometry:
-    """Cosines of all rows where each bucket has fewer rows than d and they fit 3 GiB; else d × d matrices."""
+def geometry_for(
+    grads: np.ndarray, rows: list[np.ndarray], arithmetic: Arithmetic = HOST
+) -> CosineGeometry | ColumnGeometry:
+    """Cosines of all rows where each bucket has fewer rows than d and they fit 2 GiB; else matrices of the draws."""
     small = max(map(len, rows), default=0) < grads.shape[1] and 4 * len(grads) ** 2 <= MAX_COSINE_BYTES
-    return CosineGeometry(grads) if small else ColumnGeometry(grads)
+    return CosineGeometry(grads, arithmetic) if small else ColumnGeometry(grads, arithmetic)
 
 
 def _measure_bucket(
@@ -245,18 +254,20 @@ def _measure_bucket(
     common_n: int,
     draws: Draws,
     seed: int,
+    arithmetic: Arithmetic,
 ) -> tuple[Spectrum, Sums, BucketNumbers, Space]:
     """All that hangs on one bucket's Gram matrix, which lives no longer than this call."""
-    gram = smaller_gram(grads, rows) if len(rows) else np.zeros((0, 0))
-    row_gram = gram if len(rows) < grads.shape[1] else None
+    gram = smaller_gram(grads, rows, arithmetic) if len(rows) else np.zeros((0, 0))
+    row_gram, columns = (gram, None) if len(rows) < grads.shape[1] else (None, gram)
     if isinstance(geometry, CosineGeometry):
         geometry.set_gram(rows, gram)
-    spectrum, vectors = spectrum_of_gram(grads, rows, gram, max(SUBSPACE_SIZES))
+    spectrum, vectors = spectrum_of_gram(grads, rows, gram, max(SUBSPACE_SIZES), arithmetic)
     space = geometry.space_of_eigenvectors(rows, spectrum.energies[: vectors.shape[1]], vectors)
-    sums = sums_of_rows(grads, rows, rollout, prompt, row_gram)
+    sums = sums_of_rows(grads, rows, rollout, prompt, row_gram, columns=columns, arithmetic=arithmetic)
     matched = matched_n(
         grads, rows, rollout, sums, spectrum, common_n,
-        gram=row_gram, draws=draws.matched, rank_draws=draws.ranks_of(common_n, grads.shape[1]), seed=seed,
+        gram=row_gram, columns=columns, draws=draws.matched, rank_draws=draws.ranks_of(common_n, grads.shape[1]),
+        seed=seed, arithmetic=arithmetic,
     )  # fmt: skip
     return spectrum, sums, _bucket_numbers(spectrum, sums, matched, draws.halves, seed), space
 

@@ -3,7 +3,8 @@
 Drawing functions take numbers and return a `matplotlib.figure.Figure`; nothing goes through pyplot's global state.
 Every title and label is made from the numbers at hand. Colours are those of Okabe and Ito (2008), which stay apart
 for colour-blind readers; base and trained have the same two in every figure, buckets a scale that is also ordered
-by lightness. What can't be drawn (an empty bucket, no usable prompt) leaves its place and says why.
+by lightness, and so have many checkpoints. What can't be drawn (an empty bucket, no usable prompt) leaves its place and
+says why.
 """
 
 import functools
@@ -17,7 +18,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
 DPI = 160
@@ -79,8 +81,10 @@ def shortened(text: str, longest: int = MAX_NAME_LENGTH) -> str:
 
 
 def series_colours(subjects: list[Subject]) -> list[str]:
-    """One colour per subject: base and trained their own, others in the order they come."""
+    """One colour per subject: base and trained their own, others in the order they come; of many, a scale."""
     others = [subject.tag for subject in subjects if subject.tag not in SERIES_COLOURS]
+    if len(others) > len(OTHER_COLOURS):
+        return list(map(to_hex, matplotlib.colormaps["plasma"](np.linspace(0.0, 0.85, len(subjects)))))
     return [
         SERIES_COLOURS.get(subject.tag or "") or OTHER_COLOURS[others.index(subject.tag) % len(OTHER_COLOURS)]
         for subject in subjects
@@ -116,7 +120,7 @@ def draw_replication(subjects: list[Subject], exp1: list[dict[str, Any]], exp2: 
     """Each headline number over all probed rows and layers: a dot per target, a line at their mean.
 
     Args:
-        subjects: base and trained.
+        subjects: any number.
         exp1: per subject `{measure: {bucket: spread}}`, a spread as `replication.spread_of` gives it.
         exp2: per subject `{measure: spread}`.
     """
@@ -128,7 +132,7 @@ def draw_replication(subjects: list[Subject], exp1: list[dict[str, Any]], exp2: 
         buckets = list(exp1[0][measure])
         for i, (table, colour) in enumerate(zip(exp1, colours, strict=True)):
             for place, bucket in enumerate(buckets):
-                _dots(ax, place + (i - 0.5) * 0.4, table[measure][bucket], colour)
+                _dots(ax, place + dodge(i, len(subjects)), table[measure][bucket], colour, 0.8 / len(subjects))
         ax.set_xticks(range(len(buckets)), buckets)
         ax.set_ylim(bottom=0)
         ax.set_xlabel(f"entropy bucket (0 lowest, {len(buckets) - 1} highest)")
@@ -137,7 +141,7 @@ def draw_replication(subjects: list[Subject], exp1: list[dict[str, Any]], exp2: 
     names = {"mean_cosine": "correct vs incorrect", "control_mean": "control"}
     for i, (table, colour) in enumerate(zip(exp2, colours, strict=True)):
         for place, measure in enumerate(names):
-            _dots(axes[2], place + (i - 0.5) * 0.4, table[measure], colour)
+            _dots(axes[2], place + dodge(i, len(subjects)), table[measure], colour, 0.8 / len(subjects))
     axes[2].axhline(0, color="black", linewidth=1.0, zorder=1)
     axes[2].set_xticks(range(len(names)), names.values())
     axes[2].set_xlim(-0.6, len(names) - 0.4)
@@ -150,21 +154,39 @@ def draw_replication(subjects: list[Subject], exp1: list[dict[str, Any]], exp2: 
         for subject, colour in zip(subjects, colours, strict=True)
     ]
     mean = Line2D([], [], color=CONTROL_COLOUR, linewidth=2.5, label="mean over targets")
-    figure.legend(handles=[*of_series, mean], loc="outside lower center", ncols=3)
+    figure.legend(handles=[*of_series, mean], loc="outside lower center", ncols=min(4, len(subjects) + 1))
     counts = {len(table["targets"]) for table in (*exp1, *exp2)}
     figure.suptitle(f"Do other rows and layers agree? {' and '.join(map(str, sorted(counts)))} targets of each model")
     return figure
 
 
-def _dots(ax: Axes, place: float, spread: dict[str, Any], colour: str) -> None:
+def dodge(index: int, count: int) -> float:
+    """How far from a bucket's middle the `index`-th of `count` subjects stands."""
+    return (index - (count - 1) / 2) * 0.8 / count
+
+
+def grid(figure: Figure | SubFigure, count: int, n_columns: int, rows_each: int = 1) -> np.ndarray:
+    """[count, rows_each] axes, `n_columns` beside each other; those of one subject stand in one column.
+
+    Axes of one line share their y axis; places that are left over stay empty.
+    """
+    n_lines = -(-count // n_columns)
+    axes = figure.subplots(n_lines * rows_each, n_columns, sharey="row", squeeze=False)
+    by_line = axes.reshape(n_lines, rows_each, n_columns).transpose(0, 2, 1).reshape(-1, rows_each)
+    for unused in by_line[count:].ravel():
+        unused.set_axis_off()
+    return by_line[:count]
+
+
+def _dots(ax: Axes, place: float, spread: dict[str, Any], colour: str, width: float) -> None:
     """One dot for each number of a spread, fanned out so that they stay apart, and a line at the mean."""
     values = [value for value in spread["values"] if value is not None]
     if not values:
         ax.annotate("no number", (place, 0), rotation=90, ha="center", va="bottom", color=colour, fontsize=9)
         return
-    offsets = np.linspace(-0.13, 0.13, len(values)) if len(values) > 1 else [0.0]
+    offsets = np.linspace(-0.33, 0.33, len(values)) * width if len(values) > 1 else [0.0]
     ax.scatter(place + np.asarray(offsets), values, s=16, color=colour, alpha=0.75, linewidths=0, zorder=3)
-    ax.plot([place - 0.17, place + 0.17], [spread["mean"]] * 2, color=colour, linewidth=2.5, zorder=2)
+    ax.plot([place - 0.42 * width, place + 0.42 * width], [spread["mean"]] * 2, color=colour, linewidth=2.5, zorder=2)
 
 
 def new_figure(width: float, height: float) -> Figure:

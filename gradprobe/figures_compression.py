@@ -13,12 +13,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .compression import Interval, Ratio
 from .exp1 import BucketNumbers, Exp1, chance_outside_null, place_in_null
+from .figure_inputs import Compression
 from .figures import (
     MAX_NUMBERED_BUCKETS,
     NOTE_COLOUR,
     Subject,
     bucket_colours,
     bucket_ticks,
+    dodge,
+    grid,
     heading,
     new_figure,
     note,
@@ -38,7 +41,10 @@ CROSS_MEASURES = {
     f"overlap/{OVERLAP_SHOWN}": f"overlap of top-{OVERLAP_SHOWN} subspaces",
 }
 NULL_MARKS = {-1: "▾", 0: "", 1: "▴"}
+VERDICT_MARKS = {"smaller": "v", "larger": "^"}
 MAX_BUCKETS_IN_WORDS = 7
+MAX_HEATMAPS_ABREAST = 4
+MAX_SCATTERS_ABREAST = 3
 SURPRISAL_GROUPS = 10
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNIT_NORM = "PR of unit-norm rows"
@@ -90,16 +96,18 @@ def draw_cross_bucket(subjects: list[Subject], results: list[Exp1]) -> Figure:
     """Heatmaps between buckets, a row per measure and a column per subject; ceilings stand on the diagonals."""
     n_buckets = max(len(result.buckets) for result in results)
     side = max(4.2, 0.7 * n_buckets + 1.4) if n_buckets <= MAX_NUMBERED_BUCKETS else 5.2
-    figure = new_figure(max(7.5, (side + 0.3) * len(subjects) + 1.0), 2 * side + 3.0)
-    axes = figure.subplots(len(CROSS_MEASURES), len(subjects), squeeze=False)
-    for (measure, label), of_measure in zip(CROSS_MEASURES.items(), axes, strict=True):
-        for subject, result, ax in zip(subjects, results, of_measure, strict=True):
+    n_columns = min(MAX_HEATMAPS_ABREAST, len(subjects))
+    n_lines = -(-len(subjects) // n_columns)
+    figure = new_figure(max(7.5, (side + 0.3) * n_columns + 1.0), (2 * side + 2.0) * n_lines + 1.0)
+    axes = grid(figure, len(subjects), n_columns, rows_each=len(CROSS_MEASURES))
+    for place, (measure, label) in enumerate(CROSS_MEASURES.items()):
+        for subject, result, ax in zip(subjects, results, axes[:, place], strict=True):
             image = _heatmap(ax, result, measure)
             lines = [panel_title(subject, subjects), label]
             if measure == "top1_cosine":
                 lines.append(_repeats_in_words(result.top1_repeats()))
             ax.set_title("\n".join(lines), loc="left")
-        figure.colorbar(image, ax=list(of_measure), shrink=0.8)
+    figure.colorbar(image, ax=list(axes.ravel()), shrink=0.5, aspect=30)
     draws = results[0].draws
     handles = [
         Patch(facecolor="none", edgecolor="black", linewidth=1.8, label=(
@@ -119,37 +127,36 @@ def draw_cross_bucket(subjects: list[Subject], results: list[Exp1]) -> Figure:
 
 @styled
 def draw_compression_headline(
-    subjects: list[Subject],
-    results: list[Exp1],
-    compared: list[Ratio | None],
-    projections: list[Projection],
-    buckets_of_rows: list[np.ndarray],
+    subjects: list[Subject], found: list[Compression], compared: list[list[Ratio | None]]
 ) -> Figure:
     """Exp 1 at a glance: participation ratios and rank95 with intervals above, the gradients' 2-D PCA below.
 
     Args:
-        subjects: two, base first.
-        results: per subject.
-        compared: per bucket, the second subject against the first.
-        projections: per subject.
-        buckets_of_rows: per subject, [m] the bucket of each projected row.
+        subjects: one or more.
+        found: per subject.
+        compared: for every subject but the first, per bucket, how it compares with the first.
     """
-    figure = new_figure(14.0, 10.6)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.0, 1.2))
-    bars, scatters = above.subplots(1, 3), below.subplots(1, 2)
-    buckets = [result.buckets for result in results]
+    n_columns = max(2, min(MAX_SCATTERS_ABREAST, len(subjects)))
+    n_lines = -(-len(subjects) // n_columns)
+    figure = new_figure(14.0 if n_columns == 2 else 17.0, 4.8 + 5.8 * n_lines)
+    above, below = figure.subfigures(2, 1, height_ratios=(4.8, 5.8 * n_lines))
+    bars = above.subplots(1, 3)
+    buckets = [of_subject.buckets for of_subject in found]
     _bucket_bars(bars[0], subjects, buckets, _ratio_bar, "participation ratio", _sizes(buckets))
     _bucket_bars(bars[1], subjects, buckets, _unit_norm_bar, UNIT_NORM, _sizes(buckets))
-    _name_verdicts(bars[1], subjects, compared)
     common_n = buckets[0][0].matched_n.n
     _bucket_bars(bars[2], subjects, buckets, _matched_rank_bar, "rank95 at equal n", f"n = {common_n:,}")
-    n_buckets = len(buckets[0])
-    for subject, projection, of_rows, ax in zip(subjects, projections, buckets_of_rows, scatters, strict=True):
-        _scatter(ax, projection, of_rows, n_buckets)
-        ax.set_title(f"{panel_title(subject, subjects)}\n{ax.get_title(loc='left')}", loc="left")
-    of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
     lines = Line2D([], [], color="black", linewidth=1.4, label="95%: over prompts; of rank95, over subsamples")
-    above.legend(handles=[*of_series, lines], loc="outside lower center", ncols=3)
+    of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
+    verdicts = _show_verdicts(bars[1], subjects, buckets, compared)
+    above.legend(handles=[*of_series, lines, *verdicts], loc="outside lower center", ncols=3 if n_columns == 2 else 4)
+    n_buckets = len(buckets[0])
+    scatters = below.subplots(n_lines, n_columns, squeeze=False).ravel()
+    for unused in scatters[len(subjects) :]:
+        unused.set_axis_off()
+    for subject, of_subject, ax in zip(subjects, found, scatters, strict=False):
+        _scatter(ax, of_subject.projection, of_subject.point_buckets, n_buckets)
+        ax.set_title(f"{panel_title(subject, subjects)}\n{ax.get_title(loc='left')}", loc="left")
     of_buckets = [
         Line2D([], [], marker="o", linestyle="none", color=colour, label=_bucket_name(index, n_buckets))
         for index, colour in enumerate(bucket_colours(n_buckets))
@@ -192,7 +199,9 @@ def draw_norms(subjects: list[Subject], results: list[Exp1], rows: list[Rows]) -
     if with_surprisal:
         _norms_by_surprisal(upper[1], subjects, rows, with_surprisal)
     of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
-    above.legend(handles=of_series, loc="outside lower center", ncols=min(4, len(subjects)))
+    above.legend(
+        handles=of_series, loc="outside lower center", ncols=min(3, len(subjects)), handlelength=1.2, columnspacing=1.2
+    )
     lower = below.subplots(n_lines, n_below, squeeze=False, sharey=True).ravel()
     for unused in lower[len(subjects) :]:
         unused.set_axis_off()
@@ -324,7 +333,7 @@ def _bucket_bars(
     width = 0.8 / len(subjects)
     for i, (colour, of_subject) in enumerate(zip(series_colours(subjects), buckets, strict=True)):
         for index, numbers in enumerate(of_subject):
-            place = index + (i - (len(subjects) - 1) / 2) * width
+            place = index + dodge(i, len(subjects))
             value, interval = bar(numbers)
             if value is None:
                 _say_why(ax, place, numbers.n, colour)
@@ -343,14 +352,35 @@ def _bucket_bars(
     ax.set_title(f"{measure}, {sizes}", loc="left")
 
 
-def _name_verdicts(ax: Axes, subjects: list[Subject], compared: list[Ratio | None]) -> None:
-    """Under each bucket the verdict on the second subject against the first."""
-    if len(compared) > MAX_BUCKETS_IN_WORDS:
-        return
-    words = ["no number" if ratio is None else ratio.verdict for ratio in compared]
-    ax.set_xticks(range(len(words)), [f"{i}\n{word.replace(' ', chr(10))}" for i, word in enumerate(words)])
-    names = [subject.tag or subject.label for subject in subjects]
-    ax.set_xlabel(f"entropy bucket, and what {names[1]} is against {names[0]} at equal n")
+def _show_verdicts(
+    ax: Axes, subjects: list[Subject], buckets: list[list[BucketNumbers]], compared: list[list[Ratio | None]]
+) -> list[Line2D]:
+    """What each further subject is against the first: in words for one of them, else as marks above the bars.
+
+    Returns:
+        the legend's entries for the marks.
+    """
+    first = subjects[0].tag or subjects[0].label
+    if len(compared) == 1:
+        if len(compared[0]) <= MAX_BUCKETS_IN_WORDS:
+            words = ["no number" if ratio is None else ratio.verdict for ratio in compared[0]]
+            ax.set_xticks(range(len(words)), [f"{i}\n{word.replace(' ', chr(10))}" for i, word in enumerate(words)])
+            name = subjects[1].tag or subjects[1].label
+            ax.set_xlabel(f"entropy bucket, and what {name} is against {first} at equal n")
+        return []
+    height = 0.03 * ax.get_ylim()[1]
+    for i, ratios in enumerate(compared, 1):
+        for index, ratio in enumerate(ratios):
+            marker = None if ratio is None else VERDICT_MARKS.get(ratio.verdict)
+            if marker is not None:
+                value, interval = _unit_norm_bar(buckets[i][index])
+                top = max([value, *(interval or ())])
+                ax.plot(index + dodge(i, len(subjects)), top + height, marker, color="black", markersize=5)
+    return [
+        Line2D([], [], linestyle="none", marker=marker, color="black", markersize=5, label=f"{verdict} than {first}")
+        for verdict, marker in VERDICT_MARKS.items()
+        if compared
+    ]
 
 
 def _sizes(buckets: list[list[BucketNumbers]]) -> str:
@@ -362,19 +392,19 @@ def _sizes(buckets: list[list[BucketNumbers]]) -> str:
 def _norm_ranges(ax: Axes, subjects: list[Subject], rows: list[Rows]) -> None:
     """Per bucket and subject: median, quartiles and central 95% of the norms that are not 0, the largest above."""
     n_buckets = max(subject.top_bucket for subject in subjects) + 1
-    width = 0.8 / len(subjects)
+    thickness = 8 if len(subjects) <= 3 else 24 / len(subjects)
     for i, (colour, of_subject) in enumerate(zip(series_colours(subjects), rows, strict=True)):
         for index in range(n_buckets):
             norms = of_subject.norm[(of_subject.bucket == index) & (of_subject.norm > 0)]
-            place = index + (i - (len(subjects) - 1) / 2) * width
+            place = index + dodge(i, len(subjects))
             if len(norms) == 0:
                 _say_why(ax, place, int(np.sum(of_subject.bucket == index)), colour)
                 continue
             low, lower, median, upper, high = np.quantile(norms, [0.025, 0.25, 0.5, 0.75, 0.975])
             ax.plot([place, place], [low, high], color=colour, linewidth=1.6, solid_capstyle="butt")
-            ax.plot([place, place], [lower, upper], color=colour, linewidth=8, solid_capstyle="butt")
-            ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=6)
-            ax.plot(place, norms.max(), "_", color=colour, markersize=9, markeredgewidth=1.8)
+            ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
+            ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
+            ax.plot(place, norms.max(), "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
     _log_axis(ax, any((of_subject.norm > 0).any() for of_subject in rows))
     ax.set_xlim(-0.6, n_buckets - 0.4)
     ax.set_xticks(bucket_ticks(n_buckets))
@@ -472,7 +502,7 @@ def _scatter(ax: Axes, projection: Projection, buckets: np.ndarray, n_buckets: i
         share = "" if projection.explained is None else f" ({projection.explained[number]:.1%} of variance)"
         axis.set_label_text(f"PC{number + 1}{share}")
     points = projection.coordinates
-    sampled = f" of {projection.n_rows:,}, drawn at random" if len(points) < projection.n_rows else ""
+    sampled = f" drawn at random of {projection.n_rows:,}" if len(points) < projection.n_rows else ""
     if projection.explained is None:
         note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
         ax.set_xticks([])

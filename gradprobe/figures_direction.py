@@ -27,6 +27,8 @@ from .figures import (
     NOTE_COLOUR,
     Subject,
     bucket_ticks,
+    dodge,
+    grid,
     heading,
     new_figure,
     note,
@@ -42,6 +44,8 @@ DETECTABLE_COLOUR = "#bdbdbd"
 ORTHOGONAL_COLOUR = "#eaf3ea"
 FURTHEST_RHO = 2.0
 MAX_BUCKETS_IN_WORDS = 7
+MAX_ABREAST = 3
+MAX_BARS = 300
 MARKERS = {ALIGNED: "^", OPPOSED: "v", ORTHOGONAL: "s", UNDERPOWERED: "o"}
 MEANINGS = {
     ALIGNED: "interval above 0",
@@ -66,15 +70,17 @@ def draw_direction_histogram(subjects: list[Subject], directions: list[BucketDir
 @styled
 def draw_direction_headline(subjects: list[Subject], directions: list[BucketDirections]) -> Figure:
     """Exp 2 at a glance: rho and its verdict in words, cosine histograms, and the prompts' cosines sorted."""
-    figure = new_figure(max(7.5, 6.4 * len(subjects)), 9.4)
-    axes = figure.subplots(2, len(subjects), sharey="row", squeeze=False)
-    for subject, result, column, colour in zip(subjects, directions, axes.T, series_colours(subjects), strict=True):
+    n_columns = min(MAX_ABREAST, len(subjects))
+    n_lines = -(-len(subjects) // n_columns)
+    figure = new_figure(max(7.5, 6.4 * n_columns), 8.2 * n_lines + 1.2)
+    axes = grid(figure, len(subjects), n_columns, rows_each=2)
+    for subject, result, column, colour in zip(subjects, directions, axes, series_colours(subjects), strict=True):
         lines = [panel_title(subject, subjects), _rho_sentence(result.alignment), _test_sentence(result.alignment)]
         lines.append(_cosine_sentence(result))
         column[0].set_title("\n".join(lines), loc="left")
         _sorted_bars(column[1], result, colour)
-    _draw_cosine_histograms(axes[0], directions, series_colours(subjects))
-    _share_sorted_limits(axes[1], directions)
+    _draw_cosine_histograms(axes[:, 0], directions, series_colours(subjects))
+    _share_sorted_limits(axes[:, 1], directions)
     _histogram_legend(figure, subjects)
     figure.suptitle(heading(f"Correct against incorrect gradients, {top_bucket_name(subjects)}", subjects))
     return figure
@@ -92,14 +98,14 @@ def draw_alignment(subjects: list[Subject], alignments: list[list[Alignment]]) -
     in_words = n_buckets <= MAX_BUCKETS_IN_WORDS
     figure = new_figure(max(9.0, 2.0 * n_buckets + 1.4) if in_words else 14.0, 6.2 + 0.25 * len(subjects))
     ax = figure.subplots()
-    limit = _rho_limit(alignments)
+    limit = rho_limit(alignments)
     n_outside = 0
     ax.axhspan(-ORTHOGONAL_WITHIN, ORTHOGONAL_WITHIN, color=ORTHOGONAL_COLOUR, linewidth=0, zorder=0)
     ax.axhline(0.0, color="black", linewidth=1.0, zorder=1.5)
     for i, (colour, buckets) in enumerate(zip(series_colours(subjects), alignments, strict=True)):
         for bucket, result in enumerate(buckets):
-            place = bucket + (i - (len(subjects) - 1) / 2) * 0.8 / len(subjects)
-            n_outside += _draw_rho(ax, place, 0.5 / len(subjects), result, colour, limit)
+            place = bucket + dodge(i, len(subjects))
+            n_outside += draw_rho(ax, place, 0.5 / len(subjects), result, colour, limit)
             if in_words:
                 ax.annotate(
                     f"{result.verdict}, n = {result.n_prompts}", (bucket, 0), (0, -22 - 16 * i),
@@ -126,7 +132,7 @@ def draw_alignment(subjects: list[Subject], alignments: list[list[Alignment]]) -
     return figure
 
 
-def _rho_limit(alignments: list[list[Alignment]]) -> float:
+def rho_limit(alignments: list[list[Alignment]]) -> float:
     """The view's reach: every point, interval and detectable bar if that is not too far, and ±1.1 at least."""
     reach = [1.0]
     for result in (result for buckets in alignments for result in buckets if result.ci95 is not None):
@@ -134,7 +140,7 @@ def _rho_limit(alignments: list[list[Alignment]]) -> float:
     return min(FURTHEST_RHO, 1.1 * max(reach))
 
 
-def _draw_rho(ax: Axes, place: float, width: float, result: Alignment, colour: str, limit: float) -> bool:
+def draw_rho(ax: Axes, place: float, width: float, result: Alignment, colour: str, limit: float) -> bool:
     """One rho with its interval over its detectable bar, or why there is none; True where the view cuts it off."""
     if result.ci95 is None:
         why = "n = 0 prompts" if result.n_prompts == 0 else "no finite interval"
@@ -165,25 +171,22 @@ def _alignment_legend(figure: Figure, subjects: list[Subject]) -> None:
         Line2D([], [], color=colour, linewidth=2.4, label=subject.label)
         for subject, colour in zip(subjects, series_colours(subjects), strict=True)
     ]
+    figure.legend(handles=[*handles, *rho_handles()], loc="outside lower center", ncols=2)
+
+
+def rho_handles() -> list[Any]:
+    """The legend's entries for what `draw_rho` draws."""
+    handles: list[Any] = []
+    style = {"color": NOTE_COLOUR, "linestyle": "none", "markersize": 9}
     for verdict, marker in MARKERS.items():
         face = "white" if verdict == UNDERPOWERED else NOTE_COLOUR
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=NOTE_COLOUR,
-                marker=marker,
-                linestyle="none",
-                markersize=9,
-                markerfacecolor=face,
-                label=f"{verdict}: {MEANINGS[verdict]}",
-            )
-        )
+        label = f"{verdict}: {MEANINGS[verdict]}"
+        handles.append(Line2D([], [], marker=marker, markerfacecolor=face, label=label, **style))
     handles.append(Patch(color=DETECTABLE_COLOUR, alpha=0.7, label="|ρ| too small to be detected (80% power)"))
     handles.append(
         Patch(facecolor=ORTHOGONAL_COLOUR, edgecolor="#c4d8c4", label=f"±{ORTHOGONAL_WITHIN}: the limits of orthogonal")
     )
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return handles
 
 
 def _no_prompt_note(result: BucketDirections) -> str:
@@ -296,7 +299,10 @@ def _sorted_bars(ax: Axes, result: BucketDirections, colour: str) -> None:
         ax.axhspan(*bands[0], color=CONTROL_COLOUR, alpha=0.2, linewidth=0)
     for edge in bands[1] or ():
         ax.axhline(edge, color="black", linewidth=1.6, linestyle="--", zorder=3)
-    ax.bar(np.arange(1, len(cosines) + 1), cosines, 0.86, color=colour)
+    if len(cosines) > MAX_BARS:  # as one shape: thousands of bars would take as many seconds
+        ax.stairs(cosines, np.arange(len(cosines) + 1) + 0.5, fill=True, color=colour)
+    else:
+        ax.bar(np.arange(1, len(cosines) + 1), cosines, 0.86, color=colour)
     ax.axhline(0.0, color="black", linewidth=0.8)
     ax.set_xlabel("usable prompts, sorted by cosine")
     ax.set_ylabel("cos(correct, incorrect)")

@@ -114,7 +114,11 @@ def locked(directory: Path, patience: float = 0.0) -> Iterator[None]:
         InputError: another process holds it.
     """
     deadline = time.monotonic() + patience
-    with (directory / LOCK).open("a+", encoding="utf-8") as stream:
+    try:
+        stream = (directory / LOCK).open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{directory / LOCK}: {error.strerror}") from error
+    with stream:
         while not _is_ours_now(stream):
             if time.monotonic() >= deadline:
                 stream.seek(0)
@@ -132,7 +136,7 @@ def _is_ours_now(stream: TextIO) -> bool:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
+            raise InputError(f"{stream.name}: can't be locked: {error.strerror}") from error
         return False
     return True
 

@@ -18,10 +18,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from .errors import InputError, raise_if_any
 from .files import read_json, sha256_of
+from .placement import Placement
 
 LOADING_ERRORS = (
     *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError),
@@ -98,18 +100,27 @@ class CheckpointSource:
 
 
 def load_checkpoint(
-    source: CheckpointSource | str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa"
+    source: CheckpointSource | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    placement: Placement | None = None,
 ) -> Checkpoint:
     """Load model and tokenizer; safetensors only. An adapter is merged in float32, before the weights are rounded.
 
     Args:
+        device: takes all of the model, unless there is a placement.
         attention: `sdpa`, `eager` or `flash_attention_2`, see `resolve_attention`.
+        placement: spreads the weights over several devices.
 
     Raises:
         InputError: there is no such checkpoint, it can't be loaded, it lacks weights (transformers would draw them at
-            random), its tokenizer has no vocabulary, or it names no end-of-sequence token.
+            random), its tokenizer has no vocabulary, it names no end-of-sequence token, or an adapter would have to be
+            merged into weights that are spread.
     """
     source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
+    if placement is not None and source.adapter is not None:
+        raise InputError(f"--adapter {source.adapter}: can't go with --device-map; merge it into a checkpoint first")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     tokenizer = load_tokenizer(source)
@@ -121,6 +132,7 @@ def load_checkpoint(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **_where_weights_go(source, device, placement),
             **source.options,
         )
     except LOADING_ERRORS as error:
@@ -128,8 +140,18 @@ def load_checkpoint(
     raise_if_any(_faults_of_weights(source.path, found))
     if source.adapter is not None:
         model = _with_adapter(model, source.adapter).to(dtype)
-    model = model.to(device).eval().requires_grad_(False)
+    if placement is None:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     return Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
+
+
+def _where_weights_go(source: CheckpointSource, device: torch.device, placement: Placement | None) -> dict[str, Any]:
+    """With accelerate, weights are read straight onto their device: the CPU never holds a copy of the model."""
+    if placement is not None:
+        return placement.options
+    is_direct = source.adapter is None and is_accelerate_available()
+    return {"device_map": {"": device}} if is_direct else {}
 
 
 def load_tokenizer(source: CheckpointSource) -> Any:
@@ -270,7 +292,8 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
             raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
         found.update(listed)
     if not found:
-        raise InputError("--model-path: neither its configs nor its tokenizer name an end-of-sequence token")
+        name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        raise InputError(f"--model-path {name}: neither its configs nor its tokenizer name an end-of-sequence token")
     return frozenset(found)
 
 
@@ -316,9 +339,9 @@ def decoder_hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         input_ids: [batch, length], padded on the right.
 
     Returns:
-        [batch, length, hidden].
+        [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.to(input_ids.device)
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -353,12 +376,14 @@ class _DecoderOutput(BaseModelOutputWithPast):
 
 @contextmanager
 def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    decoder = model.base_model
-    decoder.forward = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
+    attributes = vars(model.base_model)
+    of_its_own = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate puts one there
+    attributes["forward"] = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
     try:
         yield
     finally:
-        del decoder.forward  # uncovers the class's own
+        del attributes["forward"]  # uncovers the class's
+        attributes.update(of_its_own)
 
 
 def pad_right(sequences: list[list[int]], device: torch.device, length: int | None = None) -> torch.Tensor:

@@ -14,6 +14,8 @@ import jinja2
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MISSING = "–"
+REPLICATION = "exp12_replication.png"
+TRAJECTORY = "exp12_trajectory.png"
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,8 @@ def render_report(
             [_compression_table(tag, numbers) for tag, numbers in exp1.items()],
             [picture for picture in pictures if picture.name.startswith("exp1_")],
         ),
-        Section(
-            "Other rows and layers", figures=[picture for picture in pictures if picture.name.startswith("exp12")]
-        ),
+        Section("Over checkpoints", figures=[picture for picture in pictures if picture.name == TRAJECTORY]),
+        Section("Other rows and layers", figures=[picture for picture in pictures if picture.name == REPLICATION]),
         Section("Settings", tables=[_settings_table(manifests)]),
         Section("What was left out, and why", tables=[_left_out_table(exp2, manifests)]),
         Section("What the words mean", notes=GLOSSARY),

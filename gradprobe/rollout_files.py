@@ -4,7 +4,6 @@ Whatever the shape, what comes out is token ids. Ids in the file are taken as th
 care: what does not come back from its ids is dropped and counted, for its tokens can't be known.
 """
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from .completions import are_token_ids
-from .dump import PromptKey, Rollout, prompt_key_from_json
+from .dump import MOST, PromptKey, Rollout, prompt_key_from_json
 from .errors import InputError
 from .problems import Problem
 from .rollout_shapes import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
@@ -145,7 +144,7 @@ class _Judge:
                 f"'{key}' is a number: --correct-above THRESHOLD says which rewards are correct answers, "
                 "--correct-from verifier judges them anew"
             )
-        return None if math.isnan(value) else value > self.correct_above
+        return None if value != value else value > self.correct_above  # NaN is no verdict
 
     def _key(self, fields: dict[str, Any]) -> str | None:
         if self.correct_from != "auto":
@@ -212,6 +211,7 @@ class _Resolver:
     ):
         self.tokenizer, self.vocab_size, self.end_ids = tokenizer, vocab_size, end_ids
         self.format, self.report, self.context = file_format, report, context
+        self.own_samples: set[tuple[PromptKey, int]] = set()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
@@ -230,7 +230,8 @@ class _Resolver:
         ground_truth = _ground_truth(completion.fields, problem, correct)
         prompt_ids = self._prompt_ids(completion, prompt, problem)
         prompt_idx = self._prompt_idx(completion, problem, prompt_ids)
-        sample_idx = completion.fields["sample_idx"] if self.format == "gradprobe" else n_samples_of[prompt_idx]
+        is_own = self.format == "gradprobe"
+        sample_idx = self._own_sample_idx(completion, prompt_idx) if is_own else n_samples_of[prompt_idx]
         n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
         reason = completion.unusable or self._fault_of_text(completion)
         ids = [] if reason else self._response_ids(completion)
@@ -253,6 +254,15 @@ class _Resolver:
             ground_truth=ground_truth,
             correct=correct,
         )
+
+    def _own_sample_idx(self, completion: Completion, prompt_idx: PromptKey) -> int:
+        sample_idx = completion.fields.get("sample_idx")
+        if type(sample_idx) is not int or not 0 <= sample_idx < MOST:
+            raise ValueError("'sample_idx' is missing or not an integer from 0")
+        if (prompt_idx, sample_idx) in self.own_samples:
+            raise ValueError(f"prompt {prompt_idx} sample {sample_idx} stands twice")
+        self.own_samples.add((prompt_idx, sample_idx))
+        return sample_idx
 
     def _prompt_ids(self, completion: Completion, text: str | None, problem: Problem | None) -> list[int]:
         if completion.prompt_ids is not None:

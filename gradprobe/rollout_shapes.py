@@ -154,7 +154,7 @@ def _jsonl_lines(file: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 try:
                     yield f"{file}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     yield f"{file}:{number}", error
 
 
@@ -277,7 +277,7 @@ def _has_all_ids(response: dict[str, Any], choice: dict[str, Any]) -> bool:
     if choice.get("token_ids") is not None or "__verbose" in response or token_ids_of(response, choice) is None:
         return True
     try:
-        spoken = b"".join(bytes(entry.get("bytes") or []) for entry in logprob_entries(choice))
+        spoken = b"".join(bytes(list(entry.get("bytes") or [])) for entry in logprob_entries(choice))
     except (TypeError, ValueError):  # what stands under 'bytes' is none
         return False
     return isinstance(choice.get("text"), str) and spoken.startswith(choice["text"].encode("utf-8", "surrogatepass"))

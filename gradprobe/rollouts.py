@@ -17,6 +17,7 @@ from .models import (
     positions_per_head_block,
     run_in_batches,
 )
+from .placement import input_device
 
 COMPACT_BELOW = 0.75
 
@@ -120,7 +121,7 @@ def _sample_batch(
         uniforms: [prompts * n_samples, steps].
         limits: [prompts * n_samples] the most tokens of each response.
     """
-    device = model.device
+    device = input_device(model)
     ends = torch.tensor(sorted(end_ids), device=device)
     length = max(len(prompt) for prompt in prompts)
     input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
@@ -161,7 +162,7 @@ def _sample_batch(
             break
         if n_live <= COMPACT_BELOW * len(live):
             kept = live.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
+            cache.batch_select_indices(kept.cpu())  # layers may lie on several devices
             drawn, mask, next_position, row_of, live = (
                 x[kept] for x in (drawn, mask, next_position, row_of, live)
             )
@@ -196,14 +197,15 @@ def score_responses(
         For one batch: {index: (entropies, logprobs)}, float32 [n_tokens] each, in nats.
     """
     sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    device = input_device(model)
 
     @torch.inference_mode()
     def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        hidden = decoder_hidden(model, pad_right([sequences[i] for i in batch], model.device))
+        hidden = decoder_hidden(model, pad_right([sequences[i] for i in batch], device))
         # The token at index q of a sequence is predicted at index q - 1.
         predicting = [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
         token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
-        return _score(model, torch.cat(predicting), token_ids.to(model.device))
+        return _score(model, torch.cat(predicting), token_ids.to(device))
 
     for batch, scores in run_in_batches([len(sequence) for sequence in sequences], batch_tokens, run, report):
         cuts = np.cumsum([len(responses[i]) for i in batch])[:-1]

@@ -128,13 +128,14 @@ class SampledRollouts:
         report: Report,
     ) -> list[list[list[int]]]:
         settings = self.settings
+        n_steps = settings.max_new_tokens if context is None else min(settings.max_new_tokens, context)
         batches = sample_responses(
             checkpoint.model,
             prompts,
             settings.num_samples,
-            lambda p, s: rollout_uniforms(settings.seed, self.problems[chunk[p]].idx, s, settings.max_new_tokens),
+            lambda p, s: rollout_uniforms(settings.seed, self.problems[chunk[p]].idx, s, n_steps),
             settings.temperature,
-            settings.max_new_tokens,
+            n_steps,
             checkpoint.end_ids,
             max_rows=rows,
             context=context,

@@ -2,20 +2,25 @@
 
 `compression` puts intervals and comparisons on these numbers, `subspaces` compares the directions. All of it runs in
 float64 on Gram matrices, the smaller of X Xᵀ and Xᵀ X, accumulated in blocks: X is given as an array and row numbers,
-so it may be a memory map of which never more than one block is read at a time.
+so it may be a memory map of which one block is read at a time (where there are fewer rows than d, as many rows in
+float32 as make up at most half a d × d matrix).
 
 "Energy" is a squared singular value of X, an eigenvalue of either Gram matrix. Where there is no number (no rows,
 or rows that are all zero), functions return None.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, get_lapack_funcs, lapack
+
+from .arithmetic import HOST, Arithmetic, eigen_of_gram
+from .rows import SelectedRows, release_pages
 
 BLOCK_BYTES = 64 << 20
-MAX_PROJECTION_GRAM = 4096
+MAX_PLANE_GRAM = 256
+PLANE_STEPS, PLANE_TOLERANCE = 10, 1e-3
+MAX_POINTS = 5000
 MAX_EXACT_EIGEN = 600
 KRYLOV_EXTRA, KRYLOV_STEPS, KRYLOV_TOLERANCE = 8, 20, 1e-4
 ROUNDING = 1e-12
@@ -62,10 +67,10 @@ class Projection:
     """Rows projected on their first two principal components.
 
     Attributes:
-        rows: [m] which rows were projected; all of them, or a random sample where that was too many.
-        coordinates: [m, 2] float64; the point farthest from 0 along each axis is on the positive side.
+        rows: [m] which rows are given as points; all of them, or a random sample of 5,000.
+        coordinates: [m, 2] float64; of all rows, the one farthest from 0 along each axis is on the positive side.
         explained: [2] float64, each component's share of the variance; None where the rows do not vary.
-        n_rows: how many rows there were to project.
+        n_rows: how many rows there were: the components are those of all.
     """
 
     rows: np.ndarray
@@ -137,7 +142,7 @@ def spectrum_of_rows(grads: np.ndarray, rows: np.ndarray) -> Spectrum:
 
 
 def spectrum_of_gram(
-    grads: np.ndarray, rows: np.ndarray, gram: np.ndarray, n_vectors: int
+    grads: np.ndarray, rows: np.ndarray, gram: np.ndarray, n_vectors: int, arithmetic: Arithmetic = HOST
 ) -> tuple[Spectrum, np.ndarray]:
     """The spectrum of `grads[rows]` and the leading eigenvectors of its smaller Gram matrix.
 
@@ -146,13 +151,14 @@ def spectrum_of_gram(
         rows: [m] row numbers.
         gram: `smaller_gram(grads, rows)`; [0, 0] where there are no rows.
         n_vectors: how many eigenvectors are wanted, at least 1.
+        arithmetic: where it is decomposed.
 
     Returns:
         the spectrum, and [len(gram), at most n_vectors] unit vectors.
     """
     if len(rows) == 0:
         return Spectrum(0, np.zeros(0), None), np.zeros((0, 0))
-    energies, vectors = eigen_of_gram(gram, min(n_vectors, len(gram)))
+    energies, vectors = arithmetic.eigen(gram, min(n_vectors, len(gram)))
     if not energies.sum() > 0:
         return Spectrum(len(rows), energies, None), vectors
     top = vectors[:, 0] if len(gram) == grads.shape[1] else combine_rows(grads, rows, vectors[:, 0])
@@ -169,97 +175,164 @@ def cross_cosines(directions: list[np.ndarray | None]) -> list[list[float | None
 
 
 def project_to_plane(grads: np.ndarray, rows: np.ndarray, seed: int = 0) -> Projection:
-    """Project `grads[rows]`, centred, on their first two principal components.
+    """Project `grads[rows]`, centred, on their first two principal components, found over all of these rows.
 
-    Where both the number of rows and d exceed 4,096, a random sample of 4,096 rows is projected instead: the
-    smaller Gram matrix of more would not fit a few hundred MB.
+    Where both the number of rows and d exceed 256, by `block_krylov` on the rows themselves, in at most thirteen passes
+    over them, block by block: no matrix is larger than d × 100. It stops when a component's residual is below 1e-3 of
+    its variance, which leaves 1e-6 of error in the variance.
 
     Args:
         grads: [n, d], may be a memory map.
-        rows: [m] row numbers.
-        seed: of the sample, if one is taken.
+        rows: [m] row numbers. With more than 5,000, a random sample of 5,000 is returned as points.
+        seed: of the sample, and of the iteration's start.
     """
-    n_rows = len(rows)
-    if min(n_rows, grads.shape[1]) > MAX_PROJECTION_GRAM:
-        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_PROJECTION_GRAM, replace=False))
-    coordinates = np.zeros((len(rows), 2))
     if len(rows) == 0:
-        return Projection(rows, coordinates, None, n_rows)
+        return Projection(rows, np.zeros((0, 2)), None, 0)
     mean = combine_rows(grads, rows, np.full(len(rows), 1 / len(rows)))
-    gram = smaller_gram(grads, rows, mean)
-    energies, vectors = eigen_of_gram(gram, n_vectors=min(2, len(gram)))
-    raw_energy = energies.sum() + len(rows) * float(mean @ mean)
-    if not energies.sum() > ROUNDING * raw_energy:  # rows that are all equal leave only rounding
-        return Projection(rows, coordinates, None, n_rows)
-    n_components = vectors.shape[1]
-    if len(gram) == grads.shape[1]:
-        for part in block_slices(len(rows), 8 * grads.shape[1]):
-            coordinates[part, :n_components] = (read_rows(grads, rows[part], slice(None)) - mean) @ vectors
-    else:
-        coordinates[:, :n_components] = vectors * np.sqrt(energies[:n_components])
+    variance, raw_energy = _variance(grads, rows, mean)
+    shown = np.arange(len(rows))
+    if len(rows) > MAX_POINTS:
+        shown = np.sort(np.random.default_rng(seed).choice(len(rows), MAX_POINTS, replace=False))
+    if not variance > ROUNDING * raw_energy:  # rows that are all equal leave only rounding
+        return Projection(rows[shown], np.zeros((len(shown), 2)), None, len(rows))
+    energies, components = _principal_components(grads, rows, mean, variance, seed)
+    components = components * (energies > ROUNDING * variance)  # a direction of no variance is only rounding
+    coordinates = np.zeros((len(rows), 2))
+    for part in block_slices(len(rows), 8 * grads.shape[1]):
+        coordinates[part, : len(energies)] = (read_rows(grads, rows[part]) - mean) @ components
     farthest = coordinates[np.argmax(np.abs(coordinates), axis=0), [0, 1]]
     explained = np.zeros(2)
-    explained[:n_components] = energies[:n_components] / energies.sum()
-    return Projection(rows, coordinates * np.where(farthest < 0, -1.0, 1.0), explained, n_rows)
+    explained[: len(energies)] = energies / variance
+    return Projection(rows[shown], coordinates[shown] * np.where(farthest < 0, -1.0, 1.0), explained, len(rows))
 
 
-def smaller_gram(grads: np.ndarray, rows: np.ndarray, offset: np.ndarray | None = None) -> np.ndarray:
-    """X Xᵀ, [m, m], or Xᵀ X, [d, d], whichever is smaller (the latter if m = d), with X = grads[rows] - offset.
+def _variance(grads: np.ndarray, rows: np.ndarray, mean: np.ndarray) -> tuple[float, float]:
+    """Σ ‖g - mean‖² and Σ ‖g‖²."""
+    centred = raw = 0.0
+    for part in block_slices(len(rows), 8 * grads.shape[1]):
+        block = read_rows(grads, rows[part])
+        raw += float(np.einsum("ij,ij->", block, block))
+        block -= mean
+        centred += float(np.einsum("ij,ij->", block, block))
+    return centred, raw
+
+
+def _principal_components(
+    grads: np.ndarray, rows: np.ndarray, mean: np.ndarray, variance: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energies [k] and unit vectors [d, k] of the first two principal components, or of the one there is."""
+    n_rows, dim = len(rows), grads.shape[1]
+    n_components = min(2, n_rows, dim)
+    if n_rows <= min(MAX_PLANE_GRAM, dim):
+        centred = read_rows(grads, rows) - mean
+        energies, vectors = eigen_of_gram(centred @ centred.T, n_components)
+        components = centred.T @ vectors
+        lengths = np.linalg.norm(components, axis=0)
+        return energies[:n_components], np.divide(components, lengths, out=components, where=lengths > 0)
+
+    def spread(basis: np.ndarray) -> np.ndarray:
+        total = np.zeros_like(basis)
+        for part in block_slices(n_rows, 8 * dim):
+            block = read_rows(grads, rows[part])
+            block -= mean
+            total += block.T @ (block @ basis)
+        return total
+
+    if dim <= MAX_PLANE_GRAM:
+        energies, components = eigen_of_gram(spread(np.eye(dim)), n_components)
+        return energies[:n_components], components
+    return block_krylov(spread, dim, variance, n_components, seed, PLANE_STEPS, PLANE_TOLERANCE)
+
+
+def smaller_gram(grads: np.ndarray, rows: np.ndarray, arithmetic: Arithmetic = HOST) -> np.ndarray:
+    """X Xᵀ, [m, m], or Xᵀ X, [d, d], whichever is smaller (the latter if m = d), with X = grads[rows].
 
     Args:
         grads: [n, d], may be a memory map.
         rows: [m] row numbers, m >= 1.
-        offset: [d] subtracted from every row; None for nothing.
+        arithmetic: where the products are formed.
 
     Returns:
         float64, symmetric.
     """
     n_rows, dim = len(rows), grads.shape[1]
-    gram = np.zeros((min(n_rows, dim),) * 2)
-    if n_rows < dim:
-        for columns in block_slices(dim, 8 * n_rows):
-            block = read_rows(grads, rows, columns)
-            if offset is not None:
-                block -= offset[columns]
-            gram += block @ block.T
-    else:
-        for part in block_slices(n_rows, 8 * dim):
-            block = read_rows(grads, rows[part], slice(None))
-            if offset is not None:
-                block -= offset
-            gram += block.T @ block
-    return gram
+    if n_rows >= dim:
+        return column_gram(grads, rows, arithmetic)
+    chosen = copy_rows(grads, rows)
+    gram = arithmetic.new_gram(n_rows)
+    for columns in block_slices(dim, 8 * n_rows):
+        gram.add(chosen[:, columns].astype(np.float64).T)
+    return gram.total()
 
 
-def leading_eigenpairs(gram: np.ndarray, n_vectors: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The leading eigenpairs of a Gram matrix: exact ones of a small matrix, else by block Krylov iteration.
+def column_gram(grads: np.ndarray, rows: np.ndarray, arithmetic: Arithmetic = HOST) -> np.ndarray:
+    """[d, d] Xᵀ X in float64, with X = grads[rows]."""
+    gram = arithmetic.new_gram(grads.shape[1])
+    for part in block_slices(len(rows), 8 * grads.shape[1]):
+        gram.add(read_rows(grads, rows[part]))
+    return gram.total()
 
-    Block Krylov with full reorthogonalisation (Musco & Musco 2015) from a seeded random start: it reads the matrix
-    some ten times, where a decomposition does so thousands of times. It stops when ‖G u - λ u‖ < 1e-4 λ for each
-    pair, or at 20 steps. Isotropic rows, 1,500 × 3,000, of which no direction leads by much: eigenvalues to 1e-8.
+
+def leading_eigenpairs(
+    gram: np.ndarray, n_vectors: int, seed: int = 0, arithmetic: Arithmetic = HOST
+) -> tuple[np.ndarray, np.ndarray]:
+    """The leading eigenpairs of a Gram matrix: exact ones of a small matrix, else by `block_krylov`.
+
+    It reads the matrix some ten times, where a decomposition does so thousands of times. It stops when
+    ‖G u - λ u‖ < 1e-4 λ for each pair, or at 20 steps. Isotropic rows, 1,500 × 3,000, of which no direction leads by
+    much: eigenvalues to 1e-8.
 
     Args:
         gram: [m, m] float64, symmetric positive semidefinite, m >= 1.
         n_vectors: how many, 1 .. m.
         seed: of the start.
+        arithmetic: where a small matrix is decomposed.
 
     Returns:
         eigenvalues [n_vectors], descending, and unit eigenvectors [m, n_vectors].
     """
     if len(gram) <= MAX_EXACT_EIGEN:
-        values, vectors = eigen_of_gram(gram, n_vectors)
+        values, vectors = arithmetic.eigen(gram, n_vectors)
         return values[:n_vectors], vectors
     scale = float(np.trace(gram))
     if not scale > 0:
         return np.zeros(n_vectors), np.eye(len(gram), n_vectors)
+    return block_krylov(lambda block: gram @ block, len(gram), scale, n_vectors, seed)
+
+
+def block_krylov(
+    apply: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    scale: float,
+    n_vectors: int,
+    seed: int = 0,
+    steps: int = KRYLOV_STEPS,
+    tolerance: float = KRYLOV_TOLERANCE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The leading eigenpairs of a symmetric positive semidefinite operator that is known by what it does to vectors.
+
+    Block Krylov iteration with full reorthogonalisation (Musco & Musco 2015) from a seeded random start.
+
+    Args:
+        apply: takes [size, k] and gives the operator's product with it.
+        size: the operator's; steps × (n_vectors + 8) must not exceed it by much for the result to gain.
+        scale: the operator's trace, above 0.
+        n_vectors: how many pairs.
+        seed: of the start.
+        steps: the most applications.
+        tolerance: stop when the residual of each pair is below this share of its eigenvalue.
+
+    Returns:
+        eigenvalues [n_vectors], descending, and unit eigenvectors [size, n_vectors].
+    """
     width = n_vectors + KRYLOV_EXTRA
-    basis = np.empty((len(gram), width * KRYLOV_STEPS), order="F")
+    basis = np.empty((size, width * steps), order="F")
     images = np.empty_like(basis)
-    block = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(gram), width)))[0]
-    for step in range(KRYLOV_STEPS):
+    block = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, width)))[0]
+    for step in range(steps):
         known = width * (step + 1)
         basis[:, known - width : known] = block
-        images[:, known - width : known] = gram @ block
+        images[:, known - width : known] = apply(block)
         residual = images[:, known - width : known].copy()
         for _ in range(2):  # once is not enough to stay orthogonal where eigenvalues spread over many magnitudes
             residual -= basis[:, :known] @ (basis[:, :known].T @ residual)
@@ -270,86 +343,33 @@ def leading_eigenpairs(gram: np.ndarray, n_vectors: int, seed: int = 0) -> tuple
             values, ritz = np.linalg.eigh(basis[:, :known].T @ images[:, :known])
             values, ritz = values[::-1][:n_vectors], ritz[:, ::-1][:, :n_vectors]
             errors = np.linalg.norm(coupling @ ritz[-width:], axis=0)
-            if (errors <= np.maximum(KRYLOV_TOLERANCE * values, ROUNDING * scale)).all():
+            if (errors <= np.maximum(tolerance * values, ROUNDING * scale)).all():
                 break
     return np.maximum(values, 0.0), basis[:, :known] @ ritz
-
-
-def eigen_of_gram(gram: np.ndarray, n_vectors: int) -> tuple[np.ndarray, np.ndarray]:
-    """All eigenvalues and the leading eigenvectors of a Gram matrix, from one reduction to tridiagonal form.
-
-    `scipy.linalg.eigh` has no such call: it gives the eigenvalues without vectors, or a vector for each of them,
-    which for thousands of rows takes three times as long and three times the memory.
-
-    Args:
-        gram: [m, m] float64, symmetric positive semidefinite, m >= 1. Left as it is.
-        n_vectors: how many eigenvectors, 1 .. m.
-
-    Returns:
-        eigenvalues: [m] descending; those below 0, which only rounding makes, are 0.
-        eigenvectors: [m, n_vectors] of unit length, columns in the same order.
-    """
-    size = len(gram)
-    scale = float(np.trace(gram))
-    if size == 1 or not scale > 0:
-        return np.maximum(np.diag(gram), 0.0), np.eye(size, n_vectors)
-    # In Fortran's order, and its own transpose: LAPACK then needs no copy of its own.
-    reflectors, diagonal, off_diagonal, tau = _tridiagonal((gram / scale).T)
-    values = eigvalsh_tridiagonal(diagonal, off_diagonal, lapack_driver="sterf")[::-1]
-    _, vectors = eigh_tridiagonal(
-        diagonal, off_diagonal, select="i", select_range=(size - n_vectors, size - 1), lapack_driver="stemr"
-    )
-    # From the tridiagonal basis back to the Gram's: dsytrd's reflectors leave the first coordinate alone and are,
-    # below the diagonal, those of a QR decomposition.
-    below = np.asfortranarray(reflectors[1:, :-1])
-    rotated, _, info = lapack.dormqr("L", "N", below, tau, np.asfortranarray(vectors[1:]), 64 * max(size, 1))
-    _raise_on_failure("dormqr", info)
-    vectors[1:] = rotated
-    return np.maximum(values * scale, 0.0), vectors[:, ::-1]
-
-
-def energies_in_single_precision(gram: np.ndarray) -> np.ndarray:
-    """[m] eigenvalues of a Gram matrix, descending, in half the time of double precision.
-
-    An error of about 1e-7 of the largest: enough to count the directions that hold 95% of the energy (within one or
-    so of thousands), not enough to count those that hold the last 0.01%.
-
-    Args:
-        gram: [m, m] float64, symmetric positive semidefinite, m >= 1. Left as it is.
-    """
-    scale = float(np.trace(gram))
-    if len(gram) == 1 or not scale > 0:
-        return np.maximum(np.diag(gram), 0.0)
-    _, diagonal, off_diagonal, _ = _tridiagonal((gram / scale).astype(np.float32).T)
-    values = eigvalsh_tridiagonal(diagonal.astype(np.float64), off_diagonal.astype(np.float64), lapack_driver="sterf")
-    return np.maximum(values[::-1] * scale, 0.0)
-
-
-def _tridiagonal(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """sytrd of a symmetric matrix in Fortran's order, which is overwritten: reflectors, diagonal, off-diagonal, tau."""
-    reduce, best_size = get_lapack_funcs(("sytrd", "sytrd_lwork"), (matrix,))
-    work_size, _ = best_size(len(matrix), lower=1)
-    reflectors, diagonal, off_diagonal, tau, info = reduce(matrix, lower=1, lwork=int(work_size), overwrite_a=1)
-    _raise_on_failure("sytrd", info)
-    return reflectors, diagonal, off_diagonal, tau
-
-
-def _raise_on_failure(routine: str, info: int) -> None:
-    if info != 0:
-        raise ArithmeticError(f"LAPACK's {routine} failed with info = {info}")
 
 
 def combine_rows(grads: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[d] Σ_i weights[i] · grads[rows[i]], float64."""
     total = np.zeros(grads.shape[1])
     for part in block_slices(len(rows), 8 * grads.shape[1]):
-        total += weights[part] @ read_rows(grads, rows[part], slice(None))
+        total += weights[part] @ read_rows(grads, rows[part])
     return total
 
 
-def read_rows(grads: np.ndarray, rows: np.ndarray, columns: slice) -> np.ndarray:
-    """`grads[rows, columns]` in float64."""
-    return np.asarray(grads[rows, columns]).astype(np.float64)
+def read_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
+    """`grads[rows]` in float64, a copy; no page of a memory map stays with this process."""
+    block = np.asarray(grads[rows]).astype(np.float64)
+    release_pages(grads)
+    return block
+
+
+def copy_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
+    """`grads[rows]` as they are, a copy read block by block."""
+    chosen = np.empty((len(rows), grads.shape[1]), grads.dtype)
+    for part in block_slices(len(rows), grads.itemsize * grads.shape[1]):
+        chosen[part] = grads[rows[part]]
+        release_pages(grads)
+    return chosen
 
 
 def block_slices(length: int, bytes_each: int) -> Iterator[slice]:

@@ -13,21 +13,24 @@ same prompts, two halves don't.
 Draws by the dozen need the leading directions of many sets of rows. Where a bucket has fewer rows than d, all come
 from one matrix of the cosines of all rows (`CosineGeometry`): with X̂ the rows at unit length and s their norms, a
 direction is v = X̂ᵀ w, so X v = s ∘ (X̂ X̂ᵀ w) and v · v' = w · (X̂ X̂ᵀ w'). Else they come from d × d matrices of the rows
-(`ColumnGeometry`).
+(`ColumnGeometry`), of as many draws at a time as fit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
+from .arithmetic import HOST, Arithmetic
 from .spectrum import block_slices, leading_eigenpairs, read_rows, smaller_gram
 
 SUBSPACE_SIZES = (1, 5, 10, 20)
 CEILING_DRAWS = 10
 NULL_DRAWS = 10
-MAX_COSINE_BYTES = 3 << 30
+MAX_COSINE_BYTES = 2 << 30
+MAX_HELD_BYTES = 1 << 29
 ROUNDING_OF_COSINES = 1e-5
 """λ / Σ w², the energy of a direction against that of the weighted rows that make it up, of what is only rounding."""
 ROUNDING_OF_ENERGIES = 1e-12
@@ -79,6 +82,9 @@ class Geometry(Protocol):
     def compare(self, spaces: list[Space]) -> Comparison:
         """Compare disjoint sets of rows."""
 
+    def compare_parts(self, rows: np.ndarray, labellings: Iterable[np.ndarray], n_parts: int) -> Iterator[Comparison]:
+        """Cut `rows` in `n_parts` by each of the `labellings`, [len(rows)], and compare the parts."""
+
 
 class CosineGeometry:
     """Cosines between all rows, [n, n] float32: four bytes each is what makes a full dump fit.
@@ -87,8 +93,9 @@ class CosineGeometry:
     float64. A bucket's own spectrum does not come from here but from its float64 Gram matrix, through `set_gram`.
     """
 
-    def __init__(self, grads: np.ndarray) -> None:
+    def __init__(self, grads: np.ndarray, arithmetic: Arithmetic = HOST) -> None:
         self._grads = grads
+        self._arithmetic = arithmetic
         self._norms = np.zeros(len(grads))
         self._cosines = np.zeros((len(grads), len(grads)), np.float32)
 
@@ -102,7 +109,7 @@ class CosineGeometry:
 
     def set_cross(self, first: np.ndarray, second: np.ndarray) -> None:
         """Compute the cosines between two disjoint sets of rows, of which both Gram matrices were given."""
-        cosines = self._unit_rows(first) @ self._unit_rows(second).T
+        cosines = self._arithmetic.product(self._unit_rows(first), self._unit_rows(second).T)
         self._cosines[np.ix_(first, second)] = cosines
         self._cosines[np.ix_(second, first)] = cosines.T
 
@@ -110,7 +117,7 @@ class CosineGeometry:
         unit = np.empty((len(rows), self._grads.shape[1]), np.float32)
         inverse = _inverse(self._norms[rows])
         for part in block_slices(len(rows), 8 * self._grads.shape[1]):
-            unit[part] = read_rows(self._grads, rows[part], slice(None)) * inverse[part, None]
+            unit[part] = read_rows(self._grads, rows[part]) * inverse[part, None]
         return unit
 
     def space(self, rows: np.ndarray, seed: int = 0) -> Space:
@@ -122,7 +129,7 @@ class CosineGeometry:
         gram = self._cosines[np.ix_(rows, rows)].astype(np.float64)
         gram *= norms
         gram *= norms[:, None]
-        return self.space_of_eigenvectors(rows, *leading_eigenpairs(gram, n_vectors, seed))
+        return self.space_of_eigenvectors(rows, *leading_eigenpairs(gram, n_vectors, seed, self._arithmetic))
 
     def space_of_eigenvectors(self, rows: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> Space:
         """The same, from the leading eigenpairs of X Xᵀ."""
@@ -152,20 +159,25 @@ class CosineGeometry:
             np.array([a.sum() for a in squared_norms]),
         )
 
+    def compare_parts(self, rows: np.ndarray, labellings: Iterable[np.ndarray], n_parts: int) -> Iterator[Comparison]:
+        """Compare the parts of `rows` by each labelling."""
+        return _compare_one_by_one(self, rows, labellings, n_parts)
+
 
 class ColumnGeometry:
     """Directions as vectors of length d, from Gram matrices of the rows at hand; nothing is kept."""
 
-    def __init__(self, grads: np.ndarray) -> None:
+    def __init__(self, grads: np.ndarray, arithmetic: Arithmetic = HOST) -> None:
         self._grads = grads
+        self._arithmetic = arithmetic
 
     def space(self, rows: np.ndarray, seed: int = 0) -> Space:
         """The leading directions of `rows`."""
         if len(rows) == 0:
             return Space(rows, np.zeros((self._grads.shape[1], 0)))
-        gram = smaller_gram(self._grads, rows)
+        gram = smaller_gram(self._grads, rows, self._arithmetic)
         n_vectors = min(max(SUBSPACE_SIZES), len(gram))
-        return self.space_of_eigenvectors(rows, *leading_eigenpairs(gram, n_vectors, seed))
+        return self.space_of_eigenvectors(rows, *leading_eigenpairs(gram, n_vectors, seed, self._arithmetic))
 
     def space_of_eigenvectors(self, rows: np.ndarray, values: np.ndarray, vectors: np.ndarray) -> Space:
         """The same, from the leading eigenpairs of X Xᵀ or Xᵀ X, whichever is smaller."""
@@ -177,7 +189,7 @@ class ColumnGeometry:
             return Space(rows, vectors[:, :kept])
         basis = np.zeros((dim, kept))
         for part in block_slices(len(rows), 8 * dim):
-            basis += read_rows(self._grads, rows[part], slice(None)).T @ vectors[part, :kept]
+            basis += read_rows(self._grads, rows[part]).T @ vectors[part, :kept]
         return Space(rows, basis / np.sqrt(values[:kept]))
 
     def compare(self, spaces: list[Space]) -> Comparison:
@@ -188,14 +200,64 @@ class ColumnGeometry:
         energies, totals = np.zeros((len(spaces), basis.shape[1])), np.zeros(len(spaces))
         for j, space in enumerate(spaces):
             for part in block_slices(len(space.rows), 8 * self._grads.shape[1]):
-                block = read_rows(self._grads, space.rows[part], slice(None))
+                block = read_rows(self._grads, space.rows[part])
                 energies[j] += np.sum((block @ basis) ** 2, axis=0)
                 totals[j] += np.sum(block**2)
-        return Comparison(
-            [[dots[first, second] for second in columns] for first in columns],
-            [[row[column] for row in energies] for column in columns],
-            totals,
-        )
+        return _comparison(dots, energies, totals, columns)
+
+    def compare_parts(self, rows: np.ndarray, labellings: Iterable[np.ndarray], n_parts: int) -> Iterator[Comparison]:
+        """Compare the parts of `rows` by each labelling; where matrices of several fit, from one pass over the rows."""
+        dim = self._grads.shape[1]
+        at_once = MAX_HELD_BYTES // (8 * dim**2 * n_parts)
+        if at_once == 0 or len(rows) < n_parts * dim:  # matrices too large, or rows too few to need matrices that large
+            yield from _compare_one_by_one(self, rows, labellings, n_parts)
+            return
+        labellings, draw = iter(labellings), 0
+        while held := list(islice(labellings, at_once)):
+            for grams in self._grams_of_parts(rows, held, n_parts):
+                yield self._compare_grams(grams, seed=draw)
+                draw += 1
+
+    def _grams_of_parts(self, rows: np.ndarray, held: list[np.ndarray], n_parts: int) -> Iterator[list[np.ndarray]]:
+        """[d, d] of each part, by each labelling."""
+        dim = self._grads.shape[1]
+        grams = [[self._arithmetic.new_gram(dim) for _ in range(n_parts)] for _ in held]
+        for part in block_slices(len(rows), 8 * dim):
+            block = read_rows(self._grads, rows[part])
+            for labels, of_labelling in zip(held, grams, strict=True):
+                for index, gram in enumerate(of_labelling):
+                    gram.add(block[labels[part] == index])
+        while grams:
+            yield [gram.total() for gram in grams.pop(0)]
+
+    def _compare_grams(self, grams: list[np.ndarray], seed: int) -> Comparison:
+        """`space` and `compare` where the [d, d] matrix of each part is at hand."""
+        no_rows = np.zeros(0, int)
+        n_vectors = min(max(SUBSPACE_SIZES), self._grads.shape[1])
+        spaces = []
+        for gram in grams:
+            values, vectors = leading_eigenpairs(gram, n_vectors, seed, self._arithmetic)
+            spaces.append(Space(no_rows, vectors[:, : _leading_true(values > ROUNDING_OF_ENERGIES * values[0])]))
+        columns = _column_slices(spaces)
+        basis = np.concatenate([space.basis for space in spaces], axis=1)
+        energies = np.array([np.einsum("ij,ij->j", basis, gram @ basis) for gram in grams])
+        return _comparison(basis.T @ basis, energies, np.array([np.trace(gram) for gram in grams]), columns)
+
+
+def _comparison(dots: np.ndarray, energies: np.ndarray, totals: np.ndarray, columns: list[slice]) -> Comparison:
+    """From the products, [r, r], of all spaces' directions side by side, and their energies in each set, [B, r]."""
+    return Comparison(
+        [[dots[first, second] for second in columns] for first in columns],
+        [[row[column] for row in energies] for column in columns],
+        totals,
+    )
+
+
+def _compare_one_by_one(
+    geometry: Geometry, rows: np.ndarray, labellings: Iterable[np.ndarray], n_parts: int
+) -> Iterator[Comparison]:
+    for draw, labels in enumerate(labellings):
+        yield geometry.compare([geometry.space(rows[labels == index], seed=draw) for index in range(n_parts)])
 
 
 def measures_of(comparison: Comparison) -> dict[str, np.ndarray]:
@@ -233,15 +295,19 @@ def split_half_ceiling(
         Each measure, [draws] with NaN for no number, by its path (see `measures_of`); captured is the mean of both
         ways. Empty arrays with fewer than 2 prompts.
     """
-    prompts = np.unique(prompt)
-    rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = {name: [] for name in _measure_names()}
-    for draw in range(draws if len(prompts) > 1 else 0):
-        in_first = np.isin(prompt, rng.permutation(prompts)[: len(prompts) // 2])
-        halves = [geometry.space(rows[half], seed=draw) for half in (in_first, ~in_first)]
-        for name, values in measures_of(geometry.compare(halves)).items():
+    for comparison in geometry.compare_parts(rows, _halvings(prompt, draws, seed), 2):
+        for name, values in measures_of(comparison).items():
             found[name].append((values[0, 1] + values[1, 0]) / 2)
     return {name: np.array(values) for name, values in found.items()}
+
+
+def _halvings(prompt: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield `draws` times [m] 0 or 1, each for half of the prompts; nothing with fewer than 2."""
+    prompts = np.unique(prompt)
+    rng = np.random.default_rng(seed)
+    for _ in range(draws if len(prompts) > 1 else 0):
+        yield (~np.isin(prompt, rng.permutation(prompts)[: len(prompts) // 2])).astype(np.int8)
 
 
 def shuffled_labels(bucket: np.ndarray, rollout: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -269,9 +335,9 @@ def shuffled_null(
         Each measure, [draws, n_buckets, n_buckets] with NaN for no number and on the diagonal, by its path.
     """
     found: dict[str, list[np.ndarray]] = {name: [] for name in _measure_names()}
-    for draw, labels in enumerate(shuffled_labels(bucket, rollout, draws, seed)):
-        spaces = [geometry.space(np.flatnonzero(labels == index), seed=draw) for index in range(n_buckets)]
-        for name, values in measures_of(geometry.compare(spaces)).items():
+    labellings = shuffled_labels(bucket, rollout, draws, seed)
+    for comparison in geometry.compare_parts(np.arange(len(bucket)), labellings, n_buckets):
+        for name, values in measures_of(comparison).items():
             np.fill_diagonal(values, np.nan)
             found[name].append(values)
         on_draw()

@@ -18,10 +18,10 @@ from gradprobe import figures_direction
 from gradprobe.analysis_inputs import subjects_of
 from gradprobe.dump import load_dump
 from gradprobe.exp1 import Draws
-from gradprobe.spectrum import project_to_plane
 
 SHARDS = ("s0", "s1")
 SUMMARIES = {"exp1_summary.json", "exp2_summary.json"}
+ARRAYS = {"exp1_arrays.npz", "exp2_arrays.npz"}
 FIGURES = {
     "exp1_cumulative_energy.png",
     "exp1_cross_bucket_cosine.png",
@@ -41,7 +41,7 @@ def run_all(base: Path, trained: Path, output_dir: Path) -> tuple[dict, dict]:
     assert analyze_exp2_direction.main(["--output-dir", str(output_dir), *tagged]) == 0
     arguments = ["--base", str(base), "--trained", str(trained), "--output-dir", str(output_dir)]
     assert plot_exp12_intuitive.main(arguments) == 0
-    assert {file.name for file in output_dir.iterdir()} == SUMMARIES | FIGURES | {"report.html"}
+    assert {file.name for file in output_dir.iterdir()} == SUMMARIES | ARRAYS | FIGURES | {"report.html"}
     for name in FIGURES:
         picture = matplotlib.image.imread(output_dir / name)
         assert min(picture.shape[:2]) > 600
@@ -199,13 +199,12 @@ def test_no_title_label_or_legend_is_cut_off(tmp_path: Path):
         tag: load_dump(planted.write_heavy_tailed_dump(tmp_path / tag, seed=seed, model_path=name))
         for seed, tag in enumerate(("base", "trained"))
     }
-    results = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=2, null=2))
-    compared = analyze_exp1_compression.compare_with_first(results)["trained"]
-    projections = [project_to_plane(dump.grads, np.arange(len(dump.grads))) for dump in dumps.values()]
+    results, compared = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=2, null=2))
+    found = {tag: analyze_exp1_compression.figure_inputs(dump, results[tag]) for tag, dump in dumps.items()}
     buckets = [[analyze_exp2_direction.bucket_directions(dump, b) for b in range(dump.bins)] for dump in dumps.values()]
     directions = [of_dump[-1] for of_dump in buckets]
     subjects = subjects_of(dumps)
-    drawn = plot_exp12_intuitive.draw(dumps, results, compared, projections, directions)
+    drawn = plot_exp12_intuitive.draw(dumps, found, compared, dict(zip(dumps, directions, strict=True)))
     drawn |= analyze_exp1_compression.draw(dumps, results)
     drawn |= {
         f"one of them: {name}": figure

@@ -7,9 +7,9 @@ from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
 from tiny import relative_error
 from transformers.pytorch_utils import Conv1D
 
+from gradprobe.engine import RowGradients, Target
 from gradprobe.models import layer_list, linear_weights
 from gradprobe.rollouts import rollout_uniforms, sample_from, sample_responses, score_responses
-from gradprobe.engine import RowGradients, Target
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradprobe.dump import load_dump, write_json
+from gradprobe.dump import load_dump
 from gradprobe.errors import InputError
+from gradprobe.files import write_json
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import VOCAB_SIZE, oracle_gradient, relative_error, tiny_model
 
-from gradprobe.errors import InputError
 from gradprobe.engine import RowGradients, Target, expand_targets
+from gradprobe.errors import InputError
 
 DOWN = "mlp.down_proj.weight"
 TARGETS = [Target(0, DOWN, 3), Target(0, DOWN, 15), Target(1, DOWN, 3), Target(1, "self_attn.k_proj.weight", 2)]

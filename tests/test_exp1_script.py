@@ -22,7 +22,7 @@ CROSS = {
     *("cross_bucket_top1_cosine", "cross_bucket_top1_repeats", "cross_bucket_overlap", "cross_bucket_captured_energy"),
     *("cross_bucket_ceiling", "cross_bucket_ceiling_detail", "cross_bucket_null"),
 }
-PER_TAG = {"n_positions", "row_dim", "target", "row_idx", "model", "per_bucket", "draws"} | CROSS
+PER_TAG = {"n_positions", "row_dim", "target", "row_idx", "model", "manifest_sha256", "per_bucket", "draws"} | CROSS
 SIZES = ["1", "5", "10", "20"]
 
 
@@ -105,7 +105,7 @@ def test_further_targets_have_unit_norm_ratios_that_a_run_of_their_own_gives(tmp
 
 def test_norms_are_drawn_against_surprisal_only_where_it_is_known(tmp_path: Path):
     dumps = {"old": load_dump(write_low_rank_dump(tmp_path / "old", n_dims=6, seed=0, n_prompts=4))}
-    results = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=2, null=2))
+    results, _ = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=2, null=2))
     rng = np.random.default_rng(0)
     dump = dumps["old"]
     norm = np.linalg.norm(dump.grads, axis=1)
@@ -150,7 +150,10 @@ def test_prompts_are_matched_by_key_not_by_place(tmp_path: Path):
         tmp_path / "second", dump.grads[keep], dump.bin[keep], prompt=dump.prompt[keep], sample=dump.sample_idx[keep]
     )
     dumps = {tag: targets[0] for tag, targets in open_dumps({"first": first, "second": second}).items()}
-    results = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=1, null=1))
-    assert [ratio.n_prompts for ratio in analyze_exp1_compression.compare_with_first(results)["second"]] == [8] * 5
-    of_first, of_second = (results[tag].sums[0].by_prompt() for tag in ("first", "second"))
-    np.testing.assert_allclose(of_second.energy, of_first.energy[np.isin(of_first.prompt, of_second.prompt)])
+    results, compared = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=1, null=1))
+    assert [ratio.n_prompts for ratio in compared["second"]] == [8] * 5
+    assert results["second"].sums == []
+    alike, shared = dumps["first"].only(np.flatnonzero(dumps["first"].prompt >= 4)), dumps["second"]
+    of_shared, _ = analyze_exp1_compression.measure_dumps({"first": alike, "second": shared}, Draws(ceiling=1, null=1))
+    for before, after in zip(of_shared["first"].buckets, of_shared["second"].buckets, strict=True):
+        assert after.participation_ratio == pytest.approx(before.participation_ratio)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gradprobe import spectrum
+from gradprobe.arithmetic import eigen_of_gram, energies_in_single_precision
 from gradprobe.compression import (
     Sums,
     compare_buckets,
@@ -20,7 +21,6 @@ from gradprobe.spectrum import (
     cross_cosines,
     cumulative_energy,
     effective_rank,
-    eigen_of_gram,
     iter_bucket_spectra,
     participation_ratio,
     project_to_plane,
@@ -144,13 +144,32 @@ def test_projection_is_principal_component_analysis(n: int, dim: int):
         assert (farthest[: min(2, n - 1, dim)] > 0).all()
 
 
-def test_projection_samples_by_seed_where_the_gram_matrix_would_be_too_large(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(spectrum, "MAX_PROJECTION_GRAM", 10)
+def test_projection_shows_a_sample_of_points_and_finds_the_components_of_all(monkeypatch: pytest.MonkeyPatch):
     grads = gradients(40, 30)
+    whole = project_to_plane(grads, all_rows(grads))
+    monkeypatch.setattr(spectrum, "MAX_POINTS", 10)
     first, again, other = (project_to_plane(grads, all_rows(grads), seed) for seed in (0, 0, 1))
     assert (len(first.rows), first.n_rows) == (10, 40)
     np.testing.assert_array_equal(first.coordinates, again.coordinates)
+    np.testing.assert_array_equal(first.coordinates, whole.coordinates[first.rows])
+    np.testing.assert_array_equal(first.explained, whole.explained)
     assert set(first.rows) != set(other.rows)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(900, 400), (300, 900)])
+def test_projection_of_many_rows_is_that_of_numpys_svd(monkeypatch: pytest.MonkeyPatch, n: int, dim: int):
+    monkeypatch.setattr(spectrum, "BLOCK_BYTES", 200_000)
+    rng = np.random.default_rng(0)
+    scales = np.concatenate([[6.0, 4.0], 2 / np.sqrt(1 + np.arange(dim - 2) / 9)])
+    grads = (rng.standard_normal((n, dim)) * scales + 3).astype(np.float32)
+    centred = grads.astype(np.float64) - grads.astype(np.float64).mean(axis=0)
+    left, sigma, _ = np.linalg.svd(centred, full_matrices=False)
+    plane = project_to_plane(grads, all_rows(grads))
+    np.testing.assert_allclose(plane.explained, (sigma[:2] / np.linalg.norm(sigma)) ** 2, rtol=1e-6)
+    expected = left[:, :2] * sigma[:2]
+    signs = np.sign(np.sum(expected * plane.coordinates, axis=0))
+    assert np.linalg.norm(plane.coordinates - expected * signs) < 1e-3 * np.linalg.norm(expected)
+    np.testing.assert_array_equal(project_to_plane(grads, all_rows(grads)).coordinates, plane.coordinates)
 
 
 def test_leading_eigenvectors_of_equal_eigenvalues_are_orthonormal():
@@ -230,7 +249,7 @@ def test_single_precision_counts_the_same_directions():
     grads = gradients(300, 400)
     gram = spectrum.smaller_gram(grads, all_rows(grads))
     exact = eigen_of_gram(gram, 1)[0]
-    rough = spectrum.energies_in_single_precision(gram)
+    rough = energies_in_single_precision(gram)
     np.testing.assert_allclose(rough, exact, atol=2e-6 * exact[0])
     for share in (0.5, 0.9, 0.95):
         assert abs(rank_of_share(rough, share) - rank_of_share(exact, share)) <= 1

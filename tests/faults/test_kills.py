@@ -23,6 +23,7 @@ from gradprobe.files import locked
 ROOT = Path(__file__).parents[2]
 N_KILLS = int(os.environ.get("GRADPROBE_KILLS", "20"))
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
+MANIFEST_HASH = re.compile(rb'"manifest_sha256": \[[^]]*\]')
 DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
 # Many small batches, so that there is much to be killed between.
 SMALL = "--num-prompts 8 --num-samples 3 --max-new-tokens 16 --device cpu --bins 3 --pos-per-bin-per-rollout 2"
@@ -68,7 +69,8 @@ class Step:
     output: Path
 
     def content(self) -> dict[str, bytes]:
-        return {str(file): file.read_bytes() for file in self.files}
+        """Of each file; a summary without the hash of its dump's manifest, which has times in it."""
+        return {str(file): MANIFEST_HASH.sub(b"", file.read_bytes()) for file in self.files}
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +94,7 @@ def steps(tmp_path_factory, problems_file) -> list[Step]:
         return Step(name, "probe_grad_vectors", ["--output-dir", str(output), *sampling, *arguments], files, output)
 
     shards = [probe(f"s{i}", "--shard-index", str(i), "--num-shards", "2") for i in range(2)]
-    several = probe(
-        "several", "--layer", "0,2", targets=("L0.mlp.down_proj.weight.r0", "L2.mlp.down_proj.weight.r0")
-    )
+    several = probe("several", "--layer", "0,2", targets=("L0.mlp.down_proj.weight.r0", "L2.mlp.down_proj.weight.r0"))
     merged, results = root / "merged", root / "results"
     merge = Step(
         "merge",
@@ -131,26 +131,24 @@ def undisturbed(steps, zygote) -> dict[str, tuple[dict[str, bytes], float]]:
 def test_killed_and_continued_is_as_never_killed(steps, undisturbed, zygote):
     rng = np.random.default_rng(20251122)
     weights = np.array([3, 2, 3, 1, 1, 1])
-    moments = []
-    for _ in range(N_KILLS):
+    n_kills = n_late = 0
+    while n_kills < N_KILLS:
         step = steps[rng.choice(len(steps), p=weights / weights.sum())]
         expected, seconds = undisturbed[step.name]
         shutil.rmtree(step.output)
         by = SIGNALS[rng.integers(len(SIGNALS))]
-        moment = float(rng.uniform(0, 1.1 * seconds))
+        moment = float(rng.uniform(0, seconds))
         killed = zygote.run(step, kill_after=moment, by=by)["status"]
         assert killed in (0, -by, 128 + by), zygote.log.read_text()
         if killed != 0 and step.script == "probe_grad_vectors" and rng.random() < 0.3:
             tear(step.output, rng)
-        moments.append((step.name, killed))
+        n_kills, n_late = n_kills + (killed != 0), n_late + (killed == 0)
         assert zygote.run(step)["status"] == 0, zygote.log.read_text()
         assert step.content() == expected, f"{step.name} killed by {by} after {moment:.3f} s"
         if step.script in ("probe_grad_vectors", "merge_grad_vector_shards"):
             assert problems_of(step.output)[0] == []
             assert not list(step.output.rglob("*.partial"))
-    n_in_time = sum(status != 0 for _, status in moments)
-    print(f"{N_KILLS} kills, {n_in_time} of them before the end; {len(moments)} results as without kills")
-    assert n_in_time > N_KILLS // 2
+    print(f"{n_kills} kills, {n_kills + n_late} results as without ({n_late} signals came too late)")
 
 
 def tear(output: Path, rng: np.random.Generator) -> None:
