@@ -61,6 +61,7 @@ from gradprobe.models import (
     resolve_device,
     resolve_dtype,
 )
+from gradprobe.placement import Placement, input_device, read_placement
 from gradprobe.probe_output import (
     FaultyRows,
     GrowingGradients,
@@ -210,6 +211,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of prompts, sampling and positions (default: %(default)s)")
     add = parser.add_argument_group("computing").add_argument
     add("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+    add(
+        "--device-map",
+        metavar="auto|FILE",
+        help="spread the weights: auto over all GPUs, then the CPU's memory, then the disk; or a JSON file of module: "
+        'number of a GPU, "cpu" or "disk"; needs accelerate (default: all on --device)',
+    )
+    add(
+        "--max-memory",
+        metavar="0=70GiB,cpu=200GiB",
+        help="weights at most on each device with --device-map auto; a device not named is not used "
+        "(default: what is free, less a tenth)",
+    )
+    add(
+        "--offload-dir",
+        type=Path,
+        metavar="D",
+        help="for weights on the disk that can't be read from the checkpoint as they are (mixtures of experts)",
+    )
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: bfloat16 on GPUs that have it")
     add(
         "--attention",
@@ -287,6 +306,7 @@ def _check_values(args: argparse.Namespace) -> None:
         problems.append("--sampler openai and --base-url need each other")
     if not (math.isfinite(args.verifier_seconds) and args.verifier_seconds > 0):
         problems.append(f"--verifier-seconds {args.verifier_seconds}: must be above 0")
+    problems += placement_problems(args)
     if args.system_prompt is not None and not args.chat_template:
         problems.append("--system-prompt: only a chat template has a place for it; add --chat-template")
     for name, least in LEAST.items():
@@ -299,6 +319,24 @@ def _check_values(args: argparse.Namespace) -> None:
     if args.num_shards >= 1 and args.shard_index >= args.num_shards:
         problems.append(f"--shard-index {args.shard_index}: must be below --num-shards {args.num_shards}")
     raise_if_any(problems)
+
+
+def placement_problems(args: argparse.Namespace) -> list[str]:
+    """What can't go with --device-map, or not without."""
+    if args.device_map is None:
+        return [
+            f"{flag(name)} says something of --device-map only"
+            for name in ("max_memory", "offload_dir")
+            if getattr(args, name) is not None
+        ]
+    problems = []
+    if args.device != "auto":
+        problems.append(f"--device {args.device} can't go with --device-map, which says where the weights are")
+    if args.adapter is not None:
+        problems.append("--adapter can't go with --device-map; merge it into a checkpoint first")
+    if args.device_map == "auto" and args.num_shards > 1 and "LOCAL_RANK" in os.environ:
+        problems.append("--device-map auto takes all GPUs: not in several tasks of torchrun at once")
+    return problems
 
 
 def flag(name: str) -> str:
@@ -460,6 +498,7 @@ class Plan:
     verifier: Verifier
     edges: dict[str, Any] | None
     device: torch.device
+    placement: Placement | None
     dtype: torch.dtype
     attention: str
     settings: dict[str, Any]
@@ -483,7 +522,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     targets, row_dims = expand_targets(skeleton, args.layer, args.param_suffix, args.row_idx, args.seed)
     edges, verifier = given_edges(args), load_verifier(args.verifier)
     source, description = read_source(args, skeleton, verifier)
-    device = resolve_device(args.device)
+    placement = None
+    if args.device_map is not None:
+        placement = read_placement(args.device_map, args.max_memory, args.offload_dir, skeleton)
+    device = resolve_device(args.device) if placement is None else placement.main_device
     args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     dtype, attention = resolve_dtype(args.dtype, device), resolve_attention(args.attention, skeleton)
     described = {
@@ -507,7 +549,18 @@ def make_plan(args: argparse.Namespace) -> Plan:
     }
     directories = dump_directories(args.output_dir, targets)
     return Plan(
-        targets, row_dims, source, description, verifier, edges, device, dtype, attention, settings, directories
+        targets,
+        row_dims,
+        source,
+        description,
+        verifier,
+        edges,
+        device,
+        placement,
+        dtype,
+        attention,
+        settings,
+        directories,
     )
 
 
@@ -714,7 +767,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """What all targets' manifests have in common."""
     prompt_idxs = sorted({r.prompt_idx for r in rollouts})
-    device = checkpoint.model.device
+    device = input_device(checkpoint.model)
     return {
         "model_path": args.model_path,
         "num_prompts": len(prompt_idxs),
@@ -741,6 +794,7 @@ def manifest_of(
             "transformers": transformers.__version__,
             "gradprobe": gradprobe.__version__,
         },
+        "device_map": getattr(checkpoint.model, "hf_device_map", None) if plan.placement else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
     }
 
@@ -771,7 +825,7 @@ def main(argv: list[str] | None = None) -> int:
 def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
     """Sample, score, choose, differentiate and write, from wherever an earlier run ended."""
     with watch.phase("load"):
-        checkpoint = load_checkpoint(checkpoint_source(args), plan.device, plan.dtype, plan.attention)
+        checkpoint = load_checkpoint(checkpoint_source(args), plan.device, plan.dtype, plan.attention, plan.placement)
     with closing(Record(args.output_dir / contract.RECORD)) as record:
         rollouts, notes = collect_rollouts(args, plan, checkpoint, record, watch)
         edges = plan.edges or edges_of(rollouts, args.bins)

@@ -6,7 +6,7 @@ The tables of docs/scaling.md that need no measurement:
     python benchmarks/bench_scaling.py --paper
 
 The formulae against saved tensors, peak memory and counted FLOPs of smaller models of the same proportions (about
-five minutes on a laptop):
+six minutes on one core):
 
     python benchmarks/bench_scaling.py --check
 
@@ -408,24 +408,25 @@ def study_hours(study: Study, card: Card) -> dict[str, float]:
 
 def dump_bytes(study: Study) -> float:
     """`grads.npy` and `meta.jsonl` of every target, `rollouts.jsonl` of every checkpoint."""
-    per_token, per_row = record_bytes()
-    tokens = study.rollouts * (study.response + 0.3 * study.prompt)  # a prompt's tokens are ids alone
-    return study.targets * study.rows * (4 * study.shape.ffn + per_row) + tokens * per_token
+    per_prompt_token, per_token, per_row = record_bytes()
+    per_rollout = study.prompt * per_prompt_token + study.response * per_token
+    return study.targets * study.rows * (4 * study.shape.ffn + per_row) + study.rollouts * per_rollout
 
 
-def record_bytes() -> tuple[float, float]:
-    """Bytes on disk of a response token and of a row's description, as written for made-up numbers."""
+def record_bytes() -> tuple[float, float, float]:
+    """Bytes on disk of a prompt token, a response token and a row's description, as written for made-up numbers."""
     rng, n = np.random.default_rng(0), 4096
     ids = rng.integers(QWEN_1_5B.vocab, size=n).tolist()
     numbers = rng.random((2, n), dtype=np.float32).tolist()
-    rollout = contract.Rollout(0, 0, "problem", [], ids, *numbers, "word" * n, "42", True)
+    prompt = contract.Rollout(0, 0, "", ids, [], [], [], "", "", True)
+    rollout = contract.Rollout(0, 0, "", [], ids, *numbers, "word" * n, "", True)
     lines = [contract.Position(i, 100, 4, 512, 3, numbers[0][i], False, ids[i], numbers[1][i]) for i in range(n)]
+    sizes = []
     with tempfile.TemporaryDirectory() as directory:
-        sizes = []
-        for records in ([rollout], lines):
+        for records in ([prompt], [rollout], lines):
             contract.write_records(Path(directory) / "records.jsonl", records)
             sizes.append((Path(directory) / "records.jsonl").stat().st_size / n)
-    return sizes[0], sizes[1]
+    return sizes[0], sizes[1], sizes[2]
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -472,8 +473,8 @@ def print_paper() -> None:
     )
     print_memory()
     print_studies(CARDS)
-    per_token, per_row = record_bytes()
-    print(f"Bytes on disk: {per_token:.0f} a response token, {per_row:.0f} a row's line in meta.jsonl.")
+    sizes = "{:.0f} a prompt token, {:.0f} a response token, {:.0f} a row's line in meta.jsonl".format(*record_bytes())
+    print(f"Bytes on disk: {sizes}.")
 
 
 def print_memory() -> None:
@@ -519,10 +520,10 @@ def largest_batch(shape: Shape, length: int, card: Card) -> int:
     return n
 
 
-def print_studies(cards: Iterable[Card]) -> None:
+def print_studies(cards: Iterable[Card], studies: Iterable[Study] = STUDIES) -> None:
     """Hours and bytes of the studies."""
     rows = []
-    for study in STUDIES:
+    for study in studies:
         for card in cards:
             hours = study_hours(study, card)
             phases = [hours[phase] for phase in ("sampling", "scoring", "gradients")]
@@ -713,7 +714,7 @@ def measured_card(device: torch.device, prompts: int, response: int) -> Card:
     prompt, samples, model = 128, 8, shape.model(device.type, dtype)
     flops, bandwidth = matmul_rate(device, dtype), copy_rate(device)
     memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * 4096
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU (threads: {torch.get_num_threads()})"
     ideal = Card(name, memory, flops, bandwidth, 1.0, 1.0, operation_seconds(device, dtype))
     ids = random_ids(shape, prompts, prompt)
 
@@ -784,7 +785,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.paper or args.check):
         is_gpu = device.type == "cuda"
         prompts, response = args.prompts or (32 if is_gpu else 1), args.response or (1024 if is_gpu else 256)
-        print_studies([measured_card(device, prompts, response)])
+        studies = STUDIES if is_gpu else STUDIES[:2]
+        print_studies([measured_card(device, prompts, response)], studies)
     return 0
 
 

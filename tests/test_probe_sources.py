@@ -139,6 +139,8 @@ def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, ca
         (["--system-prompt", "x"], "--system-prompt"),
         (["--verifier", "nothing"], "--verifier nothing"),
         (["--verifier-seconds", "0"], "--verifier-seconds"),
+        (["--max-memory", "cpu=1GiB"], "--max-memory says something of --device-map only"),
+        (["--device-map", "auto"], "--device cpu can't go with --device-map"),
         (["--revision", "main"], "--revision main: only names on the Hub"),
         (["--adapter", "nowhere"], "--adapter nowhere"),
         (["--rollouts", "x", "--num-samples", "3"], "--num-samples can't go with --rollouts"),
@@ -164,6 +166,19 @@ def test_an_adapter_probed_is_the_merged_checkpoint_probed(tmp_path, checkpoint_
     with_adapter, from_merged, without = ((tmp_path / name / "grads.npy").read_bytes() for name in "amb")
     assert with_adapter == from_merged != without
     assert manifest_of(tmp_path / "a")["model_identity"].keys() == {"weights_sha256", "adapter"}
+
+
+def test_weights_on_the_disk_give_the_same_dump(tmp_path, checkpoint_dir, problems_file):
+    arguments = ["--model-path", checkpoint_dir, "--dataset", problems_file, "--num-prompts", 4, *SMALL]
+    assert probe(tmp_path / "whole", *arguments) == 0
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    (tmp_path / "places.json").write_text(json.dumps(places))
+    spread = [argument for argument in arguments if argument not in ("--device", "cpu")]
+    assert probe(tmp_path / "spread", *spread, "--device-map", tmp_path / "places.json") == 0
+    for name in ("grads.npy", "meta.jsonl", "rollouts.jsonl"):
+        assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert manifest_of(tmp_path / "spread")["device_map"]["model.layers.2"] == "disk"
 
 
 @pytest.mark.parametrize(
