@@ -498,16 +498,17 @@ def _log_axis(ax: Axes, has_numbers: bool) -> None:
 
 def _scatter(ax: Axes, projection: Projection, buckets: np.ndarray, n_buckets: int) -> None:
     """2-D PCA; the view holds the central 99% along each axis and the title says how many points lie outside."""
-    for axis, number in ((ax.xaxis, 0), (ax.yaxis, 1)):
-        share = "" if projection.explained is None else f" ({projection.explained[number]:.1%} of variance)"
-        axis.set_label_text(f"PC{number + 1}{share}")
+    for axis, component in ((ax.xaxis, 0), (ax.yaxis, 1)):
+        share = "" if projection.explained is None else f" ({projection.explained[component]:.1%} of variance)"
+        axis.set_label_text(f"PC{component + 1}{share}")
     points = projection.coordinates
-    sampled = f" drawn at random of {projection.n_rows:,}" if len(points) < projection.n_rows else ""
+    is_sampled = len(points) < projection.n_rows
+    number = f"{len(points):,} of {projection.n_rows:,} at random" if is_sampled else f"n = {len(points):,}"
     if projection.explained is None:
         note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.set_title(f"2-D PCA, n = {len(points):,}", loc="left")
+        ax.set_title(f"2-D PCA, {number}", loc="left")
         return
     limits = [_central_limits(points[:, i]) for i in range(2)]
     inside = np.all([(low <= x) & (x <= high) for (low, high), x in zip(limits, points.T, strict=True)], axis=0)
@@ -517,8 +518,8 @@ def _scatter(ax: Axes, projection: Projection, buckets: np.ndarray, n_buckets: i
     ax.scatter(*points[order].T, s=size, c=bucket_colours(n_buckets)[buckets[order]], alpha=0.7, linewidths=0)
     ax.set_xlim(limits[0])
     ax.set_ylim(limits[1])
-    outside = f", {np.sum(~inside):,} outside the view" if not inside.all() else ""
-    ax.set_title(f"2-D PCA, n = {len(points):,}{sampled}{outside}", loc="left")
+    outside = f", {np.sum(~inside):,} out of view" if not inside.all() else ""
+    ax.set_title(f"2-D PCA, {number}{outside}", loc="left")
 
 
 def _central_limits(values: np.ndarray) -> tuple[float, float]:
