@@ -212,7 +212,24 @@ commit() {
     printf '%s' "$found"
 }
 
-python="$(bash "$PROJECT/scripts/ensure_venv.sh")"
+libraries_for_settings() { # -> needed: the tested versions of what these settings want beside requirements.txt
+    local names=() name
+    case "$DATASET" in
+        *.parquet) names+=(pyarrow) ;;
+        hf:*) names+=(datasets pyarrow) ;;
+        *) if [[ -d "$DATASET" || ! -f "$DATASET" ]]; then names+=(datasets pyarrow); fi ;;
+    esac
+    if [[ "$VERIFIER" == math-verify ]]; then names+=(math-verify); fi
+    if [[ " ${probe_args[*]} " == *" --adapter "* ]]; then names+=(peft); fi
+    if [[ " ${probe_args[*]} " == *" --device-map "* ]]; then names+=(accelerate); fi
+    for name in "${names[@]}"; do
+        mapfile -t -O "${#needed[@]}" needed < <(grep -E "^${name}[=>]" "$PROJECT/requirements-dev.txt")
+    done
+}
+
+needed=()
+libraries_for_settings
+python="$(bash "$PROJECT/scripts/ensure_venv.sh" "${needed[@]}")"
 if [[ -e "$OUT_ROOT/.lock" ]]; then take_lock; fi # who comes second learns it before seconds of checks
 answers="$(mktemp -d)" || die "no temporary directory can be made; set TMPDIR"
 ask_probe "$answers"

@@ -384,6 +384,40 @@ def copy_of_the_project(project: Path) -> None:
     shutil.copytree(ROOT / "scripts", project / "scripts")
     shutil.copy(ROOT / "run_exp1_exp2.sh", project)
     shutil.copy(ROOT / "config.env", project)
+    shutil.copy(ROOT / "requirements.txt", project)
+    shutil.copy(ROOT / "requirements-dev.txt", project)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, []),
+        ({"DATASET": "data.parquet"}, ["pyarrow"]),
+        ({"DATASET": "hf:openai/gsm8k", "VERIFIER": "math-verify"}, ["datasets", "pyarrow", "math-verify"]),
+        ({"DATASET": "saved", "PROBE_ARGS": "--adapter a"}, ["datasets", "pyarrow", "peft"]),
+    ],
+)
+def test_what_the_settings_need_is_installed(environment, tmp_path, settings, names):
+    """With a stand-in for the script that installs: what it is asked for."""
+    project = tmp_path / "project"
+    copy_of_the_project(project)
+    (project / "scripts" / "ensure_venv.sh").write_text(
+        'printf "%s\\n" "$@" >"$STUB_CALLS.asked"; printf "%s" "$PYTHON"'
+    )
+    (tmp_path / "data.parquet").touch()
+    (tmp_path / "saved").mkdir()
+    launch(
+        environment,
+        root=project,
+        cwd=tmp_path,
+        BASE_MODEL="hub/a",
+        TRAINED_MODEL="hub/b",
+        **({"DATASET": str(ROOT / "demo" / "problems.jsonl")} | settings),
+    )
+    asked = Path(environment["STUB_CALLS"] + ".asked").read_text().split("\n")
+    found = [re.split("[=>]", line)[0] for line in asked if line]
+    assert sorted(set(found)) == sorted(names)
+    assert all(line in (ROOT / "requirements-dev.txt").read_text().splitlines() for line in asked if line)
 
 
 def test_awkward_paths_everywhere(environment, tmp_path):
