@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from gradprobe import figures, figures_compression
-from gradprobe.analysis_inputs import (
+from gradprobe.analysis.gram import DEVICES, HOST, Arithmetic, arithmetic_for
+from gradprobe.analysis.inputs import (
     MISSING,
     default_output_dir,
     first_targets,
@@ -37,8 +37,11 @@ from gradprobe.analysis_inputs import (
     subjects_of,
     warn,
 )
-from gradprobe.arithmetic import DEVICES, HOST, Arithmetic, arithmetic_for
-from gradprobe.compression import (
+from gradprobe.analysis.replication import spread_of
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, progress, script_main
+from gradprobe.common.files import make_directory, write_json
+from gradprobe.dump.format import Dump
+from gradprobe.exp1.compression import (
     Ratio,
     compare_buckets,
     drawn_number,
@@ -46,13 +49,19 @@ from gradprobe.compression import (
     row_squared_norms,
     sums_of_rows,
 )
-from gradprobe.console import add_common_flags, parse_tagged_dumps, printable, progress, script_main
-from gradprobe.dump import Dump
-from gradprobe.exp1 import Draws, Exp1, chance_outside_null, measure_dump, n_steps, place_in_null, smallest_bucket
-from gradprobe.figure_inputs import EXP1_ARRAYS, Compression, fingerprint, write_compression
-from gradprobe.files import make_directory, write_json
-from gradprobe.replication import spread_of
-from gradprobe.spectrum import project_to_plane, smaller_gram, spectrum_of_gram
+from gradprobe.exp1.measure import (
+    Draws,
+    Exp1,
+    chance_outside_null,
+    measure_dump,
+    n_steps,
+    place_in_null,
+    smallest_bucket,
+)
+from gradprobe.exp1.spectrum import project_to_plane, smaller_gram, spectrum_of_gram
+from gradprobe.figures import exp1 as figures_compression
+from gradprobe.figures import look as figures
+from gradprobe.figures.inputs import EXP1_ARRAYS, Compression, fingerprint, write_compression
 
 SUMMARY = "exp1_summary.json"
 CUMULATIVE_ENERGY = "exp1_cumulative_energy.png"

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from gradprobe import figures, figures_direction
-from gradprobe.analysis_inputs import (
+from gradprobe.analysis.gram import DEVICES, HOST, Arithmetic, arithmetic_for
+from gradprobe.analysis.inputs import (
     default_output_dir,
     directory_name,
     first_targets,
@@ -37,9 +37,12 @@ from gradprobe.analysis_inputs import (
     subjects_of,
     warn,
 )
-from gradprobe.arithmetic import DEVICES, HOST, Arithmetic, arithmetic_for
-from gradprobe.console import add_common_flags, parse_tagged_dumps, printable, progress, script_main
-from gradprobe.direction import (
+from gradprobe.analysis.replication import spread_of
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, progress, script_main
+from gradprobe.common.errors import InputError
+from gradprobe.common.files import make_directory, write_json
+from gradprobe.dump.format import META, Dump
+from gradprobe.exp2.direction import (
     MIN_ROLLOUTS_OF_EACH_KIND,
     MIN_TOKENS_OF_EACH_KIND,
     ORTHOGONAL_WITHIN,
@@ -47,11 +50,9 @@ from gradprobe.direction import (
     directions_of_bucket,
     summarise,
 )
-from gradprobe.dump import META, Dump
-from gradprobe.errors import InputError
-from gradprobe.figure_inputs import EXP2_ARRAYS, fingerprint, write_directions
-from gradprobe.files import make_directory, write_json
-from gradprobe.replication import spread_of
+from gradprobe.figures import exp2 as figures_direction
+from gradprobe.figures import look as figures
+from gradprobe.figures.inputs import EXP2_ARRAYS, fingerprint, write_directions
 
 SUMMARY = "exp2_summary.json"
 HISTOGRAM = "exp2_direction_cosine_hist.png"

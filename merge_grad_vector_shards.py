@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from gradprobe import dump as contract
-from gradprobe.buckets import bucket_of, fit_edges
-from gradprobe.check import checksum_problems, checksums_of, read_content
-from gradprobe.console import add_common_flags, printable, say, script_main
-from gradprobe.dump import Dump, PromptKey, Rollout
-from gradprobe.errors import InputError, raise_if_any
-from gradprobe.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
-from gradprobe.growing import new_rows
-from gradprobe.rows import iter_row_blocks
+from gradprobe.common.console import add_common_flags, printable, say, script_main
+from gradprobe.common.errors import InputError, raise_if_any
+from gradprobe.common.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
+from gradprobe.dump import format as contract
+from gradprobe.dump.blocks import iter_row_blocks
+from gradprobe.dump.buckets import bucket_of, fit_edges
+from gradprobe.dump.check import checksum_problems, checksums_of, read_content
+from gradprobe.dump.format import Dump, PromptKey, Rollout
+from gradprobe.dump.growing import new_rows
 
 SAME_IN_ALL = (
     "target",

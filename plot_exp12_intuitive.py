@@ -36,8 +36,7 @@ from analyze_exp1_compression import SUMMARY as EXP1_SUMMARY
 from analyze_exp1_compression import measure_dumps as measure_compression
 from analyze_exp2_direction import ALIGNMENT, HISTOGRAM, bucket_directions, format_p_value
 from analyze_exp2_direction import SUMMARY as EXP2_SUMMARY
-from gradprobe import figures, figures_compression, figures_direction, figures_trajectory
-from gradprobe.analysis_inputs import (
+from gradprobe.analysis.inputs import (
     first_targets,
     format_number,
     format_table,
@@ -46,13 +45,18 @@ from gradprobe.analysis_inputs import (
     subjects_of,
     warn,
 )
-from gradprobe.compression import Ratio
-from gradprobe.console import add_common_flags, parse_tagged_dumps, printable, say, script_main
-from gradprobe.direction import BucketDirections, summarise
-from gradprobe.dump import Dump, load_manifest, target_directories
-from gradprobe.errors import InputError, raise_if_any
-from gradprobe.exp1 import BucketNumbers, Draws
-from gradprobe.figure_inputs import (
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, say, script_main
+from gradprobe.common.errors import InputError, raise_if_any
+from gradprobe.common.files import make_directory, read_json, write_text
+from gradprobe.dump.format import Dump, load_manifest, target_directories
+from gradprobe.exp1.compression import Ratio
+from gradprobe.exp1.measure import BucketNumbers, Draws
+from gradprobe.exp2.direction import BucketDirections, summarise
+from gradprobe.figures import exp1 as figures_compression
+from gradprobe.figures import exp2 as figures_direction
+from gradprobe.figures import look as figures
+from gradprobe.figures import trajectory as figures_trajectory
+from gradprobe.figures.inputs import (
     EXP1_ARRAYS,
     EXP2_ARRAYS,
     Compression,
@@ -62,8 +66,7 @@ from gradprobe.figure_inputs import (
     read_compression,
     read_directions,
 )
-from gradprobe.files import make_directory, read_json, write_text
-from gradprobe.report import REPLICATION, TRAJECTORY, render_report
+from gradprobe.figures.report import REPLICATION, TRAJECTORY, render_report
 
 EXP1_HEADLINE = "exp1_headline.png"
 TOP_BUCKET_ENERGY = "exp1_bin4_energy.png"

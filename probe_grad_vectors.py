@@ -37,17 +37,16 @@ import torch
 import transformers
 
 import gradprobe
-from gradprobe import dump as contract
-from gradprobe.buckets import bucket_of, choose_positions, fit_edges
-from gradprobe.check import checksums_of
-from gradprobe.completions import connect, mean_logprob_gap
-from gradprobe.console import add_common_flags, is_verbose, printable, progress, say, script_main
-from gradprobe.dump import Position, Rollout
-from gradprobe.engine import RowGradients, Target, expand_targets
-from gradprobe.errors import InputError, raise_if_any
-from gradprobe.files import locked, make_directory, read_json, sha256_of, write_json
-from gradprobe.growing import Record
-from gradprobe.models import (
+from gradprobe.common.console import add_common_flags, is_verbose, printable, progress, say, script_main
+from gradprobe.common.errors import InputError, raise_if_any
+from gradprobe.common.files import locked, make_directory, read_json, sha256_of, write_json
+from gradprobe.dump import format as contract
+from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges
+from gradprobe.dump.check import checksums_of
+from gradprobe.dump.format import Position, Rollout
+from gradprobe.dump.growing import Record
+from gradprobe.gradients.engine import RowGradients, Target, expand_targets
+from gradprobe.model.checkpoint import (
     Budget,
     Checkpoint,
     CheckpointSource,
@@ -61,8 +60,8 @@ from gradprobe.models import (
     resolve_device,
     resolve_dtype,
 )
-from gradprobe.placement import Placement, input_device, read_placement
-from gradprobe.probe_output import (
+from gradprobe.model.placement import Placement, input_device, read_placement
+from gradprobe.probe.output import (
     FaultyRows,
     GrowingGradients,
     GrowingRollouts,
@@ -70,13 +69,21 @@ from gradprobe.probe_output import (
     refuse_foreign_dump,
     refuse_other_settings,
 )
-from gradprobe.problems import ProblemSet, load_problems, shard_of_study
-from gradprobe.rollout_files import read_rollouts
-from gradprobe.rollout_shapes import FORMATS
-from gradprobe.rollouts import chunks_of, score_responses
-from gradprobe.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server, judged
-from gradprobe.templates import preview, read_template, render_prompts
-from gradprobe.verify import RunningVerifier, Verifier, load_verifier
+from gradprobe.problems.load import ProblemSet, load_problems, shard_of_study
+from gradprobe.problems.templates import preview, read_template, render_prompts
+from gradprobe.problems.verify import RunningVerifier, Verifier, load_verifier
+from gradprobe.rollouts.foreign import read_rollouts
+from gradprobe.rollouts.sample import chunks_of, score_responses
+from gradprobe.rollouts.server import connect, mean_logprob_gap
+from gradprobe.rollouts.shapes import FORMATS
+from gradprobe.rollouts.sources import (
+    GivenRollouts,
+    SampledRollouts,
+    SamplingSettings,
+    Source,
+    described_server,
+    judged,
+)
 
 DEFAULT_DATASET = Path(__file__).parent / "demo" / "problems.jsonl"
 SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}

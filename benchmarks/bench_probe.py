@@ -37,11 +37,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gradprobe.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
-from gradprobe.engine import RowGradients, Target  # noqa: E402
-from gradprobe.models import layer_list, load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
-from gradprobe.problems import load_problems, shard_of_study  # noqa: E402
-from gradprobe.rollouts import rollout_uniforms, sample_responses, score_responses  # noqa: E402
+from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
+from gradprobe.gradients.engine import RowGradients, Target  # noqa: E402
+from gradprobe.model.checkpoint import layer_list, load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
+from gradprobe.problems.load import load_problems, shard_of_study  # noqa: E402
+from gradprobe.rollouts.sample import rollout_uniforms, sample_responses, score_responses  # noqa: E402
 from probe_grad_vectors import BATCH_TOKENS  # noqa: E402
 
 SHAPES = {

@@ -39,9 +39,9 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gradprobe.compression import compare_buckets, rollout_codes  # noqa: E402
-from gradprobe.exp1 import Draws, measure_dump, smallest_bucket  # noqa: E402
-from gradprobe.spectrum import Spectrum, iter_bucket_spectra  # noqa: E402
+from gradprobe.exp1.compression import compare_buckets, rollout_codes  # noqa: E402
+from gradprobe.exp1.measure import Draws, measure_dump, smallest_bucket  # noqa: E402
+from gradprobe.exp1.spectrum import Spectrum, iter_bucket_spectra  # noqa: E402
 
 BUCKETS, SAMPLES, POSITIONS = 5, 8, 4
 SHARES = (0.5, 0.9, 0.95, 0.99)

@@ -17,9 +17,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gradprobe.dump import find_rollouts, iter_rollouts, load_dump  # noqa: E402
-from gradprobe.engine import RowGradients, Target  # noqa: E402
-from gradprobe.models import layer_list, load_checkpoint, resolve_device  # noqa: E402
+from gradprobe.dump.format import find_rollouts, iter_rollouts, load_dump  # noqa: E402
+from gradprobe.gradients.engine import RowGradients, Target  # noqa: E402
+from gradprobe.model.checkpoint import layer_list, load_checkpoint, resolve_device  # noqa: E402
 
 
 def rows_of(model, target: Target, rollouts: list, positions: list[np.ndarray]) -> np.ndarray:

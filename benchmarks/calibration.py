@@ -36,7 +36,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import gradprobe  # noqa: E402
-from gradprobe.direction import (  # noqa: E402
+from gradprobe.exp1.spectrum import participation_ratio, spectrum_of_rows  # noqa: E402
+from gradprobe.exp2.direction import (  # noqa: E402
     ALIGNED,
     MIN_ROLLOUTS_OF_EACH_KIND,
     OPPOSED,
@@ -46,7 +47,6 @@ from gradprobe.direction import (  # noqa: E402
     directions_of_bucket,
     summarise,
 )
-from gradprobe.spectrum import participation_ratio, spectrum_of_rows  # noqa: E402
 
 VERDICTS = (ALIGNED, ORTHOGONAL, OPPOSED, UNDERPOWERED)
 COVERAGE_BAND = (0.90, 0.99)

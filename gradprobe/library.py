@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from . import dump
-from .analysis_inputs import open_dumps
-from .direction import Alignment, directions_of_bucket
-from .errors import InputError
-from .spectrum import participation_ratio as participation_ratio_of_energies
-from .spectrum import spectrum_of_rows
+from .analysis.inputs import open_dumps
+from .common.errors import InputError
+from .dump import format as dump
+from .exp1.spectrum import participation_ratio as participation_ratio_of_energies
+from .exp1.spectrum import spectrum_of_rows
+from .exp2.direction import Alignment, directions_of_bucket
 
 BATCH_TOKENS = 4096
 
@@ -58,8 +58,8 @@ def row_gradients(
     Raises:
         InputError: a layer, weight, row or position that there is not.
     """
-    from .engine import RowGradients, Target
-    from .models import layer_list
+    from .gradients.engine import RowGradients, Target
+    from .model.checkpoint import layer_list
 
     wanted = np.arange(len(response_ids)) if positions is None else np.asarray(positions, dtype=np.int64)
     if len(np.unique(wanted)) != len(wanted) or not np.isin(wanted, np.arange(len(response_ids))).all():

@@ -27,12 +27,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gradprobe.check import problems_of
-from gradprobe.console import printable
-from gradprobe.dump import iter_rollouts, load_dump, load_manifest
-from gradprobe.errors import InputError
-from gradprobe.files import json_line
-from gradprobe.problems import load_problems
+from gradprobe.common.console import printable
+from gradprobe.common.errors import InputError
+from gradprobe.common.files import json_line
+from gradprobe.dump.check import problems_of
+from gradprobe.dump.format import iter_rollouts, load_dump, load_manifest
+from gradprobe.problems.load import load_problems
 
 SLOW_SECONDS = 5.0
 N_PROMPTS, N_SAMPLES, N_TOKENS, DIM, BINS = 3, 2, 4, 5, 2

@@ -26,9 +26,9 @@ import analyze_exp2_direction
 import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
-from gradprobe import check
-from gradprobe.dump import load_dump
-from gradprobe.rows import open_rows
+from gradprobe.dump import check
+from gradprobe.dump.blocks import open_rows
+from gradprobe.dump.format import load_dump
 
 ODD_NAME = "a b'c\"d$(touch pwned)\ne\x1b[31mf"
 ESCAPED_ODD_NAME = "\\ne\\x1b[31mf"

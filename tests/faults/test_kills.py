@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tiny import tiny_checkpoint
 
-from gradprobe.check import problems_of
-from gradprobe.files import locked
+from gradprobe.common.files import locked
+from gradprobe.dump.check import problems_of
 
 ROOT = Path(__file__).parents[2]
 N_KILLS = int(os.environ.get("GRADPROBE_KILLS", "20"))

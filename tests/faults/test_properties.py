@@ -15,13 +15,13 @@ from hypothesis.extra import numpy as hnp
 from planted import write_dump
 
 import merge_grad_vector_shards
-from gradprobe.buckets import bucket_of, choose_positions, fit_edges
-from gradprobe.check import problems_of
-from gradprobe.dump import load_dump
-from gradprobe.files import aside, json_line
-from gradprobe.growing import GrowingLines, GrowingRows, Piece, Record, new_rows
-from gradprobe.rollouts import chunks_of
-from gradprobe.verify import last_boxed
+from gradprobe.common.files import aside, json_line
+from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges
+from gradprobe.dump.check import problems_of
+from gradprobe.dump.format import load_dump
+from gradprobe.dump.growing import GrowingLines, GrowingRows, Piece, Record, new_rows
+from gradprobe.problems.verify import last_boxed
+from gradprobe.rollouts.sample import chunks_of
 
 reproducible = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -1,0 +1,1 @@
+"""The contract on disk: records, format, buckets, gradients read in blocks and grown row by row, checks."""

@@ -1,0 +1,479 @@
+"""The contract on disk: the only module that knows the file names and keys of a dump.
+
+A dump is a directory with `grads.npy` (float32, [n_positions, row_dim]), `meta.jsonl` (one line per gradient
+row), `manifest.json` (written last: a directory without it is unfinished) and, since this tool,
+`rollouts.jsonl` (what is needed to probe the same tokens again).
+"""
+
+import itertools
+import json
+import reprlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import InputError, raise_if_any
+from ..common.files import iter_jsonl, read_json, write_jsonl
+from .blocks import SelectedRows, open_rows
+from .buckets import bucket_of
+
+GRADS = "grads.npy"
+META = "meta.jsonl"
+MANIFEST = "manifest.json"
+ROLLOUTS = "rollouts.jsonl"
+SETTINGS = "settings.json"
+RECORD = "progress.jsonl"
+FORMAT_VERSION = 1
+EDGE_TOLERANCE = 1e-6
+MOST = 1 << 62
+"""What integers and numbers in a file stay below: more would not fit an array."""
+SHOWN_PROBLEMS = 20
+
+REQUIRED_MANIFEST_KEYS = {
+    "model_path": str,
+    "target": str,
+    "row_idx": int,
+    "row_dim": int,
+    "num_prompts": int,
+    "num_samples_per_prompt": int,
+    "num_rollouts": int,
+    "num_positions": int,
+    "entropy_edges": list,
+    "bins": int,
+}
+
+OPTIONAL_MANIFEST_KEYS = {
+    **dict.fromkeys(("num_correct_rollouts", "num_response_tokens", "num_nonfinite_rows", "num_zero_rows"), int),
+    **dict.fromkeys(("prompt_idxs", "shards", "nonfinite_rows", "zero_rows"), list),
+    **dict.fromkeys(("checksums", "shard", "sampling", "dataset"), dict),
+    **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), str),
+}
+NULLABLE_MANIFEST_KEYS = ("sampling", "dataset")
+"""Null where rollouts were taken from a file that doesn't say how they were sampled."""
+
+PromptKey = int | tuple[int, int]
+"""A prompt's index in its data set, or (shard, index) where shards of unknown origin were merged."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response and all that is needed to probe it again; one line of `rollouts.jsonl`.
+
+    `entropies` (nats) and `logprobs` are those of the full softmax at temperature 1, one per response token.
+    """
+
+    prompt_idx: PromptKey
+    sample_idx: int
+    problem_id: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    entropies: list[float]
+    logprobs: list[float]
+    response: str
+    ground_truth: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Position:
+    """One gradient row's description; one line of `meta.jsonl`. `pos` counts response tokens from 0."""
+
+    row: int
+    prompt_idx: PromptKey
+    sample_idx: int
+    pos: int
+    bin: int
+    entropy: float
+    correct: bool
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Dump:
+    """A dump opened for reading. Row i of every array describes `grads[i]`.
+
+    Attributes:
+        path: its directory.
+        manifest: `manifest.json` as it stands.
+        grads: [n, row_dim] float32, a read-only memory map, or some rows of one (see `only`).
+        row: [n] int64, which rows of `grads.npy` these are.
+        prompt_keys: the distinct prompts, sorted.
+        prompt: [n] index into `prompt_keys`.
+        sample_idx, pos, bin: [n] int64.
+        entropy: [n] float64, nats.
+        correct: [n] bool, whether the position's rollout was correct.
+        logprob: [n] float64, or None in dumps of the original scripts.
+        lines_in_row_order: whether the lines of `meta.jsonl` stand in the order of the rows.
+        warnings: what the reader must be told, one line each.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    grads: np.ndarray | SelectedRows
+    row: np.ndarray
+    prompt_keys: list[PromptKey]
+    prompt: np.ndarray
+    sample_idx: np.ndarray
+    pos: np.ndarray
+    bin: np.ndarray
+    entropy: np.ndarray
+    correct: np.ndarray
+    logprob: np.ndarray | None
+    lines_in_row_order: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def bins(self) -> int:
+        """The number of entropy buckets."""
+        return self.manifest["bins"]
+
+    @property
+    def row_dim(self) -> int:
+        """The length of a gradient row."""
+        return self.grads.shape[1]
+
+    def rows_of_bucket(self, bucket: int) -> np.ndarray:
+        """Ascending row numbers of `bucket`."""
+        return np.flatnonzero(self.bin == bucket)
+
+    def meta_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of `meta.jsonl` with all their keys, in row order."""
+        file = self.path / META
+        if self.lines_in_row_order:
+            yield from (record for _, record in iter_jsonl(file))
+            return
+        starts = np.zeros(len(self.row), np.int64)
+        with file.open("rb") as stream:
+            start = 0
+            for line in stream:
+                starts[json.loads(line)["row"]] = start
+                start += len(line)
+            for start in starts.tolist():
+                stream.seek(start)
+                yield json.loads(stream.readline())
+
+    def only(self, kept: np.ndarray) -> "Dump":
+        """The dump as if it had no rows but `kept`, [n_kept] ascending indices into this one's."""
+        if len(kept) == len(self.row):
+            return self
+        per_row = ("row", "prompt", "sample_idx", "pos", "bin", "entropy", "correct", "logprob")
+        columns = {name: None if getattr(self, name) is None else getattr(self, name)[kept] for name in per_row}
+        source = self.grads.source if isinstance(self.grads, SelectedRows) else self.grads
+        return replace(self, grads=SelectedRows(source, columns["row"]), **columns)
+
+
+def prompt_key_from_json(value: Any) -> PromptKey:
+    """`7` -> 7, `[1, 7]` -> (1, 7).
+
+    Raises:
+        ValueError: neither of both.
+    """
+    if _is_of_kind(value, int):
+        return value
+    if isinstance(value, list) and len(value) == 2 and all(_is_of_kind(part, int) for part in value):
+        return (value[0], value[1])
+    raise ValueError(f"prompt_idx is neither an integer from 0 nor [shard, integer]: {reprlib.repr(value)}")
+
+
+def load_dump(path: Path) -> Dump:
+    """Open a dump and place every meta line by its `row`.
+
+    What can be told without reading the gradients is checked: types, the rows' permutation, counts against the
+    manifest, buckets against edges, no token twice. `check.problems_of` reads the rest too.
+
+    Raises:
+        InputError: a file is missing or malformed, or the files contradict each other; all problems are named.
+    """
+    manifest = load_manifest(path)
+    grads = open_rows(path / GRADS)
+    raise_if_any(
+        f"{path / MANIFEST}: {key} is {manifest[key]}, but {GRADS} has {actual}"
+        for key, actual in zip(("num_positions", "row_dim"), grads.shape, strict=True)
+        if manifest[key] != actual
+    )
+    columns, prompt_keys = _load_meta(path / META, len(grads), manifest["bins"])
+    warnings = _warnings(path, manifest)
+    dump = Dump(path, manifest, grads, np.arange(len(grads)), prompt_keys, warnings=warnings, **columns)
+    repeated = _repeated_tokens(dump)
+    is_ours = find_rollouts(path) is not None  # the original did not promise to dump a token once
+    raise_if_any([*_bucket_problems(dump), *_count_problems(dump), *(repeated if is_ours else [])])
+    return replace(dump, warnings=(*warnings, *repeated))
+
+
+def target_directories(path: Path) -> list[Path]:
+    """The dumps in `path`: itself, or those of several targets inside it, in the order they were asked for.
+
+    Raises:
+        InputError: some of the targets that `settings.json` names are not finished.
+    """
+    if (path / MANIFEST).is_file() or not path.is_dir():
+        return [path]
+    names = _names_of_targets(path / SETTINGS)
+    names = names or sorted(child.name for child in path.iterdir() if (child / MANIFEST).is_file())
+    if len(names) < 2:
+        return [path]
+    raise_if_any(
+        f"{path / name}: not a finished dump (the manifest is written last)"
+        for name in names
+        if not (path / name / MANIFEST).is_file()
+    )
+    return [path / name for name in names]
+
+
+def _names_of_targets(settings: Path) -> list[str]:
+    """The directories of several targets that `settings.json`, if there is one, tells of."""
+    names = (read_json(settings).get("targets") or []) if settings.is_file() else []
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_file_name(name) for name in names):
+        raise InputError(f"{settings}: 'targets' is not a list of directories' names")
+    return names
+
+
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+
+
+def load_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the dump in directory `path`.
+
+    Raises:
+        InputError: it is missing (the dump is unfinished), not JSON, or lacks a key or has one of a wrong type.
+    """
+    file = path / MANIFEST
+    manifest = read_json(file, missing="not a finished dump (the manifest is written last)")
+    raise_if_any(f"{file}: {fault}" for fault in _manifest_faults(manifest))
+    return manifest
+
+
+def _manifest_faults(manifest: dict[str, Any]) -> list[str]:
+    faults = [f"'{key}' is missing" for key in REQUIRED_MANIFEST_KEYS if key not in manifest]
+    for key, kind in (REQUIRED_MANIFEST_KEYS | OPTIONAL_MANIFEST_KEYS).items():
+        is_null = key in NULLABLE_MANIFEST_KEYS and manifest.get(key) is None
+        if key in manifest and not is_null and not _is_of_kind(manifest[key], kind):
+            faults.append(f"'{key}' is not of type {kind.__name__}" + (" from 0" if kind is int else ""))
+    if faults:
+        return faults
+    edges, bins = manifest["entropy_edges"], manifest["bins"]
+    if bins < 1 or len(edges) != bins + 1:
+        faults.append(f"{len(edges)} entropy_edges for {bins} bins")
+    if not are_edges(edges):
+        faults.append("entropy_edges are not increasing numbers")
+    if "entropy_edges_from" in manifest and "entropy_edges_over" not in manifest:
+        faults.append("'entropy_edges_over' is missing")
+    try:
+        kinds = {type(prompt_key_from_json(key)) for key in manifest.get("prompt_idxs", [])}
+    except ValueError as error:
+        faults.append(f"prompt_idxs: {error}")
+    else:
+        faults += ["prompt_idxs: some are integers, others [shard, integer]"] if len(kinds) > 1 else []
+    for key in ("nonfinite_rows", "zero_rows"):
+        if not all(_is_of_kind(row, int) and row < manifest["num_positions"] for row in manifest.get(key, [])):
+            faults.append(f"{key} are not row numbers below {manifest['num_positions']}")
+    return faults + _shard_faults(manifest.get("shard", {}))
+
+
+def _shard_faults(shard: dict[str, Any]) -> list[str]:
+    index, count = shard.get("index", 0), shard.get("num_shards", 1)
+    is_sound = _is_of_kind(index, int) and _is_of_kind(count, int) and index < count
+    return [] if is_sound else [f"'shard' is not an index below num_shards: {reprlib.repr(shard)}"]
+
+
+def are_edges(edges: list[Any]) -> bool:
+    """Whether these are finite numbers, each above the one before."""
+    return all(map(_is_finite, edges)) and all(a < b for a, b in itertools.pairwise(edges))
+
+
+def _is_of_kind(value: Any, kind: type) -> bool:
+    return _is_int(value) and 0 <= value < MOST if kind is int else isinstance(value, kind)
+
+
+def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list[PromptKey]]:
+    """Columns of `meta.jsonl` in row order, and the sorted distinct prompts that its `prompt` counts in."""
+    integers = {name: np.zeros(n_rows, np.int64) for name in ("sample_idx", "pos", "bin")}
+    entropy, logprob = np.zeros(n_rows), np.zeros(n_rows)
+    correct, seen = np.zeros(n_rows, np.bool_), np.zeros(n_rows, np.bool_)
+    code_of: dict[PromptKey, int] = {}
+    prompt = np.zeros(n_rows, np.int64)
+    problems: list[str] = []
+    n_lines = n_logprobs = 0
+    in_order = True
+    for number, record in iter_jsonl(file):
+        n_lines += 1
+        fault = _meta_fault(record, n_rows, bins)
+        row = record.get("row")
+        if fault is None and seen[row]:
+            fault = f"row {row} stands twice"
+        if fault is not None:
+            problems.append(f"{file}:{number}: {fault}")
+            continue
+        seen[row] = True
+        in_order &= row == number - 1
+        prompt[row] = code_of.setdefault(prompt_key_from_json(record["prompt_idx"]), len(code_of))
+        for name, column in integers.items():
+            column[row] = record[name]
+        entropy[row], correct[row] = record["entropy"], record["correct"]
+        if "logprob" in record:
+            logprob[row] = record["logprob"]
+            n_logprobs += 1
+    if n_lines != n_rows:
+        problems.append(f"{file}: {n_lines} lines for the {n_rows} rows of {GRADS}")
+    if len({type(key) for key in code_of}) > 1:
+        problems.append(f"{file}: prompt_idx is an integer in some lines and [shard, integer] in others")
+    raise_if_any(shown(problems))
+    keys = sorted(code_of)
+    rank_of_code = np.zeros(len(keys), np.int64)
+    rank_of_code[[code_of[key] for key in keys]] = np.arange(len(keys))
+    columns = {"prompt": rank_of_code[prompt], **integers, "entropy": entropy, "correct": correct}
+    columns["logprob"] = logprob if n_logprobs == n_rows else None
+    return {**columns, "lines_in_row_order": in_order}, keys
+
+
+def shown(problems: list[str]) -> list[str]:
+    """The first of many problems, and how many more there are."""
+    n_more = len(problems) - SHOWN_PROBLEMS
+    return [*problems[:SHOWN_PROBLEMS], *([f"and {n_more} more problems"] if n_more > 0 else [])]
+
+
+def _bucket_problems(dump: Dump) -> list[str]:
+    """Rows whose bucket is not the one that the manifest's edges give their entropy."""
+    edges = np.array(dump.manifest["entropy_edges"], dtype=np.float64)
+    wrong = np.flatnonzero(bucket_of(dump.entropy, edges) != dump.bin)
+    # An entropy on an edge may have been rounded to either side by whoever wrote it.
+    nearest = np.abs(dump.entropy[wrong, None] - edges).min(axis=1)
+    wrong = wrong[nearest > EDGE_TOLERANCE * np.maximum(1.0, np.abs(dump.entropy[wrong]))]
+    if len(wrong) == 0:
+        return []
+    rows = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+    return [f"{dump.path / META}: {len(wrong)} rows are not in the bin of their entropy's edges (rows {rows})"]
+
+
+def _repeated_tokens(dump: Dump) -> list[str]:
+    """Tokens, (prompt, sample, pos), that stand in more than one row."""
+    keys = (dump.pos, dump.sample_idx, dump.prompt)
+    order = np.lexsort(keys)
+    same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
+    pairs = list(zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True))
+    rows = ", ".join(f"{a} and {b}" for a, b in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
+    return [f"{dump.path / META}: a token stands in two rows {len(pairs)} times (rows {rows})"] if pairs else []
+
+
+def _count_problems(dump: Dump) -> list[str]:
+    """Rollouts with two verdicts, and counts that the meta lines contradict. A rollout or prompt may have no row."""
+    rollouts, of_row = np.unique(np.stack([dump.prompt, dump.sample_idx]), axis=1, return_inverse=True)
+    n_rows = np.bincount(of_row.ravel(), minlength=rollouts.shape[1])
+    n_correct = np.bincount(of_row.ravel(), dump.correct, rollouts.shape[1])
+    mixed = rollouts[:, (n_correct > 0) & (n_correct < n_rows)].T.tolist()
+    problems = [
+        f"{dump.path / META}: the rollout of prompt_idx {dump.prompt_keys[code]}, sample_idx {sample_idx} is called "
+        "both correct and incorrect; probe again"
+        for code, sample_idx in mixed
+    ]
+    counts = {"num_prompts": len(dump.prompt_keys), "num_rollouts": rollouts.shape[1]}
+    counts["num_correct_rollouts"] = int(np.count_nonzero(n_correct))
+    file = dump.path / MANIFEST
+    problems += [
+        f"{file}: {key} is {dump.manifest[key]}, but {META} has rows of {count}"
+        for key, count in counts.items()
+        if _is_int(dump.manifest.get(key)) and count > dump.manifest[key]
+    ]
+    return shown(problems)
+
+
+def _meta_fault(record: dict[str, Any], n_rows: int, bins: int) -> str | None:
+    for key in ("row", "pos", "bin"):
+        if not _is_of_kind(record.get(key), int):
+            return f"'{key}' is missing or not an integer from 0"
+    if record["row"] >= n_rows:
+        return f"row {record['row']} is outside 0..{n_rows - 1}"
+    if record["bin"] >= bins:
+        return f"bin {record['bin']} is outside 0..{bins - 1}"
+    if not _is_finite(record.get("entropy")):
+        return "'entropy' is missing or not a finite number"
+    if "logprob" in record and not _is_finite(record["logprob"]):
+        return "'logprob' is not a finite number"
+    if not isinstance(record.get("correct"), bool):
+        return "'correct' is missing or not true or false"
+    return _rollout_key_fault(record)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_token_id(value: Any) -> bool:
+    return _is_of_kind(value, int)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+
+
+def _warnings(path: Path, manifest: dict[str, Any]) -> tuple[str, ...]:
+    if "shards" in manifest and "format_version" not in manifest:
+        return (
+            f"{path}: merged by the original scripts, which may have put labels on the wrong rows; that can't be "
+            "checked here, so merge it again from its shards",
+        )
+    return ()
+
+
+def find_rollouts(path: Path) -> Path | None:
+    """The `rollouts.jsonl` of a dump: its own, or the one above it that several targets share; None if absent."""
+    own, above = path / ROLLOUTS, path.parent / ROLLOUTS
+    if own.is_file():
+        return own
+    return above if above.is_file() and path.name in _names_of_targets(path.parent / SETTINGS) else None
+
+
+def iter_rollouts(file: Path) -> Iterator[Rollout]:
+    """Yield the rollouts of a `rollouts.jsonl`.
+
+    Raises:
+        InputError: a line is malformed, or the numbers per token don't match the tokens.
+    """
+    for number, record in iter_jsonl(file):
+        fault = _rollout_fault(record)
+        if fault is not None:
+            raise InputError(f"{file}:{number}: {fault}")
+        values = {name: record[name] for name in Rollout.__dataclass_fields__}
+        yield Rollout(**values | {"prompt_idx": prompt_key_from_json(record["prompt_idx"])})
+
+
+def _rollout_fault(record: dict[str, Any]) -> str | None:
+    for name in Rollout.__dataclass_fields__:
+        if name not in record:
+            return f"key '{name}' is missing"
+    for name, kind in (("problem_id", str), ("response", str), ("ground_truth", str), ("correct", bool)):
+        if not isinstance(record[name], kind):
+            return f"'{name}' is not of type {kind.__name__}"
+    for name, is_right in (
+        ("prompt_ids", _is_token_id),
+        ("response_ids", _is_token_id),
+        ("entropies", _is_finite),
+        ("logprobs", _is_finite),
+    ):
+        if not isinstance(record[name], list) or not all(map(is_right, record[name])):
+            return f"'{name}' is not a list of " + ("token ids" if is_right is _is_token_id else "finite numbers")
+    if not len(record["response_ids"]) == len(record["entropies"]) == len(record["logprobs"]):
+        return "response_ids, entropies and logprobs differ in length"
+    if not record["prompt_ids"]:
+        return "'prompt_ids' is empty"
+    return _rollout_key_fault(record)
+
+
+def _rollout_key_fault(record: dict[str, Any]) -> str | None:
+    if not _is_of_kind(record.get("sample_idx"), int):
+        return "'sample_idx' is missing or not an integer from 0"
+    try:
+        prompt_key_from_json(record.get("prompt_idx"))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def write_records(file: Path, records: Iterable[Rollout | Position]) -> None:
+    """Write `rollouts.jsonl` or `meta.jsonl`, one record a line, whole or not at all."""
+    write_jsonl(file, map(asdict, records))

@@ -1,0 +1,1 @@
+"""Whether correct and incorrect rollouts of a prompt push the same way."""

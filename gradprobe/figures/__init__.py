@@ -1,0 +1,1 @@
+"""One look for all figures, a module for each experiment, and the report."""

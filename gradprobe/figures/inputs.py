@@ -1,0 +1,217 @@
+"""What headline figures need of both experiments, kept beside the summaries so that nothing is computed twice.
+
+The analyses write `exp1_arrays.npz` and `exp2_arrays.npz`; together with the summaries these make up `Compression` and
+`direction.BucketDirections` again. Arrays are named `<place of the tag>.<name>`; the entry `about` is a line of JSON
+with the fingerprints of the dumps, so that a reader knows whose numbers they are.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import InputError
+from ..common.files import aside, replace
+from ..dump.format import MANIFEST
+from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
+from ..exp1.measure import BucketNumbers
+from ..exp1.spectrum import Projection, Spectrum
+from ..exp2.direction import Alignment, BucketDirections, Cancellation, Directions, PromptDirection, Signal
+
+EXP1_ARRAYS = "exp1_arrays.npz"
+EXP2_ARRAYS = "exp2_arrays.npz"
+LAYOUT = 1
+"""Of the arrays' names and meanings: files of another layout are not read."""
+
+Fingerprints = Mapping[str, Sequence[str]]
+"""Of each tag's dumps, one for each target."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What headline figures show of Exp 1 of one dump.
+
+    Attributes:
+        buckets: the numbers of each bucket.
+        energies: of each bucket, squared singular values, descending.
+        projection: of all rows, as `spectrum.project_to_plane` gives it.
+        point_buckets: [m] the bucket of each point of the projection.
+    """
+
+    buckets: list[BucketNumbers]
+    energies: list[np.ndarray]
+    projection: Projection
+    point_buckets: np.ndarray
+
+    def spectrum(self, bucket: int) -> Spectrum:
+        """A bucket's spectrum, without its leading direction."""
+        return Spectrum(self.buckets[bucket].n, self.energies[bucket], None)
+
+
+class NotTheseDumps(Exception):  # noqa: N818, it is no error: what is missing is computed
+    """There are no numbers of these dumps in a file; says why, as the end of a sentence."""
+
+
+def fingerprint(dump: Path) -> str:
+    """SHA-256 of a dump's manifest, hexadecimal.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return hashlib.sha256((dump / MANIFEST).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{dump / MANIFEST}: {error.strerror}") from error
+
+
+def write_compression(file: Path, found: Mapping[str, Compression], fingerprints: Fingerprints) -> None:
+    """Write `exp1_arrays.npz`, whole or not at all."""
+    arrays: dict[str, np.ndarray] = {}
+    for place, one in enumerate(found.values()):
+        arrays |= {f"{place}.energies.{bucket}": energies for bucket, energies in enumerate(one.energies)}
+        arrays[f"{place}.points"] = one.projection.coordinates
+        arrays[f"{place}.point_rows"] = one.projection.rows
+        arrays[f"{place}.point_buckets"] = one.point_buckets
+        arrays[f"{place}.n_rows"] = np.array(one.projection.n_rows)
+        if one.projection.explained is not None:
+            arrays[f"{place}.explained"] = one.projection.explained
+    _write(file, arrays, fingerprints)
+
+
+def read_compression(
+    file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints
+) -> tuple[dict[str, Compression], dict[str, list[Ratio | None] | None]]:
+    """What `write_compression` wrote and `exp1_summary.json` says: every tag's numbers, and further tags' ratios.
+
+    Raises:
+        NotTheseDumps: the file or the summary is missing or about others.
+    """
+    arrays = _read(file, summary, fingerprints)
+    found = {}
+    for place, tag in enumerate(fingerprints):
+        buckets = [_bucket_numbers(numbers) for numbers in summary[tag]["per_bucket"].values()]
+        projection = Projection(
+            arrays[f"{place}.point_rows"],
+            arrays[f"{place}.points"],
+            arrays.get(f"{place}.explained"),
+            int(arrays[f"{place}.n_rows"]),
+        )
+        energies = [arrays[f"{place}.energies.{bucket}"] for bucket in range(len(buckets))]
+        found[tag] = Compression(buckets, energies, projection, arrays[f"{place}.point_buckets"])
+    first, *others = fingerprints
+    return found, {tag: _ratios(summary[tag]["compared_with"][first]) for tag in others}
+
+
+def write_directions(file: Path, found: Mapping[str, BucketDirections], fingerprints: Fingerprints) -> None:
+    """Write `exp2_arrays.npz` of each tag's bucket of highest entropy, whole or not at all."""
+    arrays = {}
+    for place, one in enumerate(found.values()):
+        arrays[f"{place}.control"] = _with_nan(one.directions.control)
+        arrays[f"{place}.control_by_rollout"] = _with_nan(one.control_by_rollout)
+    _write(file, arrays, fingerprints)
+
+
+def read_directions(file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints) -> dict[str, BucketDirections]:
+    """What `write_directions` wrote and `exp2_summary.json` says.
+
+    Raises:
+        NotTheseDumps: the file or the summary is missing or about others.
+    """
+    arrays = _read(file, summary, fingerprints)
+    found = {}
+    for place, tag in enumerate(fingerprints):
+        numbers = summary[tag]
+        per_prompt = [
+            PromptDirection(code, one["n_correct_tokens"], one["n_incorrect_tokens"], one["cos_correct_vs_incorrect"])
+            for code, one in enumerate(numbers["per_prompt"])
+        ]
+        control = _with_none(arrays[f"{place}.control"])
+        found[tag] = BucketDirections(
+            directions=Directions(numbers["n_prompts"], tuple(per_prompt), control),
+            control_by_rollout=_with_none(arrays[f"{place}.control_by_rollout"]),
+            alignment=_alignment(numbers["alignment"]),
+            cancellation=_made_of(Cancellation, numbers["cancellation"]),
+            cancellation_group_normalised=_made_of(Cancellation, numbers["cancellation"]["group_normalised"]),
+            n_bootstrap=numbers["draws"]["bootstrap"],
+            n_permutations=numbers["draws"]["permutations"],
+        )
+    return found
+
+
+def is_about(summary: Mapping[str, Any], fingerprints: Fingerprints) -> bool:
+    """Whether a summary holds just these tags, in this order, of just these dumps."""
+    return list(summary) == list(fingerprints) and all(
+        isinstance(summary[tag], dict) and summary[tag].get("manifest_sha256") == list(expected)
+        for tag, expected in fingerprints.items()
+    )
+
+
+def _write(file: Path, arrays: dict[str, np.ndarray], fingerprints: Fingerprints) -> None:
+    about = {"layout": LAYOUT, "manifest_sha256": {tag: list(values) for tag, values in fingerprints.items()}}
+    partial = aside(file)
+    with partial.open("wb") as stream:
+        np.savez(stream, about=np.array(json.dumps(about)), **arrays)
+    replace(partial, file)
+
+
+def _read(file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = dict(stored)
+            about = json.loads(str(arrays.pop("about")))
+    except FileNotFoundError as error:
+        raise NotTheseDumps(f"there is no {file.name}") from error
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
+        raise NotTheseDumps(f"{file.name} can't be read ({error})") from error
+    expected = {tag: list(values) for tag, values in fingerprints.items()}
+    if about != {"layout": LAYOUT, "manifest_sha256": expected} or list(about["manifest_sha256"]) != list(expected):
+        raise NotTheseDumps(f"{file.name} is about others")
+    if not is_about(summary, fingerprints):
+        raise NotTheseDumps(f"the summary beside {file.name} is missing or about others")
+    return arrays
+
+
+def _made_of(kind: type, numbers: Mapping[str, Any]) -> Any:
+    """A dataclass from its part of a summary: lists of two are intervals."""
+    values = {field.name: numbers[field.name] for field in fields(kind)}
+    return kind(**{name: _interval(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _interval(bounds: Sequence[float] | None) -> Interval | None:
+    return None if bounds is None else (bounds[0], bounds[1])
+
+
+def _bucket_numbers(numbers: Mapping[str, Any]) -> BucketNumbers:
+    matched = {
+        name: _made_of(DrawnNumber, value) if isinstance(value, dict) else value
+        for name, value in numbers["matched_n"].items()
+    }
+    return _made_of(BucketNumbers, {**numbers, "matched_n": MatchedN(**matched)})
+
+
+def _ratios(buckets: Mapping[str, Any] | None) -> list[Ratio | None] | None:
+    if buckets is None:
+        return None
+    return [None if one is None else _made_of(Ratio, one) for one in buckets.values()]
+
+
+def _alignment(numbers: Mapping[str, Any]) -> Alignment:
+    signals = {
+        name: None if numbers[name] is None else _made_of(Signal, numbers[name])
+        for name in ("signal_correct", "signal_incorrect")
+    }
+    return _made_of(Alignment, {**numbers, **signals})
+
+
+def _with_nan(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _with_none(values: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(None if np.isnan(value) else float(value) for value in values)

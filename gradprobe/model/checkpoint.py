@@ -1,0 +1,464 @@
+"""A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
+
+import gc
+import re
+import sys
+import textwrap
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_accelerate_available
+from transformers.utils import logging as transformers_logging
+
+from ..common.errors import InputError, raise_if_any
+from ..common.files import read_json, sha256_of
+from .placement import Placement
+
+LOADING_ERRORS = (
+    *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What transformers is known to raise on files that are not what it expects."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+SHOWN_WEIGHTS = 3
+LOGITS_PER_BLOCK = 1 << 25
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded causal language model, frozen, in eval mode."""
+
+    model: nn.Module
+    tokenizer: Any
+    end_ids: frozenset[int]
+    """All end-of-sequence ids: any of them ends a rollout."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: a GPU is asked for and torch sees none, or something else than a GPU or the CPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: must be auto, cuda or cpu") from error
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {name}: must be auto, cuda or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on GPUs that have it and float32 elsewhere."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if has_bfloat16 else "float32"
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Which checkpoint: `--model-path` and what goes with it.
+
+    Attributes:
+        path: a local directory, or a name on the Hub.
+        revision: branch, tag or commit of a name on the Hub; None for its default branch.
+        adapter: a PEFT adapter (LoRA) merged into the weights: a local directory, or a name on the Hub.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every loader of transformers is told."""
+        is_local = Path(self.path).exists()
+        options = {"local_files_only": is_local, "trust_remote_code": self.trust_remote_code}
+        return options if self.revision is None else options | {"revision": self.revision}
+
+
+def load_checkpoint(
+    source: CheckpointSource | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    placement: Placement | None = None,
+) -> Checkpoint:
+    """Load model and tokenizer; safetensors only. An adapter is merged in float32, before the weights are rounded.
+
+    Args:
+        device: takes all of the model, unless there is a placement.
+        attention: `sdpa`, `eager` or `flash_attention_2`, see `resolve_attention`.
+        placement: spreads the weights over several devices.
+
+    Raises:
+        InputError: there is no such checkpoint, it can't be loaded, it lacks weights (transformers would draw them at
+            random), its tokenizer has no vocabulary, it names no end-of-sequence token, or an adapter would have to be
+            merged into weights that are spread.
+    """
+    source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
+    if placement is not None and source.adapter is not None:
+        raise InputError(f"--adapter {source.adapter}: can't go with --device-map; merge it into a checkpoint first")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
+    tokenizer = load_tokenizer(source)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=dtype if source.adapter is None else torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **_where_weights_go(source, device, placement),
+            **source.options,
+        )
+    except LOADING_ERRORS as error:
+        raise _cannot_load(source.path, error) from error
+    raise_if_any(_faults_of_weights(source.path, found))
+    if source.adapter is not None:
+        model = _with_adapter(model, source.adapter).to(dtype)
+    if placement is None:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
+    return Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
+
+
+def _where_weights_go(source: CheckpointSource, device: torch.device, placement: Placement | None) -> dict[str, Any]:
+    """With accelerate, weights are read straight onto their device: the CPU never holds a copy of the model."""
+    if placement is not None:
+        return placement.options
+    is_direct = source.adapter is None and is_accelerate_available()
+    return {"device_map": {"": device}} if is_direct else {}
+
+
+def load_tokenizer(source: CheckpointSource) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        InputError: there is none, or it has no vocabulary.
+    """
+    _refuse_incomplete(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(source.path, error) from error
+    if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
+        raise InputError(f"--model-path {source.path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
+    return tokenizer
+
+
+def load_skeleton(source: CheckpointSource) -> nn.Module:
+    """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost.
+
+    Raises:
+        InputError: there is no such checkpoint, or no causal language model in it.
+    """
+    _refuse_incomplete(source)
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.options)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(source.path, error) from error
+    with suppress(OSError):  # many checkpoints have none
+        skeleton.generation_config = GenerationConfig.from_pretrained(
+            source.path, **{key: value for key, value in source.options.items() if key != "trust_remote_code"}
+        )
+    return skeleton
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    """The model with a PEFT adapter's change of its weights added to them."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"--adapter {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
+    directory = Path(adapter)
+    is_local = directory.exists()
+    if is_local and not (directory / "adapter_model.safetensors").is_file():
+        raise InputError(f"--adapter {adapter}: no adapter_model.safetensors in it; other formats are not read")
+    try:
+        return PeftModel.from_pretrained(
+            model, adapter, use_safetensors=True, local_files_only=is_local
+        ).merge_and_unload()
+    except LOADING_ERRORS as error:
+        raise InputError(f"--adapter {adapter}: can't be merged: {_reason(error)}") from error
+
+
+def resolve_attention(name: str, model: nn.Module) -> str:
+    """`auto` is `sdpa` where the architecture has it, else (Gemma 2) `eager`."""
+    if name == "auto":
+        return "sdpa" if type(model)._supports_sdpa else "eager"
+    return name
+
+
+def _cannot_load(path: str, error: Exception) -> InputError:
+    where = path if Path(path).exists() else f"{path}: no such directory, and as a name on the Hub"
+    return InputError(f"--model-path {where}: can't be loaded: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return kind + textwrap.shorten(str(error) or "no reason given", 300, placeholder=" ...")
+
+
+def _refuse_incomplete(source: CheckpointSource) -> None:
+    """Raise `InputError` where a look at the directory tells that it is no checkpoint of ours."""
+    path = source.path
+    directory = Path(path)
+    if not directory.exists():
+        if not HUB_NAME.fullmatch(path):
+            raise InputError(f"--model-path {path}: no such directory")
+        return
+    if source.revision is not None:
+        raise InputError(f"--revision {source.revision}: only names on the Hub have revisions, {path} is a directory")
+    if not directory.is_dir():
+        raise InputError(f"--model-path {path}: is a file; a checkpoint is a directory")
+    faults = []
+    if not (directory / "config.json").is_file():
+        faults.append(f"--model-path {path}: no config.json in it")
+    if not any(directory.glob("*.safetensors")):
+        faults.append(f"--model-path {path}: no *.safetensors in it; other formats, which can hold code, are not read")
+    raise_if_any(faults)
+    generation_config = directory / "generation_config.json"
+    if generation_config.is_file():
+        read_json(generation_config)  # transformers passes over a broken one, and so over end-of-sequence ids
+
+
+def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
+    """Weights that the checkpoint lacks, or has in another shape; `found` is transformers' loading info."""
+    faults = (
+        ("lacks weights of its architecture", sorted(found["missing_keys"])),
+        ("has weights of other shapes than its config's", sorted(str(key[0]) for key in found["mismatched_keys"])),
+    )
+    for fault, names in faults:
+        if names:
+            shown = ", ".join(names[:SHOWN_WEIGHTS]) + (", ..." if len(names) > SHOWN_WEIGHTS else "")
+            yield f"--model-path {path}: {fault}: {shown}"
+
+
+def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str, str]:
+    """What the weights are: hash of a local checkpoint's configuration and weights, commit of one from the Hub.
+
+    With an adapter, what that is too: its hash, or its name on the Hub.
+    """
+    directory = Path(source.path)
+    if directory.is_dir():
+        identity = {"weights_sha256": sha256_of(directory / "config.json", *sorted(directory.glob("*.safetensors")))}
+    else:
+        identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
+    if source.adapter is None:
+        return identity
+    adapter = Path(source.adapter)
+    files = [adapter / "adapter_config.json", *sorted(adapter.glob("*.safetensors"))]
+    return identity | {"adapter": sha256_of(*files) if all(map(Path.is_file, files)) else source.adapter}
+
+
+def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """The union of what generation config, model config and tokenizer call end of sequence.
+
+    Raises:
+        InputError: one of them calls something else than token ids so, or none names any.
+    """
+    found: set[int] = set()
+    generation_config = getattr(model, "generation_config", None)
+    for source in (generation_config, model.config.get_text_config(), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(i) is int for i in listed):
+            raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
+        found.update(listed)
+    if not found:
+        name = getattr(model.config, "name_or_path", "") or type(model).__name__
+        raise InputError(f"--model-path {name}: neither its configs nor its tokenizer name an end-of-sequence token")
+    return frozenset(found)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model takes, or None where its config sets no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and module of the decoder's layers, found from the module tree.
+
+    Raises:
+        InputError: no module list has as many entries as the config has layers.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of {n_layers} layers in the module tree")
+    return min(lists, key=lambda named: named[0].count("."))
+
+
+def linear_weights(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a layer by their weight's name inside it, e.g. `mlp.down_proj.weight`."""
+    return {f"{n}.weight": m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def n_output_rows(linear: nn.Module) -> int:
+    """The number of rows of W in y = W x; GPT-2's `Conv1D` stores the transpose."""
+    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def n_inputs(linear: nn.Module) -> int:
+    """The length of a row of W in y = W x."""
+    return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+
+
+def decoder_hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The decoder's last hidden states, final norm included.
+
+    No attention mask: under causal attention the padding at a row's right end is never seen by its own tokens.
+
+    Args:
+        input_ids: [batch, length], padded on the right.
+
+    Returns:
+        [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.to(input_ids.device)
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of chosen hidden states through the model's own head.
+
+    The whole model is called with its decoder standing still, so that whatever else the head does (logit
+    soft-capping, scaling) is done here too.
+
+    Args:
+        hidden: [n, hidden].
+
+    Returns:
+        [n, vocab], float32 at least.
+    """
+    with _decoder_returning(model, hidden[None]):
+        dummy_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)
+        logits = model(input_ids=dummy_ids, use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def positions_per_head_block(model: nn.Module) -> int:
+    """How many positions go through the head at once, so that their float32 logits take about 128 MiB."""
+    return max(1, LOGITS_PER_BLOCK // model.config.get_text_config().vocab_size)
+
+
+class _DecoderOutput(BaseModelOutputWithPast):
+    """Hidden states alone; what else a model's forward hands on of its decoder's output is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    attributes = vars(model.base_model)
+    of_its_own = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate puts one there
+    attributes["forward"] = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del attributes["forward"]  # uncovers the class's
+        attributes.update(of_its_own)
+
+
+def pad_right(sequences: list[list[int]], device: torch.device, length: int | None = None) -> torch.Tensor:
+    """Token ids as one [batch, length] tensor, zeros behind each row's own tokens."""
+    length = length or max(len(sequence) for sequence in sequences)
+    padded = torch.zeros((len(sequences), length), dtype=torch.long)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = torch.tensor(sequence)
+    return padded.to(device)
+
+
+Result = TypeVar("Result")
+Report = Callable[[str], None]
+
+
+@dataclass
+class Budget:
+    """How much goes through the model at once: padded tokens, or rows. Halved for good where memory runs out."""
+
+    tokens: int
+
+
+def run_in_batches(
+    lengths: list[int],
+    batch_tokens: int | Budget,
+    run: Callable[[list[int]], Result],
+    report: Report | None = None,
+    done: Collection[int] = (),
+) -> Iterator[tuple[list[int], Result]]:
+    """Run sequences of similar length together, longest first, at most `batch_tokens` padded tokens at a time.
+
+    The longest come first so that what does not fit into memory shows at once. Where memory runs out, the batch is
+    halved, once and for all, and run again; what was yielded before stays. A sequence longer than the budget is a
+    batch of its own.
+
+    Args:
+        lengths: of each sequence, in tokens.
+        batch_tokens: the budget; a `Budget` is changed in place, so that it outlives the call.
+        run: takes the indices of one batch; has no effect when it fails.
+        report: is told, once, that the batch was halved.
+        done: indices left out: the first batches of an earlier call, so that the others come as they would have.
+
+    Yields:
+        (indices of a batch, what `run` returned for it).
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError, RuntimeError: a single sequence does not fit.
+    """
+    budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
+    left = set(range(len(lengths))) - set(done)
+    waiting = deque(sorted(left, key=lambda i: (-lengths[i], i)))
+    while waiting:
+        n_rows = max(1, min(len(waiting), budget.tokens // max(1, lengths[waiting[0]])))
+        batch = [waiting[k] for k in range(n_rows)]
+        try:
+            result = run(batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if n_rows == 1 or not _is_out_of_memory(error):
+                raise
+            result = None
+        if result is None:
+            # Outside the except block: the exception's traceback would keep the batch's tensors alive.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            budget.tokens = n_rows * lengths[waiting[0]] // 2
+            if report is not None:
+                report(f"out of memory with {n_rows} sequences of {lengths[waiting[0]]} tokens: halving the batch")
+                report = None
+            continue
+        for _ in batch:
+            waiting.popleft()
+        yield batch, result
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch raises a plain RuntimeError where the CPU's allocator fails."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

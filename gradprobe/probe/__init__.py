@@ -1,0 +1,1 @@
+"""What the probe script does, as a library."""

@@ -1,0 +1,1 @@
+"""A data set's rows become prompts; an answer becomes a verdict."""

@@ -1,0 +1,350 @@
+"""Problems in, sliced into shards."""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import raise_if_any
+from .tables import JSONL, Row, Table, lookup, open_table
+from .verify import last_boxed
+
+PROBLEM_KEYS = ("prompt", "problem", "question")
+ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "answer", "solution")
+ID_KEYS = ("id", "unique_id", "extra_info.index")
+NO_ID = "none"
+ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
+FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*([^\n]*)\Z")
+THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
+MAX_FAULTS = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a data set.
+
+    `idx` is its row there. `prompt` is the text the model is to continue; where the data set gives a list of chat
+    messages instead, `prompt` is empty and `messages` has them, as (role, content), until they are rendered.
+    """
+
+    idx: int
+    id: str
+    prompt: str
+    ground_truth: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of a data set, what they were read from, and what was left out.
+
+    `sha256` is that of the file's bytes or, of what is not one file, of the problems in canonical JSON.
+    `columns` says which field gave the `problem`, the `answer` and the `id` (`none`: the row's number).
+    `dropped` counts rows by the reason they were left out. `rendering` says how prompts were made of problems.
+    """
+
+    source: str
+    sha256: str
+    problems: list[Problem]
+    kind: str
+    n_rows: int
+    columns: dict[str, str]
+    dropped: dict[str, int] = field(default_factory=dict)
+    rendering: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the manifest says of the data set; of the original's schema no more than it always did."""
+        described = {"path": self.source, "sha256": self.sha256, "num_problems": len(self.problems)}
+        if self.kind == JSONL and self.columns == ORIGINAL_SCHEMA:
+            return described
+        return {
+            **described,
+            "kind": self.kind,
+            "num_rows": self.n_rows,
+            "num_dropped": self.dropped,
+            "columns": self.columns,
+        }
+
+    @property
+    def summary(self) -> str:
+        """What was read, in a line."""
+        ids = "ids are row numbers" if self.columns["id"] == NO_ID else f"id from '{self.columns['id']}'"
+        line = (
+            f"{self.source}: {self.kind}, {self.n_rows} rows, {len(self.problems)} problems "
+            f"(problem from '{self.columns['problem']}', answer from '{self.columns['answer']}', {ids})"
+        )
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
+        return line + (f"; dropped {sum(self.dropped.values())}: {reasons}" if reasons else "")
+
+
+def load_problems(
+    source: str | Path, problem_key: str | None = None, answer_key: str | None = None, id_key: str | None = None
+) -> ProblemSet:
+    """Read a data set; `open_table` in problem_files.py says what can be one.
+
+    Fields are found by the first of `PROBLEM_KEYS`, `ANSWER_KEYS` and `ID_KEYS` that any row has, upper and lower
+    case alike, or are named: `problem_key`, `answer_key`, `id_key`, dotted for those inside of others
+    (`reward_model.ground_truth`). Without an id, or with `id_key` "none", a row's number from 0 is its id.
+
+    A problem is text, or a list of chat messages. An answer is text or a number. Of an answer that ends in a line
+    `#### 42` that is the answer, without thousands separators; of one that has a `\\boxed{}`, its last one.
+
+    JSON lines in the original's schema (`id`, `prompt`, `ground_truth`) are taken as they are, and anything else in
+    them is an error. Of other data sets rows without a problem or an answer (null, blank, not a number), with
+    several answers, or without a final answer where most rows of that field have one, are dropped and counted.
+    A row of a wrong shape is an error everywhere: not JSON, a missing key, a wrong type, an id used before.
+
+    Raises:
+        InputError: the source can't be read, lacks a field, has bad rows, or has no problems; all faults are named.
+    """
+    table = open_table(str(source))
+    columns = _choose_columns(table, {"problem": problem_key, "answer": answer_key, "id": id_key})
+    rows = table.read([key for key in columns.values() if key != NO_ID])
+    problems, dropped, faults = _read_rows(rows, columns, table.kind == JSONL and columns == ORIGINAL_SCHEMA)
+    faults = [*table.faults, *faults]
+    if not problems and not faults:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        faults.append(f"--dataset {source}: no problems in it" + (f"; dropped: {reasons}" if reasons else ""))
+    _raise_some(faults)
+    return ProblemSet(
+        source=str(source),
+        sha256=table.sha256 or _canonical_sha256(problems),
+        problems=problems,
+        kind=table.kind,
+        n_rows=len(rows),
+        columns=columns,
+        dropped=dict(dropped),
+    )
+
+
+def _raise_some(faults: list[str]) -> None:
+    left_out = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    raise_if_any(faults[:MAX_FAULTS] + left_out)
+
+
+def _canonical_sha256(problems: list[Problem]) -> str:
+    rows = [[problem.idx, problem.id, problem.prompt, problem.messages, problem.ground_truth] for problem in problems]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+# Which field is what
+
+
+def _choose_columns(table: Table, given: dict[str, str | None]) -> dict[str, str]:
+    """The field of each of `problem`, `answer` and `id`, given or found by name.
+
+    Raises:
+        InputError: there is no field of the name, or of any of the common names.
+    """
+    if not table.keys:
+        _raise_some(table.faults or [f"--dataset {table.source}: no problems in it"])
+    columns: dict[str, str] = {}
+    faults: list[str] = []
+    for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
+        key = given[what]
+        found = _first_of((key,) if key else common, table.keys)
+        if found:
+            columns[what] = found
+        elif what == "id" and key in (None, NO_ID):
+            columns[what] = NO_ID
+        elif key:
+            faults.append(f"--{what}-key {key}: not in {table.source} ({_those_there(table)})")
+        else:
+            others = ", ".join(f"'{name}'" for name in common[1:])
+            faults.append(
+                f"{_first_place(table)}: key '{common[0]}' is missing, and so are {others} "
+                f"({_those_there(table)}); name another with --{what}-key"
+            )
+    if faults:
+        _raise_some([*table.faults, *faults])
+    return columns
+
+
+def _first_of(names: Sequence[str], keys: list[str]) -> str:
+    """The first of `names` among `keys`, spelt as there; "" if none is."""
+    by_lower_case = {key.lower(): key for key in reversed(keys)}
+    for name in names:
+        if name in keys or name.lower() in by_lower_case:
+            return name if name in keys else by_lower_case[name.lower()]
+    return ""
+
+
+def _those_there(table: Table) -> str:
+    return f"there: {', '.join(table.keys[:MAX_FAULTS])}{', ...' if len(table.keys) > MAX_FAULTS else ''}"
+
+
+def _first_place(table: Table) -> str:
+    return table.read([])[0].place if table.kind == JSONL else table.source
+
+
+# A row's problem
+
+
+class _BadRowError(ValueError):
+    """The row has a wrong shape."""
+
+
+class _EmptyRowError(ValueError):
+    """The row is well-formed and has nothing to work with: dropped, under the reason given."""
+
+
+def _read_rows(
+    rows: list[Row], columns: dict[str, str], is_strict: bool
+) -> tuple[list[Problem], Counter[str], list[str]]:
+    is_worked = not is_strict and _mostly_worked(rows, columns["answer"])
+    problems: list[Problem] = []
+    dropped: Counter[str] = Counter()
+    faults: list[str] = []
+    first_place_of: dict[str, str] = {}
+    for row in rows:
+        try:
+            problem = _problem_of(row, columns, is_strict, is_worked)
+        except _BadRowError as error:
+            faults.append(f"{row.place}: {error}")
+            continue
+        except _EmptyRowError as error:
+            dropped[str(error)] += 1
+            continue
+        if problem.id in first_place_of:
+            faults.append(
+                f"{row.place}: id '{problem.id}' was used in {first_place_of[problem.id]}"
+                + ("" if is_strict else "; --id-key none numbers the rows instead")
+            )
+        where = row.place.rpartition(":")[2].strip()
+        first_place_of.setdefault(problem.id, f"line {where}" if where.isdecimal() else where)
+        problems.append(problem)
+    return problems, dropped, faults
+
+
+def _problem_of(row: Row, columns: dict[str, str], is_strict: bool, is_worked: bool) -> Problem:
+    values = {}
+    for what, key in columns.items():
+        try:
+            values[what] = row.idx if (what, key) == ("id", NO_ID) else lookup(row.fields, key)
+        except KeyError as error:
+            raise _BadRowError(f"key '{key}' is missing") from error
+    if isinstance(values["id"], bool) or not isinstance(values["id"], str | int):
+        raise _BadRowError(f"'{columns['id']}' is of type {type(values['id']).__name__}")
+    prompt, messages = _prompt_of(values["problem"], columns["problem"], is_strict)
+    if is_strict:
+        answer = str(_scalar(values["answer"], columns["answer"]))
+    else:
+        answer = _answer_of(values["answer"], columns["answer"], is_worked)
+    for text in (str(values["id"]), prompt, answer, *(content for _, content in messages)):
+        _check_unicode(text)
+    return Problem(row.idx, str(values["id"]), prompt, answer, messages)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRowError(f"half a surrogate pair ({text[error.start]!a}) in its text") from error
+
+
+def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
+    if not is_strict and (_is_blank(value) or value == []):
+        raise _EmptyRowError(f"without '{key}'")
+    if isinstance(value, str):
+        return value, ()
+    if isinstance(value, list):
+        return "", tuple(_message_of(message, key) for message in value)
+    raise _BadRowError(f"'{key}' is of type {type(value).__name__}")
+
+
+def _message_of(message: Any, key: str) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise _BadRowError(f"'{key}' is a list, but not one of chat messages (role and content)")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise _BadRowError(f"'{key}' has a chat message whose role or content is not text")
+    return role, content
+
+
+def _is_blank(value: Any) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (isinstance(value, str) and not value.strip())
+
+
+def _scalar(value: Any, key: str) -> str | int | float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise _BadRowError(f"'{key}' is of type {type(value).__name__}")
+    return value
+
+
+def _answer_of(value: Any, key: str, is_worked: bool) -> str:
+    if isinstance(value, list) and len(value) > 1:
+        raise _EmptyRowError(f"with several answers in '{key}'")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if _is_blank(value):
+        raise _EmptyRowError(f"without '{key}'")
+    value = _scalar(value, key)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # tables hold whole numbers as floats where the column has gaps
+    text = str(value).strip()
+    final = final_answer(text)
+    if is_worked and not final:
+        raise _EmptyRowError(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
+    return final or text
+
+
+def final_answer(text: str) -> str:
+    """What a worked solution ends in: its last line after `####`, else its last `\\boxed{}`; "" if it has neither.
+
+    Thousands separators go from a number after `####`, as in GSM8K's own evaluation.
+    """
+    final_line = FINAL_LINE.search(text.strip())
+    if final_line and final_line[1].strip():
+        answer = final_line[1].strip()
+        return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
+    return (last_boxed(text) or "").strip()
+
+
+def _mostly_worked(rows: Iterable[Row], key: str) -> bool:
+    """Whether more than half of a field's texts have a final answer in them: then one that has none is cut off."""
+    n_texts = n_worked = 0
+    for row in rows:
+        try:
+            value = lookup(row.fields, key)
+        except KeyError:
+            continue  # _problem_of names it
+        if isinstance(value, str) and value.strip():
+            n_texts += 1
+            n_worked += bool(final_answer(value))
+    return 2 * n_worked > n_texts
+
+
+def shard_of_study(
+    n_problems: int, num_prompts: int, seed: int, shard_index: int = 0, num_shards: int = 1
+) -> np.ndarray:
+    """The problem indices of shard `shard_index`: its own slice of one seeded permutation.
+
+    The study is the first `num_prompts` of the permutation, so its shards are disjoint and together hold the
+    same problems whatever `num_shards` is.
+
+    Returns:
+        [n] int64 indices into a `ProblemSet`'s problems, in the permutation's order.
+
+    Raises:
+        InputError: more prompts than problems, more shards than prompts, or an index outside the shards.
+    """
+    faults = []
+    if num_prompts > n_problems:
+        faults.append(f"--num-prompts {num_prompts}: the data set has {n_problems} problems")
+    if num_shards > num_prompts:
+        faults.append(f"--num-shards {num_shards}: more shards than the study's {num_prompts} prompts")
+    if not 0 <= shard_index < num_shards:
+        faults.append(f"--shard-index {shard_index}: must be 0 to {num_shards - 1} (--num-shards {num_shards})")
+    raise_if_any(faults)
+    study = np.random.default_rng(seed).permutation(n_problems)[:num_prompts]
+    return np.array_split(study, num_shards)[shard_index]

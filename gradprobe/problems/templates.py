@@ -1,0 +1,158 @@
+"""Problems into prompts: a text template, the tokenizer's own chat template, or both."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..common.errors import InputError
+from .load import Problem, ProblemSet
+
+PLACEHOLDER = "{problem}"
+PREVIEW_CHARACTERS = 600
+
+
+def read_template(given: str) -> str:
+    """The text of `--prompt-template`: `given` itself if it holds `{problem}`, else that of the file it names.
+
+    A file's text is taken as it is, its last newline included.
+
+    Raises:
+        InputError: there is no such file, it is not UTF-8, or has no `{problem}`.
+    """
+    if PLACEHOLDER in given:
+        return given
+    try:
+        text = Path(given).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-template {given}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise InputError(
+            f"--prompt-template {given}: no {PLACEHOLDER} in it, so a file's name; {error.strerror}"
+        ) from error
+    if PLACEHOLDER not in text:
+        raise InputError(f"--prompt-template {given}: the file has no {PLACEHOLDER} in it")
+    return text
+
+
+def render_prompts(
+    problem_set: ProblemSet,
+    template: str | None = None,
+    chat: bool = False,
+    system_prompt: str | None = None,
+    tokenizer: Any = None,
+) -> ProblemSet:
+    """The problems with their prompts rendered, and how, in `rendering`; without any of it they are left as they are.
+
+    `template` is text with `{problem}`, every one of which becomes the problem's text; other braces stay. With
+    `chat` the outcome is the user's message in `tokenizer`'s own chat template, after `system_prompt` if there is
+    one, and ends where the model's answer begins. Lists of messages are rendered by the chat template alone.
+
+    `rendering` holds all that goes into the prompts, and a hash of all of them: a chat template may well print
+    today's date.
+
+    Raises:
+        InputError: lists of messages without `chat` or with `template`, a system prompt without `chat` or twice, a
+            tokenizer without a chat template, or one that refuses a problem.
+    """
+    if template is not None and PLACEHOLDER not in template:
+        raise InputError(f"--prompt-template: no {PLACEHOLDER} in it")
+    if system_prompt is not None and not chat:
+        raise InputError("--system-prompt: only a chat template has a place for it; add --chat-template")
+    in_messages = next((problem for problem in problem_set.problems if problem.messages), None)
+    if in_messages and not chat:
+        raise InputError(
+            f"--dataset {problem_set.source}: prompts are lists of chat messages (problem '{in_messages.id}'); "
+            "add --chat-template to render them, or name another field with --problem-key"
+        )
+    if in_messages and template is not None:
+        raise InputError(
+            f"--prompt-template: prompts of {problem_set.source} are lists of chat messages "
+            f"(problem '{in_messages.id}'); leave it out, or name another field with --problem-key"
+        )
+    if template is None and not chat:
+        return problem_set
+
+    rendering: dict[str, Any] = {"prompt_template": template}
+    notes: list[str] = []
+    prompts = [fill(template, problem.prompt) if template else problem.prompt for problem in problem_set.problems]
+    if chat:
+        chat_template = _chat_template(tokenizer)
+        notes = _notes(problem_set.problems, prompts, tokenizer, chat_template)
+        rendering["chat_template_sha256"] = _sha256(chat_template)
+        rendering["system_prompt"] = system_prompt
+        prompts = [
+            _in_chat(problem, prompt, system_prompt, tokenizer)
+            for problem, prompt in zip(problem_set.problems, prompts, strict=True)
+        ]
+    rendering["prompts_sha256"] = _sha256(json.dumps(prompts))
+    problems = [
+        replace(problem, prompt=prompt, messages=())
+        for problem, prompt in zip(problem_set.problems, prompts, strict=True)
+    ]
+    return replace(problem_set, problems=problems, rendering=rendering, notes=(*problem_set.notes, *notes))
+
+
+def fill(template: str, problem: str) -> str:
+    """`template` with each `{problem}` replaced; LaTeX is full of braces, so no other one means anything."""
+    return template.replace(PLACEHOLDER, problem)
+
+
+def preview(problem: Problem, n_characters: int = PREVIEW_CHARACTERS) -> str:
+    """One problem as it is handed to the model, for a person to look at; a long prompt without its middle."""
+    prompt = problem.prompt
+    if len(prompt) > n_characters:
+        half = n_characters // 2
+        n_left_out = len(prompt) - 2 * half
+        prompt = f"{prompt[:half]} [... {n_left_out} characters ...] {prompt[len(prompt) - half :]}"
+    return f"problem '{problem.id}', answer '{problem.ground_truth}', prompt: {prompt}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _chat_template(tokenizer: Any) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(
+            "--chat-template: this checkpoint's tokenizer has none; give the whole prompt with --prompt-template"
+        ) from error
+
+
+def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, tokenizer: Any) -> str:
+    given = problem.messages or (("user", prompt),)
+    if system_prompt is not None and any(role == "system" for role, _ in given):
+        raise InputError(f"--system-prompt: problem '{problem.id}' brings a system message of its own; leave it out")
+    if system_prompt is not None:
+        given = (("system", system_prompt), *given)
+    messages = [{"role": role, "content": content} for role, content in given]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"--chat-template: the tokenizer's refuses problem '{problem.id}' ({error})") from error
+
+
+def _notes(problems: list[Problem], prompts: list[str], tokenizer: Any, chat_template: str) -> list[str]:
+    """What may well be a mistake, in plain words."""
+    notes = []
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    suspects = [
+        (problem.id, token)
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for token in special
+        if token in prompt or any(token in content for _, content in problem.messages)
+    ]
+    if suspects:
+        n_problems = len({problem_id for problem_id, _ in suspects})
+        notes.append(
+            f"--chat-template: {n_problems} problems hold special tokens before it is applied "
+            f"(problem '{suspects[0][0]}': {suspects[0][1]}); are they rendered already?"
+        )
+    if "strftime_now" in chat_template:
+        notes.append("--chat-template: the tokenizer's prints today's date, so prompts change from day to day")
+    return notes

@@ -1,0 +1,439 @@
+"""Rollouts from elsewhere: our own `rollouts.jsonl`, vLLM's and the OpenAI completions shape, TRL's and verl's dumps.
+
+Whatever the shape, what comes out is token ids. Ids in the file are taken as they are. Text is tokenised again with
+care: what does not come back from its ids is dropped and counted, for its tokens can't be known.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..common.errors import InputError
+from ..dump.format import MOST, PromptKey, Rollout, prompt_key_from_json
+from ..problems.load import Problem
+from .server import are_token_ids
+from .shapes import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
+
+CACHED_TEXTS = 4096
+LOST_BYTES = "\ufffd"
+"""In a sampler's text it stands for bytes that made no character; its own ids are others."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+EMPTY = "completions without response tokens"
+NOT_ROUND_TRIP = "completions whose text does not come back from its token ids"
+TOO_LONG = "completions longer than the model's context"
+END_APPENDED = "ended by themselves, which their text can't say: the end-of-sequence id was appended"
+END_UNKNOWN = "may lack their end-of-sequence token: the file doesn't say how they ended"
+PADDING_CUT = "ended in several end-of-sequence or padding ids, of which the first was kept"
+BOUNDARY_DIFFERS = "have other ids where prompt and completion are tokenised as one text; kept as tokenised apart"
+TEXT_DIFFERS = "have a text that this tokenizer does not make of their ids"
+FROM_DATASET = "have the data set's prompt: the file's own lacks special tokens, or is missing"
+OTHER_THAN_DATASET = "have a prompt other than the data set's rendering of their problem; probed as in the file"
+RENDERED = "have a prompt of messages, rendered with the tokenizer's chat template"
+SPECIALS_NOT_ADDED = "have a prompt as text, tokenised without the special tokens this tokenizer would add"
+
+NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "completion_ids", *TRUTH_KEYS}
+"""TRL's columns that are no reward; each reward function has a column of its name."""
+
+
+@dataclass(frozen=True)
+class ForeignRollouts:
+    """Rollouts still to be scored: `entropies` and `logprobs` are empty, `correct` is None where to be verified."""
+
+    rollouts: list[Rollout]
+    report: RolloutReport
+
+    def unverified(self) -> list[tuple[str, str]]:
+        """(response, ground truth) of each rollout without a verdict, for a verifier."""
+        return [(r.response, r.ground_truth) for r in self.rollouts if r.correct is None]
+
+    def judged(self, verdicts: Iterable[bool | None]) -> list[Rollout]:
+        """The rollouts with a verdict each: the file's, or the next of `verdicts`.
+
+        Args:
+            verdicts: one for each of `unverified`; None, where nobody can say, leaves the rollout out.
+        """
+        following = iter(verdicts)
+        judged = [replace(r, correct=next(following)) if r.correct is None else r for r in self.rollouts]
+        return [rollout for rollout in judged if rollout.correct is not None]
+
+
+def read_rollouts(
+    file: Path,
+    tokenizer: Any,
+    vocab_size: int,
+    end_ids: frozenset[int],
+    *,
+    file_format: str = "auto",
+    problems: Sequence[Problem] | None = None,
+    correct_from: str = "auto",
+    correct_above: float | None = None,
+    context: int | None = None,
+) -> ForeignRollouts:
+    """Read rollouts of any of `FORMATS` from a JSONL, JSON or parquet file.
+
+    Args:
+        tokenizer: of the model to be probed.
+        vocab_size: of that model; ids must be below it.
+        end_ids: its end-of-sequence ids.
+        file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
+        problems: the data set the prompts come from; gives ground truths and prompt_idx. Without it prompts are
+            numbered as they appear.
+        correct_from: "auto" (a bool `correct`, verl's bool `acc`, else the reward), the name of a bool or a reward
+            in the file, or "verifier" to ignore what the file says.
+        correct_above: a reward above it counts as correct.
+        context: drop what is longer than this many tokens; None for no bound.
+
+    Raises:
+        InputError: the file can't be read or understood; all faults are named with their lines.
+    """
+    found_format, completions, report = completions_of(file, file_format)
+    if found_format == "gradprobe" and problems is not None:
+        raise InputError(f"--rollouts {file}: rollouts of our own bring their problems; leave --dataset out")
+    judge = _Judge(found_format, correct_from, correct_above)
+    resolve = _Resolver(tokenizer, vocab_size, end_ids, found_format, report, problems, context)
+    rollouts: list[Rollout] = []
+    faults: list[tuple[str, str]] = []
+    n_samples_of: Counter = Counter()
+    for completion in completions:
+        try:
+            rollout = resolve.rollout(completion, judge.verdict(completion.fields), n_samples_of)
+        except ValueError as error:
+            faults.append((completion.where, str(error)))
+            continue
+        if rollout is not None:
+            rollouts.append(rollout)
+    raise_folded(faults)
+    if correct_above is not None and not judge.n_rewards:
+        raise InputError(f"--correct-above {correct_above:g}: {file} has no reward to hold against it")
+    if not rollouts:
+        raise InputError("; ".join((f"--rollouts {file}: no rollouts left", *report.lines()[1:])))
+    report.n_rollouts = len(rollouts)
+    report.n_prompts = len({rollout.prompt_idx for rollout in rollouts})
+    report.n_to_verify = sum(rollout.correct is None for rollout in rollouts)
+    return ForeignRollouts(rollouts, report)
+
+
+@dataclass
+class _Judge:
+    """Takes the verdict from a completion's fields; None leaves it to the verifier."""
+
+    format: str
+    correct_from: str
+    correct_above: float | None
+    n_rewards: int = 0
+
+    def verdict(self, fields: dict[str, Any]) -> bool | None:
+        if self.correct_from == "verifier":
+            return None
+        key = self._key(fields)
+        value = None if key is None else fields.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        if not isinstance(value, int | float):
+            raise ValueError(f"'{key}' is neither true or false nor a number")
+        self.n_rewards += 1
+        if self.correct_above is None:
+            raise ValueError(
+                f"'{key}' is a number: --correct-above THRESHOLD says which rewards are correct answers, "
+                "--correct-from verifier judges them anew"
+            )
+        return None if value != value else value > self.correct_above  # NaN is no verdict
+
+    def _key(self, fields: dict[str, Any]) -> str | None:
+        if self.correct_from != "auto":
+            if self.correct_from not in fields:
+                raise ValueError(f"--correct-from {self.correct_from}: key '{self.correct_from}' is missing")
+            return self.correct_from
+        for key in ("correct", "acc"):
+            if isinstance(fields.get(key), bool):
+                return key
+        rewards = [key for key in self._reward_keys(fields) if _is_number(fields.get(key))]
+        if len(rewards) > 1:
+            raise ValueError(f"several rewards; --correct-from names one of {', '.join(rewards)}, or verifier")
+        return rewards[0] if rewards else None
+
+    def _reward_keys(self, fields: dict[str, Any]) -> Sequence[str]:
+        if self.format == "trl":
+            return [key for key in fields if key not in NO_REWARDS]
+        return ("score",) if self.format == "verl" else ("correct", "score", "reward")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class _Codec:
+    """Text to token ids and back, with nothing added, skipped or tidied up unless it says so."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self._ids_of = lru_cache(CACHED_TEXTS)(self._tokenise)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands."""
+        return list(self._ids_of(text))
+
+    def _tokenise(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def comes_back(self, text: str) -> bool:
+        """Whether `text` is the text of its own ids; with a lone surrogate, which no tokenizer takes, it is not."""
+        return SURROGATE.search(text) is None and self.decode(self.encode(text)) == text
+
+    def readable(self, ids: list[int]) -> str:
+        """The text of token ids without special tokens, as verifiers are given it."""
+        return self.decode(ids, skip_special_tokens=True)
+
+
+class _Resolver:
+    """Makes rollouts of completions: ids of prompt and response, the problem, the place among its samples."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        end_ids: frozenset[int],
+        file_format: str,
+        report: RolloutReport,
+        problems: Sequence[Problem] | None,
+        context: int | None,
+    ):
+        self.tokenizer, self.vocab_size, self.end_ids = tokenizer, vocab_size, end_ids
+        self.format, self.report, self.context = file_format, report, context
+        self.own_samples: set[tuple[PromptKey, int]] = set()
+        self.codec = _Codec(tokenizer)
+        self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
+        self.prompt_idx_of: dict[tuple[int, ...], int] = {}
+        self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
+        self.adds_specials = tokenizer("")["input_ids"] != []
+        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer)
+
+    def rollout(self, completion: Completion, correct: bool | None, n_samples_of: Counter) -> Rollout | None:
+        """The completion's rollout, or None where it was dropped (and counted).
+
+        Raises:
+            ValueError: the completion can't be used; says why.
+        """
+        prompt = self._prompt_text(completion)
+        problem = None if self.problems is None else self.problems.of(completion, prompt)
+        ground_truth = _ground_truth(completion.fields, problem, correct)
+        prompt_ids = self._prompt_ids(completion, prompt, problem)
+        prompt_idx = self._prompt_idx(completion, problem, prompt_ids)
+        is_own = self.format == "gradprobe"
+        sample_idx = self._own_sample_idx(completion, prompt_idx) if is_own else n_samples_of[prompt_idx]
+        n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
+        reason = completion.unusable or self._fault_of_text(completion)
+        ids = [] if reason else self._response_ids(completion)
+        reason = reason or self._fault_of_length(prompt_ids, ids)
+        if reason is not None:
+            self.report.drop(reason, completion.where)
+            return None
+        for remark in (*self._prompt_remarks(completion, prompt, problem, prompt_ids), *self._remarks(completion, ids)):
+            self.report.note(remark, completion.where)
+        given_id = completion.fields.get("problem_id")
+        return Rollout(
+            prompt_idx=prompt_idx,
+            sample_idx=sample_idx,
+            problem_id=problem.id if problem else str(prompt_idx if given_id is None else given_id),
+            prompt_ids=prompt_ids,
+            response_ids=ids,
+            entropies=[],
+            logprobs=[],
+            response=self.codec.readable(ids),
+            ground_truth=ground_truth,
+            correct=correct,
+        )
+
+    def _own_sample_idx(self, completion: Completion, prompt_idx: PromptKey) -> int:
+        sample_idx = completion.fields.get("sample_idx")
+        if type(sample_idx) is not int or not 0 <= sample_idx < MOST:
+            raise ValueError("'sample_idx' is missing or not an integer from 0")
+        if (prompt_idx, sample_idx) in self.own_samples:
+            raise ValueError(f"prompt {prompt_idx} sample {sample_idx} stands twice")
+        self.own_samples.add((prompt_idx, sample_idx))
+        return sample_idx
+
+    def _prompt_ids(self, completion: Completion, text: str | None, problem: Problem | None) -> list[int]:
+        if completion.prompt_ids is not None:
+            return self._checked(completion.prompt_ids, "prompt ids")
+        if problem is not None and (text is None or text == self.problems.readable_prompt_of(problem)):
+            return self.codec.encode(problem.prompt)
+        if text is None:
+            raise ValueError("neither text nor token ids of the prompt; --dataset brings them where ids match")
+        if self.strips_specials and not any(token in text for token in self.tokenizer.all_special_tokens):
+            raise ValueError(
+                "verl writes prompts without their special tokens, so this is not what the model saw; "
+                "--dataset FILE with the rendered prompts brings them back"
+            )
+        if not self.codec.comes_back(text):
+            raise ValueError("its prompt does not come back from its token ids; hand over prompt ids")
+        return self.codec.encode(text)
+
+    def _prompt_text(self, completion: Completion) -> str | None:
+        prompt = completion.prompt
+        if prompt is None or isinstance(prompt, str) or completion.prompt_ids is not None:
+            return prompt if isinstance(prompt, str) else None
+        if not is_list_of(dict, prompt):
+            raise ValueError("its prompt is neither a text nor a list of messages")
+        if not self.tokenizer.chat_template:
+            raise ValueError("its prompt is a list of messages, and the tokenizer has no chat template")
+        messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:  # templates raise the first on purpose, the second by accident
+            raise ValueError(f"the tokenizer's chat template does not take its prompt ({error})") from error
+
+    def _prompt_idx(self, completion: Completion, problem: Problem | None, prompt_ids: list[int]) -> PromptKey:
+        if self.format == "gradprobe":
+            return prompt_key_from_json(completion.fields["prompt_idx"])
+        if problem is not None:
+            return problem.idx
+        return self.prompt_idx_of.setdefault(tuple(prompt_ids), len(self.prompt_idx_of))
+
+    def _response_ids(self, completion: Completion) -> list[int]:
+        if completion.response_ids is not None:
+            ids = self._checked(completion.response_ids, "response ids")
+            return ids if self.format == "gradprobe" else self._without_padding(ids)
+        ids = self._without_padding(self.codec.encode(completion.text))
+        end_id = completion.end if type(completion.end) is int else self.tokenizer.eos_token_id
+        has_end = bool(ids) and ids[-1] in self.end_ids
+        if completion.end in ("cut", None) or end_id is None or has_end:
+            return ids
+        return self._checked([*ids, end_id], "response ids")
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        # An end id further ahead stays: it may be one of this checkpoint and not of the one that sampled.
+        n_kept = len(ids)
+        while n_kept > 1 and ids[n_kept - 1] in self.padding and ids[n_kept - 2] in self.padding:
+            n_kept -= 1
+        return ids[:n_kept]
+
+    def _checked(self, ids: Any, what: str) -> list[int]:
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise ValueError(f"its {what} are not a list of integers")
+        if not are_token_ids(ids, self.vocab_size):
+            odd = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ValueError(f"its {what} have {odd}, the model's are 0 to {self.vocab_size - 1}: another model's?")
+        if what == "prompt ids" and not ids:
+            raise ValueError("its prompt has no tokens, at least 1 is needed")
+        return ids
+
+    def _fault_of_text(self, completion: Completion) -> str | None:
+        if completion.response_ids is not None:
+            return None
+        if not isinstance(completion.text, str):
+            raise ValueError("neither text nor token ids of the completion")
+        is_whole = LOST_BYTES not in completion.text and self.codec.comes_back(completion.text)
+        return None if is_whole else NOT_ROUND_TRIP
+
+    def _fault_of_length(self, prompt_ids: list[int], ids: list[int]) -> str | None:
+        if not ids:
+            return EMPTY
+        return TOO_LONG if self.context is not None and len(prompt_ids) + len(ids) > self.context else None
+
+    def _prompt_remarks(
+        self, completion: Completion, text: str | None, problem: Problem | None, prompt_ids: list[int]
+    ) -> Iterator[str]:
+        has_ids = completion.prompt_ids is not None
+        if problem is not None and prompt_ids != self.codec.encode(problem.prompt):
+            yield OTHER_THAN_DATASET
+        elif problem is not None and not has_ids and text != problem.prompt:
+            yield FROM_DATASET
+        if has_ids:
+            return
+        if isinstance(completion.prompt, list):
+            yield RENDERED
+        if self.adds_specials:
+            yield SPECIALS_NOT_ADDED
+        if completion.response_ids is None:
+            joint = self.codec.encode(self.codec.decode(prompt_ids) + completion.text)
+            if joint != prompt_ids + self.codec.encode(completion.text):
+                yield BOUNDARY_DIFFERS
+
+    def _remarks(self, completion: Completion, ids: list[int]) -> Iterator[str]:
+        if completion.response_ids is None:
+            yield from self._text_remarks(completion, ids)
+            return
+        if len(ids) < len(completion.response_ids):
+            yield PADDING_CUT
+        texts_of_ids = (self.codec.decode(ids), self.codec.readable(ids))
+        if isinstance(completion.text, str) and completion.text not in texts_of_ids:
+            yield TEXT_DIFFERS
+
+    def _text_remarks(self, completion: Completion, ids: list[int]) -> Iterator[str]:
+        from_text = self.codec.encode(completion.text)
+        if len(ids) < len(from_text):
+            yield PADDING_CUT
+        elif len(ids) > len(from_text):
+            yield END_APPENDED
+        elif completion.end != "cut" and ids[-1] not in self.end_ids:
+            yield END_UNKNOWN
+
+
+def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:
+    given = next((fields[key] for key in TRUTH_KEYS if fields.get(key) is not None), None)
+    if given is not None and (not isinstance(given, str | int | float) or isinstance(given, bool)):
+        raise ValueError(f"its ground truth is of type {type(given).__name__}, a text or number is needed")
+    if problem is None:
+        if given is None and correct is None:
+            raise ValueError("neither a verdict ('correct') nor a 'ground_truth'; --dataset FILE brings ground truths")
+        return "" if given is None else str(given)
+    if given is not None and str(given).split() != problem.ground_truth.split():
+        raise ValueError(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
+    return problem.ground_truth
+
+
+def _template_has_specials(tokenizer: Any) -> bool:
+    if not tokenizer.chat_template:
+        return False
+    probe = [{"role": "user", "content": "x"}]
+    rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    return any(token in rendered for token in tokenizer.all_special_tokens)
+
+
+class _ProblemIndex:
+    """Finds a completion's problem: by id, by the prompt's ids, by its text, by its text without special tokens."""
+
+    def __init__(self, problems: Sequence[Problem], codec: _Codec):
+        self.by_id = {problem.id: problem for problem in problems}
+        self.readable_prompts: dict[int, str] = {}
+        self.by_prompt: dict[str | tuple[int, ...] | None, list[Problem]] = defaultdict(list)
+        for problem in problems:
+            ids = codec.encode(problem.prompt)
+            self.readable_prompts[problem.idx] = codec.readable(ids)
+            for key in {tuple(ids), problem.prompt, self.readable_prompts[problem.idx]}:
+                self.by_prompt[key].append(problem)
+
+    def readable_prompt_of(self, problem: Problem) -> str:
+        """The prompt without its special tokens, as verl writes it."""
+        return self.readable_prompts[problem.idx]
+
+    def of(self, completion: Completion, prompt: str | None) -> Problem:
+        """The problem that a completion answers; `prompt` is its prompt's text.
+
+        Raises:
+            ValueError: none does, or several with different ground truths.
+        """
+        given_id = completion.fields.get("problem_id")
+        if given_id is not None and str(given_id) in self.by_id:
+            return self.by_id[str(given_id)]
+        ids = completion.prompt_ids
+        found = self.by_prompt.get(tuple(ids), []) if is_list_of(int, ids) else []
+        found = found or self.by_prompt.get(prompt, [])
+        if not found:
+            named = "" if given_id is None else f" and no problem has the id '{given_id}'"
+            raise ValueError(f"its prompt is none of the data set's{named}")
+        if len({problem.ground_truth for problem in found}) > 1:
+            raise ValueError(f"its prompt is that of problems {found[0].id} and {found[1].id}; give 'problem_id'")
+        return found[0]

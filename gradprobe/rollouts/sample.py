@@ -1,0 +1,224 @@
+"""Sampling from the policy itself; entropy and log-prob of every response token."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..common.errors import InputError
+from ..model.checkpoint import (
+    Budget,
+    Report,
+    decoder_hidden,
+    head_logits,
+    pad_right,
+    positions_per_head_block,
+    run_in_batches,
+)
+from ..model.placement import input_device
+
+COMPACT_BELOW = 0.75
+
+Uniforms = Callable[[int, int], np.ndarray]
+"""(prompt number, sample number) -> [max_new_tokens] in [0, 1)."""
+
+
+def rollout_uniforms(seed: int, prompt_idx: int, sample_idx: int, n: int) -> np.ndarray:
+    """The uniform numbers of one rollout's steps: a pure function of (seed, prompt, sample, step)."""
+    return np.random.Generator(np.random.Philox([seed, prompt_idx, sample_idx])).random(n)
+
+
+def chunks_of(rows_per_prompt: Sequence[int], max_rows: int) -> Iterator[range]:
+    """Yield stretches of consecutive prompts with at most `max_rows` responses together, but at least one prompt."""
+    start = n_rows = 0
+    for index, n in enumerate(rows_per_prompt):
+        if index > start and n_rows + n > max_rows:
+            yield range(start, index)
+            start, n_rows = index, 0
+        n_rows += n
+    if start < len(rows_per_prompt):
+        yield range(start, len(rows_per_prompt))
+
+
+def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Inverse-CDF sampling from the full softmax: the first token whose cumulative probability exceeds u.
+
+    Args:
+        logits: [batch, vocab].
+        uniforms: [batch] float64 in [0, 1).
+        temperature: divides the logits.
+
+    Returns:
+        [batch] token ids.
+
+    Raises:
+        InputError: a row of logits makes no distribution (NaN, or +infinity).
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    if not cumulative[:, -1].isfinite().all():
+        raise InputError("the model's logits are not finite, so no token can be drawn: is the checkpoint sound?")
+    # Scaled to the last entry, which is 1 only up to rounding, so that u never lies beyond the table.
+    u = (uniforms * cumulative[:, -1])[:, None]
+    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def sample_responses(
+    model: nn.Module,
+    prompts: list[list[int]],
+    n_samples: int,
+    uniforms: Uniforms,
+    temperature: float,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    max_rows: int | Budget = 256,
+    context: int | None = None,
+    report: Report | None = None,
+) -> Iterator[list[list[list[int]]]]:
+    """Sample `n_samples` responses to each prompt from the model's full softmax.
+
+    The model's generation config plays no part: neither top-k, top-p nor penalties apply. A response ends with
+    the first end-of-sequence id, which it keeps, after `max_new_tokens`, or where the model's context is full.
+    One uniform number decides each token, so a response depends on the batch around it only through rounding.
+
+    Args:
+        prompts: token ids of each prompt.
+        uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
+        max_rows: how many responses are sampled at once.
+        context: the most tokens of prompt and response together; None for no bound.
+        report: is told, once, if memory ran out and batches were halved.
+
+    Yields:
+        The next few prompts' responses: [prompt][sample][token].
+    """
+
+    def run(batch: list[int]) -> list[list[int]]:
+        steps = np.stack([uniforms(p, s)[:max_new_tokens] for p in batch for s in range(n_samples)])
+        rooms = [max_new_tokens if context is None else context - len(prompts[p]) for p in batch]
+        limits = np.minimum(np.repeat(rooms, n_samples), max_new_tokens)
+        return _sample_batch(model, [prompts[p] for p in batch], n_samples, steps, limits, temperature, end_ids)
+
+    # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
+    for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run, report):
+        yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
+
+
+@torch.inference_mode()
+def _sample_batch(
+    model: nn.Module,
+    prompts: list[list[int]],
+    n_samples: int,
+    uniforms: np.ndarray,
+    limits: np.ndarray,
+    temperature: float,
+    end_ids: frozenset[int],
+) -> list[list[int]]:
+    """One batch: prompts are run once, then their caches are repeated for the samples.
+
+    Args:
+        uniforms: [prompts * n_samples, steps].
+        limits: [prompts * n_samples] the most tokens of each response.
+    """
+    device = input_device(model)
+    ends = torch.tensor(sorted(end_ids), device=device)
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        mask[i, length - len(prompt) :] = 1
+    input_ids, mask = input_ids.to(device), mask.to(device)
+    cache = DynamicCache(config=model.config)
+    position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_repeat_interleave(n_samples)
+    logits = logits.repeat_interleave(n_samples, dim=0)
+    mask = mask.repeat_interleave(n_samples, dim=0)
+    next_position = position_ids[:, -1].repeat_interleave(n_samples) + 1
+
+    n_rows, n_steps = uniforms.shape
+    tokens = torch.zeros((n_rows, n_steps), dtype=torch.long, device=device)
+    u = torch.from_numpy(uniforms).to(device)
+    lengths = torch.from_numpy(limits).to(device)
+    row_of = torch.arange(n_rows, device=device)  # which row of `tokens` each row of the batch is
+    live = torch.ones(n_rows, dtype=torch.bool, device=device)
+    for step in range(n_steps):
+        drawn = sample_from(logits, u[row_of, step], temperature)
+        tokens[row_of, step] = drawn
+        ended = live & (torch.isin(drawn, ends) | (lengths[row_of] == step + 1))
+        lengths[row_of[ended]] = step + 1
+        live &= ~ended
+        n_live = int(live.sum())
+        if n_live == 0 or step + 1 == n_steps:
+            break
+        if n_live <= COMPACT_BELOW * len(live):
+            kept = live.nonzero()[:, 0]
+            cache.batch_select_indices(kept.cpu())  # layers may lie on several devices
+            drawn, mask, next_position, row_of, live = (
+                x[kept] for x in (drawn, mask, next_position, row_of, live)
+            )
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = model(
+            input_ids=drawn[:, None],
+            attention_mask=mask,
+            position_ids=next_position[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        next_position = next_position + 1
+    return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
+
+
+def score_responses(
+    model: nn.Module,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    batch_tokens: int | Budget,
+    report: Report | None = None,
+) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Entropy and log-prob of every response token by one teacher-forced pass, full softmax, temperature 1.
+
+    Args:
+        prompts, responses: token ids; prompts not empty.
+        batch_tokens: padded tokens in one forward pass.
+        report: is told, once, if memory ran out and batches were halved.
+
+    Yields:
+        For one batch: {index: (entropies, logprobs)}, float32 [n_tokens] each, in nats.
+    """
+    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    device = input_device(model)
+
+    @torch.inference_mode()
+    def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        hidden = decoder_hidden(model, pad_right([sequences[i] for i in batch], device))
+        # The token at index q of a sequence is predicted at index q - 1.
+        predicting = [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
+        token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
+        return _score(model, torch.cat(predicting), token_ids.to(device))
+
+    for batch, scores in run_in_batches([len(sequence) for sequence in sequences], batch_tokens, run, report):
+        cuts = np.cumsum([len(responses[i]) for i in batch])[:-1]
+        yield dict(zip(batch, zip(*(np.split(score, cuts) for score in scores), strict=True), strict=True))
+
+
+def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """[n, hidden], [n] -> entropies [n], logprobs [n]; the vocabulary is never unfolded for all n at once."""
+    step = positions_per_head_block(model)
+    entropies, logprobs = [torch.zeros(0)], [torch.zeros(0)]
+    for start in range(0, len(hidden), step):
+        log_probs = torch.log_softmax(head_logits(model, hidden[start : start + step]), dim=-1)
+        # clamped: -0.0 or a rounding below it is no entropy
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1).clamp_(max=0).cpu())
+        logprobs.append(log_probs.gather(-1, token_ids[start : start + step, None])[:, 0].cpu())
+    return torch.cat(entropies).numpy(), torch.cat(logprobs).numpy()

@@ -1,0 +1,255 @@
+"""Rollouts from a completions server (vLLM, SGLang, llama.cpp): raw prompt ids in, response ids out.
+
+The server's own sampling defaults and the checkpoint's generation config play no part: every request says in full
+how to sample. A server that keeps the token ids to itself is refused, since text does not determine them.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import InputError, raise_if_any
+
+FULL_SOFTMAX = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,  # vLLM's and SGLang's name
+    "repeat_penalty": 1.0,  # llama.cpp's
+    "typical_p": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "dry_multiplier": 0.0,
+    "dynatemp_range": 0.0,
+    "mirostat": 0,
+}
+"""Every truncation and penalty that one of the three servers knows, switched off; each ignores what it lacks."""
+
+WITH_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True, "logprobs": 1}
+"""How to ask for token ids: vLLM and SGLang by the first key, llama.cpp by the two after it."""
+
+Seeds = Callable[[int, int], int]
+"""(prompt number, sample number) -> seed of that request."""
+
+
+@dataclass(frozen=True)
+class ServerResponse:
+    """One sampled response. `logprobs` (nats) are the server's own, one per id, or empty where it has not all."""
+
+    ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class CompletionsServer:
+    """A server and the model asked of it; `url` ends in `/v1`."""
+
+    url: str
+    model: str
+    timeout: float = 600.0
+
+    def post(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The JSON answer to one completions request.
+
+        Raises:
+            InputError: the server can't be reached, refuses the request, or answers with something else.
+        """
+        return _answer(f"{self.url}/completions", self.timeout, {"model": self.model, **request})
+
+
+def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> CompletionsServer:
+    """The server at `base_url` (with or without `/v1`).
+
+    Args:
+        model: the name under which it serves the model; None for the only one that it lists.
+        timeout: seconds to wait for one answer.
+
+    Raises:
+        InputError: there is no such server, or it lists several models, or not `model`.
+    """
+    url = base_url.rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"--base-url {base_url}: must start with http:// or https://")
+    url = url if url.endswith("/v1") else f"{url}/v1"
+    listed = _answer(f"{url}/models", timeout).get("data")
+    names = [entry.get("id") for entry in listed or [] if isinstance(entry, dict)]
+    if model is None and len(names) != 1:
+        raise InputError(f"--base-url {base_url}: serves {', '.join(map(str, names)) or 'no model'}; name one of them")
+    if model is not None and model not in names:
+        raise InputError(f"--base-url {base_url}: does not serve '{model}' but {', '.join(map(str, names))}")
+    return CompletionsServer(url, model or names[0], timeout)
+
+
+def request_seed(seed: int, prompt_idx: int, sample_idx: int) -> int:
+    """A seed of 31 bits, a pure function of the study's seed, the prompt and the sample."""
+    return int(np.random.SeedSequence([seed, prompt_idx, sample_idx]).generate_state(1)[0] >> 1)
+
+
+def sample_completions(
+    server: CompletionsServer,
+    prompts: Sequence[list[int]],
+    n_samples: int,
+    seeds: Seeds,
+    temperature: float,
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    vocab_size: int,
+    context: int | None = None,
+    n_parallel: int = 16,
+) -> Iterator[list[ServerResponse]]:
+    """Ask for `n_samples` responses to each prompt from the model's full softmax, one request each.
+
+    As with our own sampler a response ends with the first end-of-sequence id, which it keeps, after
+    `max_new_tokens`, or where the context is full. Seeds make a server's answers repeatable only as far as its own
+    arithmetic does; batching servers round differently from run to run.
+
+    Args:
+        prompts: token ids of each prompt.
+        vocab_size: ids must be below it.
+        context: the most tokens of prompt and response together; None for no bound.
+        n_parallel: requests under way at once.
+
+    Yields:
+        The responses to each prompt, in the prompts' order.
+
+    Raises:
+        InputError: the server fails, returns no token ids, or ids that are not this model's.
+    """
+
+    def ask(prompt_number: int, sample_idx: int) -> ServerResponse:
+        prompt = prompts[prompt_number]
+        room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+        request = {
+            "prompt": prompt,
+            "max_tokens": room,
+            "temperature": temperature,
+            "seed": seeds(prompt_number, sample_idx),
+            **FULL_SOFTMAX,
+            **WITH_IDS,
+        }
+        answer = server.post(request)
+        raise_if_any(f"{server.url}: {fault}" for fault in faults_of(answer, prompt, vocab_size))
+        return _until_end(answer, end_ids)
+
+    with ThreadPoolExecutor(n_parallel) as pool:
+        waiting = [[pool.submit(ask, p, s) for s in range(n_samples)] for p in range(len(prompts))]
+        try:
+            for requests in waiting:
+                yield [request.result() for request in requests]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def faults_of(answer: dict[str, Any], prompt: list[int], vocab_size: int) -> list[str]:
+    """What is wrong with the answer to a request for one completion of `prompt` with token ids."""
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return ["one completion was asked for, the answer has no list 'choices' with one object"]
+    ids = token_ids_of(answer, choices[0])
+    if ids is None:
+        return [
+            "the answer has no token ids (neither choices[].token_ids nor __verbose.tokens); vLLM, SGLang and "
+            "llama.cpp give them"
+        ]
+    if not are_token_ids(ids, vocab_size):
+        return [f"the answer's token ids are not integers from 0 to {vocab_size - 1}: another model's?"]
+    faults = []
+    if (choices[0].get("prompt_token_ids") or prompt) != prompt:
+        faults.append("the model saw another prompt than was sent")
+    usage = object_at(answer, "usage")
+    for key, n_tokens in (("prompt_tokens", len(prompt)), ("completion_tokens", len(ids))):
+        if usage.get(key, n_tokens) != n_tokens:
+            faults.append(f"usage.{key} is {usage[key]}, but the ids are {n_tokens}")
+    return faults
+
+
+def token_ids_of(answer: dict[str, Any], choice: dict[str, Any]) -> list[int] | None:
+    """The response ids of an OpenAI-shaped choice, or None where the answer has none.
+
+    They stand in vLLM's and SGLang's `token_ids`, in llama.cpp's `__verbose.tokens` (of answers with one choice),
+    or beside its log-probs, where it leaves out tokens that end inside a character: hold them against `usage`.
+    """
+    if choice.get("token_ids") is not None:
+        return choice["token_ids"]
+    if len(answer["choices"]) == 1 and "__verbose" in answer:
+        return object_at(answer, "__verbose").get("tokens")
+    entries = logprob_entries(choice)
+    return [entry["id"] for entry in entries] if entries and all("id" in entry for entry in entries) else None
+
+
+def logprob_entries(choice: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects, one per token, in which llama.cpp gives log-probs; empty where there are none."""
+    content = object_at(choice, "logprobs").get("content")
+    return content if isinstance(content, list) and all(isinstance(entry, dict) for entry in content) else []
+
+
+def object_at(record: dict[str, Any], key: str) -> dict[str, Any]:
+    """The JSON object under `key`; an empty one where something else or nothing stands."""
+    value = record.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def are_token_ids(ids: Any, vocab_size: int) -> bool:
+    """Whether `ids` is a list of integers from 0 to `vocab_size` - 1."""
+    return isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+
+
+def mean_logprob_gap(responses: Sequence[ServerResponse], logprobs: Sequence[Sequence[float]]) -> float | None:
+    """Mean |difference|, in nats per token, between the server's log-probs and those of our own pass.
+
+    Rounding gives thousandths in float32 and hundredths in bfloat16; a quantised or another model gives more.
+    llama.cpp and vLLM report log-probs at temperature 1 whatever the sampling temperature.
+
+    Args:
+        logprobs: for each response, our log-probs of its ids at temperature 1.
+
+    Returns:
+        None where the server gave no log-probs.
+    """
+    pairs = [(r.logprobs, ours) for r, ours in zip(responses, logprobs, strict=True) if r.logprobs]
+    if not pairs:
+        return None
+    gaps = [np.abs(np.asarray(theirs) - np.asarray(ours)) for theirs, ours in pairs]
+    return float(np.concatenate(gaps).mean())
+
+
+def _until_end(answer: dict[str, Any], end_ids: frozenset[int]) -> ServerResponse:
+    choice = answer["choices"][0]
+    ids, logprobs = token_ids_of(answer, choice) or [], _logprobs_of(choice)
+    n_kept = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
+    return ServerResponse(ids[:n_kept], logprobs[:n_kept] if len(logprobs) == len(ids) else [])
+
+
+def _logprobs_of(choice: dict[str, Any]) -> list[float]:
+    entries = logprob_entries(choice)
+    if entries:
+        return [entry["logprob"] for entry in entries if "logprob" in entry]
+    return object_at(choice, "logprobs").get("token_logprobs") or []
+
+
+def _answer(url: str, timeout: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as stream:
+            answer = json.load(stream)
+    except urllib.error.HTTPError as error:
+        message = error.read().decode("utf-8", "replace").strip()
+        raise InputError(f"{url}: HTTP {error.code} {error.reason}: {message[:300]}") from error
+    except urllib.error.URLError as error:
+        raise InputError(f"{url}: can't be reached ({error.reason})") from error
+    except TimeoutError as error:
+        raise InputError(f"{url}: no answer within {timeout:g} seconds") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{url}: no JSON answer ({error})") from error
+    if not isinstance(answer, dict):
+        raise InputError(f"{url}: the answer is not a JSON object")
+    return answer

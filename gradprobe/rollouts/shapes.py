@@ -1,0 +1,345 @@
+"""The shapes in which others write rollouts: every record in, its completions out, as the file has them.
+
+Field names are those of vLLM 0.1x's RequestOutput, the OpenAI completions and batch API (with vLLM's `token_ids`
+and llama.cpp's `logprobs.content[].id`), TRL 1.x's completion logs and verl 0.x's rollout and validation dumps.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import InputError, raise_if_any
+from ..dump.format import prompt_key_from_json
+from .server import logprob_entries, object_at, token_ids_of
+
+FORMATS = ("gradprobe", "vllm", "openai", "trl", "verl")
+N_FAULTS_SHOWN = 20
+N_EXAMPLES = 3
+
+FAILED_REQUEST = "requests that failed"
+INCOMPLETE_IDS = "completions whose token ids are incomplete (llama.cpp's log-probs leave out parts of characters)"
+OTHER_STEPS = "come from other training steps than the first: rollouts of several policies"
+
+TRUTH_KEYS = ("ground_truth", "gts", "solution", "answer")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion as its file has it; None is what the file does not say.
+
+    Attributes:
+        where: file and line (of parquet: row), for messages.
+        prompt: text, or a chat's messages.
+        end: what ended it: "eos", the id of another end token, or "cut" (its length, or a stop string).
+        fields: what else stands in its record: problem_id, ground truth, verdicts, rewards.
+        unusable: why it has to be dropped.
+    """
+
+    where: str
+    prompt: str | list[dict[str, Any]] | None
+    prompt_ids: list[int] | None
+    text: str | None
+    response_ids: list[int] | None
+    end: str | int | None
+    fields: dict[str, Any]
+    unusable: str | None = None
+
+
+@dataclass
+class RolloutReport:
+    """What was read, and what became of it.
+
+    `dropped` and `notes` count completions (failed requests: lines) by reason; `examples` has the first places of each.
+    """
+
+    format: str
+    n_completions: int = 0
+    n_rollouts: int = 0
+    n_prompts: int = 0
+    n_to_verify: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    notes: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a completion that is left out."""
+        self._count(self.dropped, reason, where)
+
+    def note(self, remark: str, where: str) -> None:
+        """Count a completion that is kept and of which something must be said."""
+        self._count(self.notes, remark, where)
+
+    def _count(self, counter: Counter, reason: str, where: str) -> None:
+        counter[reason] += 1
+        place = Path(where).name
+        if len(self.examples[reason]) < N_EXAMPLES and place not in self.examples[reason]:
+            self.examples[reason].append(place)
+
+    def lines(self) -> list[str]:
+        """The report for a person, one line each."""
+        head = f"{self.format} rollouts: {self.n_rollouts} of {self.n_prompts} prompts"
+        verify = f", {self.n_to_verify} to be verified" if self.n_to_verify else ""
+        return [
+            head + verify,
+            *(f"dropped {n} {reason} ({', '.join(self.examples[reason])})" for reason, n in self.dropped.items()),
+            *(f"note: {n} {remark} ({', '.join(self.examples[remark])})" for remark, n in self.notes.items()),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for the manifest; no paths in it."""
+        return {
+            "format": self.format,
+            "n_completions": self.n_completions,
+            "n_rollouts": self.n_rollouts,
+            "n_prompts": self.n_prompts,
+            "n_to_verify": self.n_to_verify,
+            "dropped": dict(self.dropped),
+            "notes": dict(self.notes),
+        }
+
+
+def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion], RolloutReport]:
+    """The file's format, its completions in order, and a report that has counted them."""
+    records = list(_records(file))
+    if not records:
+        raise InputError(f"--rollouts {file}: no rollouts in it")
+    if file_format == "auto":
+        file_format = _recognise(*records[0])
+    report = RolloutReport(file_format)
+    completions: list[Completion] = []
+    faults: list[tuple[str, str]] = []
+    first_step = records[0][1].get("step")
+    for where, record in records:
+        try:
+            if not IS_SHAPE[file_format](record):
+                raise ValueError(f"not of the shape {file_format}: {_keys_of(record)}")
+            found = PARSERS[file_format](where, record)
+        except _UnusableRecordError as error:
+            report.drop(error.reason, where)
+            continue
+        except ValueError as error:
+            faults.append((where, str(error)))
+            continue
+        if file_format in ("trl", "verl") and record.get("step") != first_step:
+            report.note(OTHER_STEPS, where)
+        completions += found
+    raise_folded(faults)
+    report.n_completions = len(completions)
+    return file_format, completions, report
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file:line, record); every line that is none is named at once."""
+    read = {".parquet": _parquet_rows, ".json": _json_items}.get(file.suffix, _jsonl_lines)
+    faults = []
+    try:
+        for where, record in read(file):
+            if isinstance(record, dict):
+                yield where, record
+            else:
+                faults.append((where, f"not a JSON object{f' ({record})' if isinstance(record, ValueError) else ''}"))
+    except OSError as error:
+        raise InputError(f"--rollouts {file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--rollouts {file}: not UTF-8 at byte {error.start}") from error
+    raise_folded(faults)
+
+
+def _jsonl_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield f"{file}:{number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield f"{file}:{number}", error
+
+
+def _json_items(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg}); JSON lines need the suffix .jsonl") from error
+    for number, item in enumerate(content if isinstance(content, list) else [content], 1):
+        yield f"{file}: item {number}", item
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"--rollouts {file}: parquet needs pyarrow: pip install 'gradprobe[data]'") from error
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"--rollouts {file}: not a parquet file ({error})") from error
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{file}: row {number}", row
+
+
+class _UnusableRecordError(ValueError):
+    """A well-formed record without completions to probe; dropped and counted under `reason`."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+IS_SHAPE: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "gradprobe": lambda r: {"prompt_idx", "sample_idx", "prompt_ids", "response_ids"} <= r.keys(),
+    "vllm": lambda r: isinstance(r.get("outputs"), list),
+    "openai": lambda r: "choices" in r or isinstance(r.get("response"), dict) or bool(r.get("error")),
+    "verl": lambda r: {"input", "output"} <= r.keys(),
+    "trl": lambda r: "completion" in r or "completion_ids" in r,
+}
+
+
+def _recognise(where: str, record: dict[str, Any]) -> str:
+    found = [name for name, is_shape in IS_SHAPE.items() if is_shape(record)]
+    if len(found) != 1:
+        what = f"of several shapes ({', '.join(found)})" if found else f"of no known shape: {_keys_of(record)}"
+        raise InputError(f"{where}: {what}; --rollouts-format names one of {', '.join(FORMATS)}")
+    return found[0]
+
+
+def _keys_of(record: dict[str, Any]) -> str:
+    return f"its keys are {', '.join(sorted(map(str, record)))}"
+
+
+def _own(where: str, record: dict[str, Any]) -> list[Completion]:
+    missing = [key for key in ("problem_id", "ground_truth", "correct") if key not in record]
+    if missing:
+        raise ValueError(f"key '{missing[0]}' is missing")
+    if type(record["sample_idx"]) is not int:
+        raise ValueError("'sample_idx' is not an integer")
+    prompt_key_from_json(record["prompt_idx"])
+    return [Completion(where, None, record["prompt_ids"], None, record["response_ids"], "cut", record)]
+
+
+def _vllm(where: str, record: dict[str, Any]) -> list[Completion]:
+    found = []
+    for output in record["outputs"]:
+        output = {"text": output} if isinstance(output, str) else output
+        if not isinstance(output, dict):
+            raise ValueError("an entry of 'outputs' is neither an object nor a text")
+        fields = _fields(record, output, len(record["outputs"]))
+        prompt_ids, ids = record.get("prompt_token_ids"), output.get("token_ids")
+        found.append(
+            Completion(where, record.get("prompt"), prompt_ids, output.get("text"), ids, _end_of(output), fields)
+        )
+    return found
+
+
+def _openai(where: str, record: dict[str, Any]) -> list[Completion]:
+    request, response = _request_and_response(record)
+    prompt = request.get("prompt", request.get("messages"))
+    prompt_is_ids = is_list_of(int, prompt)
+    if is_list_of((str, list), prompt):
+        raise ValueError("several prompts in one line; write one request a line")
+    choices = response.get("choices")
+    if not is_list_of(dict, choices):
+        raise ValueError("'choices' is not a list of objects")
+    return [
+        Completion(
+            where,
+            None if prompt_is_ids else prompt,
+            choice.get("prompt_token_ids") or (prompt if prompt_is_ids else response.get("prompt_token_ids")),
+            choice["text"] if "text" in choice else object_at(choice, "message").get("content"),
+            token_ids_of(response, choice),
+            _end_of(choice, may_be_stop_string=bool(request.get("stop")) and "stop_reason" not in choice),
+            _fields({"problem_id": record.get("custom_id"), **record}, choice, len(choices)),
+            None if _has_all_ids(response, choice) else INCOMPLETE_IDS,
+        )
+        for choice in choices
+    ]
+
+
+def _request_and_response(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Request and response of a line that has both, of a batch's output line, or of a response with a prompt in it."""
+    response = record.get("response", record)
+    response = response.get("body", response) if isinstance(response, dict) else response
+    if record.get("error") or not isinstance(response, dict) or response.get("error"):
+        raise _UnusableRecordError(FAILED_REQUEST)
+    request = record.get("request", record)
+    if not isinstance(request, dict):
+        raise ValueError("'request' is not an object")
+    if request.get("echo"):
+        raise ValueError("asked for with 'echo': prompt and completion can't be told apart")
+    return request, response
+
+
+def _has_all_ids(response: dict[str, Any], choice: dict[str, Any]) -> bool:
+    """False where ids stand beside llama.cpp's log-probs and their bytes don't make the text."""
+    if choice.get("token_ids") is not None or "__verbose" in response or token_ids_of(response, choice) is None:
+        return True
+    try:
+        spoken = b"".join(bytes(list(entry.get("bytes") or [])) for entry in logprob_entries(choice))
+    except (TypeError, ValueError):  # what stands under 'bytes' is none
+        return False
+    return isinstance(choice.get("text"), str) and spoken.startswith(choice["text"].encode("utf-8", "surrogatepass"))
+
+
+def _trl(where: str, record: dict[str, Any]) -> list[Completion]:
+    completion = record.get("completion")
+    if isinstance(completion, list):
+        if len(completion) != 1 or not isinstance(completion[0], dict) or not completion[0].get("content"):
+            raise ValueError("its completion is of several turns or without text; only one answer can be probed")
+        completion = completion[0]["content"]
+    prompt_ids, ids = record.get("prompt_ids"), record.get("completion_ids")
+    return [Completion(where, record.get("prompt"), prompt_ids, completion, ids, None, record)]
+
+
+def _verl(where: str, record: dict[str, Any]) -> list[Completion]:
+    prompt_ids, ids = record.get("prompt_ids"), record.get("response_ids")
+    return [Completion(where, record["input"], prompt_ids, record["output"], ids, None, record)]
+
+
+PARSERS: dict[str, Callable[[str, dict[str, Any]], list[Completion]]] = {
+    "gradprobe": _own,
+    "vllm": _vllm,
+    "openai": _openai,
+    "trl": _trl,
+    "verl": _verl,
+}
+
+
+def is_list_of(kind: Any, value: Any) -> bool:
+    """Whether `value` is a list, not empty, of instances of `kind` (a type or a tuple of types)."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _fields(record: dict[str, Any], output: dict[str, Any], n_outputs: int) -> dict[str, Any]:
+    """What an output says of itself, and what its record says of all of them: the problem, not the verdict."""
+    shared = ("problem_id", *TRUTH_KEYS)
+    return {**(record if n_outputs == 1 else {key: record[key] for key in shared if key in record}), **output}
+
+
+def _end_of(output: dict[str, Any], may_be_stop_string: bool = False) -> str | int | None:
+    """How vLLM and OpenAI say a completion ended; `stop_reason` is vLLM's: a stop id, a stop string, or null."""
+    stop_reason, finish_reason = output.get("stop_reason"), output.get("finish_reason")
+    if type(stop_reason) is int:
+        return stop_reason
+    if isinstance(stop_reason, str) or finish_reason == "length":
+        return "cut"
+    return "eos" if finish_reason == "stop" and not may_be_stop_string else None
+
+
+def raise_folded(faults: list[tuple[str, str]]) -> None:
+    """Raise one `InputError` naming each (place, fault); the same fault in many places is said once, with a count.
+
+    Raises:
+        InputError: there are faults.
+    """
+    places_of: dict[str, list[str]] = defaultdict(list)
+    for place, fault in faults:
+        places_of[fault].append(place)
+    said = [
+        f"{places[0]}: {fault}" + (f" (and {len(places) - 1} more like it)" if len(places) > 1 else "")
+        for fault, places in places_of.items()
+    ]
+    n_more = len(said) - N_FAULTS_SHOWN
+    raise_if_any([*said[:N_FAULTS_SHOWN], *([f"and {n_more} other faults"] if n_more > 0 else [])])

@@ -1,0 +1,213 @@
+"""Where rollouts come from: sampled here, asked of a server, or read; each stretch of prompts at a time, judged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ..common.errors import InputError, raise_if_any
+from ..dump.format import PromptKey, Rollout
+from ..model.checkpoint import Budget, Checkpoint, Report, context_length
+from ..problems.load import Problem
+from ..problems.verify import RunningVerifier
+from .sample import rollout_uniforms, sample_responses
+from .server import CompletionsServer, ServerResponse, request_seed, sample_completions
+
+SHOWN_FAILURES = 5
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled."""
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+class Source(Protocol):
+    """Gives a shard's rollouts, without scores, and without verdicts where `correct` is None."""
+
+    rows_per_prompt: list[int]
+    """How many rollouts each prompt has."""
+
+    n_tokens_at_most: int
+    """The most response tokens that all of them can have."""
+
+    def opened(self, checkpoint: Checkpoint, sample_rows: int, report: Report) -> Callable[[range], list[Rollout]]:
+        """What gives the rollouts of a stretch of prompts."""
+
+
+class GivenRollouts:
+    """Rollouts of another dump or another tool."""
+
+    def __init__(self, rollouts: Sequence[Rollout]):
+        by_prompt: dict[PromptKey, list[Rollout]] = {}
+        for rollout in rollouts:
+            by_prompt.setdefault(rollout.prompt_idx, []).append(rollout)
+        self._groups = list(by_prompt.values())
+        self.rows_per_prompt = list(map(len, self._groups))
+        self.n_tokens_at_most = sum(len(rollout.response_ids) for rollout in rollouts)
+
+    def opened(self, checkpoint: Checkpoint, sample_rows: int, report: Report) -> Callable[[range], list[Rollout]]:
+        """See `Source`."""
+        return lambda chunk: [rollout for index in chunk for rollout in self._groups[index]]
+
+
+@dataclass
+class SampledRollouts:
+    """Responses of the probed model to problems, sampled here or by a server that runs it.
+
+    Attributes:
+        problems: prompts rendered.
+        settings: how to sample.
+        server: asked for responses in the place of our own sampler, `n_requests` at once.
+        answers: the server's, of the last stretch of prompts, for comparison with our own scores.
+    """
+
+    problems: Sequence[Problem]
+    settings: SamplingSettings
+    server: CompletionsServer | None = None
+    n_requests: int = 1
+    answers: list[ServerResponse] = field(default_factory=list)
+
+    @property
+    def rows_per_prompt(self) -> list[int]:
+        """See `Source`."""
+        return [self.settings.num_samples] * len(self.problems)
+
+    @property
+    def n_tokens_at_most(self) -> int:
+        """See `Source`."""
+        return sum(self.rows_per_prompt) * self.settings.max_new_tokens
+
+    def opened(self, checkpoint: Checkpoint, sample_rows: int, report: Report) -> Callable[[range], list[Rollout]]:
+        """See `Source`.
+
+        Raises:
+            InputError: a prompt has no tokens, or leaves no room in the model's context.
+        """
+        prompts, context = self._encoded(checkpoint), context_length(checkpoint.model)
+        if context is not None and max(map(len, prompts)) + self.settings.max_new_tokens > context:
+            report(f"note: responses end at the model's context of {context} tokens")
+        rows = Budget(sample_rows)
+
+        def sample(chunk: range) -> list[Rollout]:
+            prompts_of_chunk = [prompts[i] for i in chunk]
+            if self.server is None:
+                responses = self._sampled(checkpoint, chunk, prompts_of_chunk, context, rows, report)
+            else:
+                responses = self._asked(self.server, checkpoint, chunk, prompts_of_chunk, context)
+            return [
+                self._rollout(checkpoint, self.problems[i], prompts[i], sample_idx, ids)
+                for i, samples in zip(chunk, responses, strict=True)
+                for sample_idx, ids in enumerate(samples)
+            ]
+
+        return sample
+
+    def _encoded(self, checkpoint: Checkpoint) -> list[list[int]]:
+        context = context_length(checkpoint.model)
+        encode = checkpoint.tokenizer
+        prompts = [encode(problem.prompt, add_special_tokens=False)["input_ids"] for problem in self.problems]
+        raise_if_any(
+            f"problem '{problem.id}': its prompt has {len(ids)} tokens, "
+            + ("at least 1 is needed" if not ids else f"the model's context {context}")
+            for problem, ids in zip(self.problems, prompts, strict=True)
+            if not ids or (context is not None and len(ids) >= context)
+        )
+        return prompts
+
+    def _sampled(
+        self,
+        checkpoint: Checkpoint,
+        chunk: range,
+        prompts: list[list[int]],
+        context: int | None,
+        rows: Budget,
+        report: Report,
+    ) -> list[list[list[int]]]:
+        settings = self.settings
+        n_steps = settings.max_new_tokens if context is None else min(settings.max_new_tokens, context)
+        batches = sample_responses(
+            checkpoint.model,
+            prompts,
+            settings.num_samples,
+            lambda p, s: rollout_uniforms(settings.seed, self.problems[chunk[p]].idx, s, n_steps),
+            settings.temperature,
+            n_steps,
+            checkpoint.end_ids,
+            max_rows=rows,
+            context=context,
+            report=report,
+        )
+        return [of_prompt for batch in batches for of_prompt in batch]
+
+    def _asked(
+        self,
+        server: CompletionsServer,
+        checkpoint: Checkpoint,
+        chunk: range,
+        prompts: list[list[int]],
+        context: int | None,
+    ) -> list[list[list[int]]]:
+        settings = self.settings
+        by_prompt = list(
+            sample_completions(
+                server,
+                prompts,
+                settings.num_samples,
+                lambda p, s: request_seed(settings.seed, self.problems[chunk[p]].idx, s),
+                settings.temperature,
+                settings.max_new_tokens,
+                checkpoint.end_ids,
+                checkpoint.model.config.get_text_config().vocab_size,
+                context,
+                self.n_requests,
+            )
+        )
+        self.answers = [answer for samples in by_prompt for answer in samples]
+        return [[answer.ids for answer in samples] for samples in by_prompt]
+
+    def _rollout(
+        self, checkpoint: Checkpoint, problem: Problem, prompt_ids: list[int], sample_idx: int, response_ids: list[int]
+    ) -> Rollout:
+        return Rollout(
+            prompt_idx=problem.idx,
+            sample_idx=sample_idx,
+            problem_id=problem.id,
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            entropies=[],
+            logprobs=[],
+            response=checkpoint.tokenizer.decode(response_ids, skip_special_tokens=True),
+            ground_truth=problem.ground_truth,
+            correct=None,  # still to be judged
+        )
+
+
+def judged(rollouts: Sequence[Rollout], running: RunningVerifier, report: Report) -> list[Rollout]:
+    """The rollouts with a verdict each; those on which the verifier fails are left out, and said so.
+
+    Raises:
+        InputError: it fails on all of several.
+    """
+    verdicts = [None if r.correct is not None else running.judge(r.response, r.ground_truth) for r in rollouts]
+    pairs = list(zip(rollouts, verdicts, strict=True))
+    failed = [(r, verdict.error) for r, verdict in pairs if verdict is not None and verdict.correct is None]
+    for r, error in failed[:SHOWN_FAILURES]:
+        report(f"warning: prompt {r.prompt_idx} sample {r.sample_idx} is left out, the verifier failed on it: {error}")
+    if len(failed) > SHOWN_FAILURES:
+        report(f"warning: it failed on {len(failed) - SHOWN_FAILURES} more of these {len(rollouts)}")
+    if len(failed) == len(rollouts) > 1:
+        raise InputError(f"--verifier {running.verifier.name}: failed on every answer, first with: {failed[0][1]}")
+    return [
+        r if verdict is None else replace(r, correct=verdict.correct)
+        for r, verdict in pairs
+        if verdict is None or verdict.correct is not None
+    ]
+
+
+def described_server(server: CompletionsServer) -> dict[str, Any]:
+    """What the manifest says of a server: what it serves, not where."""
+    return {"method": "completions server", "server_model": server.model}

@@ -1,0 +1,69 @@
+"""What scripts say: how much, in which colour, and that nothing raw reaches a terminal."""
+
+import io
+import sys
+
+import pytest
+
+import analyze_exp1_compression
+import analyze_exp2_direction
+import merge_grad_vector_shards
+import plot_exp12_intuitive
+import probe_grad_vectors
+from gradprobe import __version__
+from gradprobe.common import console
+
+SCRIPTS = [
+    probe_grad_vectors,
+    merge_grad_vector_shards,
+    analyze_exp1_compression,
+    analyze_exp2_direction,
+    plot_exp12_intuitive,
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_script_tells_its_version_and_its_flags(script, capsys):
+    for flag, expected in (("--version", f"gradprobe {__version__}"), ("--help", "--quiet")):
+        with pytest.raises(SystemExit) as ended:
+            script.main([flag])
+        assert ended.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stream", "no_colour", "coloured"), [(Terminal, "", True), (Terminal, "1", False), (io.StringIO, "", False)]
+)
+def test_colours_are_for_terminals_and_not_where_nobody_wants_them(monkeypatch, stream, no_colour, coloured):
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    console.say("warning: odd \x1b[2J rows")
+    said = sys.stderr.getvalue()
+    assert ("\x1b[33mwarning\x1b[0m: odd" in said) == coloured
+    assert "\x1b[2J" not in said
+    assert r"odd \x1b[2J rows" in said
+
+
+def test_quiet_leaves_warnings_and_errors(capsys):
+    @console.script_main
+    def main(argv):
+        parser = console.argparse.ArgumentParser()
+        console.add_common_flags(parser)
+        parser.parse_args(argv)
+        assert list(console.progress(range(3), "steps", 3, "steps")) == [0, 1, 2]
+        console.say("a note")
+        console.say("warning: mind this")
+        return 0
+
+    assert main(["--quiet"]) == 0
+    assert capsys.readouterr().err == "warning: mind this\n"
+    assert main([]) == 0  # the flag does not outlive its run
+    said = capsys.readouterr().err
+    assert "a note" in said
+    assert "steps: 3/3 steps" in said
+    assert "left" in said

@@ -1,0 +1,76 @@
+"""The engine and the sampler on every family of decoders, against the oracle."""
+
+import numpy as np
+import pytest
+import torch
+from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
+from tiny import relative_error
+from transformers.pytorch_utils import Conv1D
+
+from gradprobe.gradients.engine import RowGradients, Target
+from gradprobe.model.checkpoint import layer_list, linear_weights
+from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses, score_responses
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def plain_row_gradient(model, tokens: list[int], at: int, layer: int, suffix: str, row: int) -> torch.Tensor:
+    """The oracle, for any decoder: the full weight's gradient, its row picked afterwards."""
+    linear = linear_weights(layer_list(model)[1][layer])[suffix]
+    linear.weight.requires_grad_(True)
+    log_probs = torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0, at - 1], -1)
+    gradient = torch.autograd.grad(log_probs[tokens[at]], linear.weight)[0]
+    linear.weight.requires_grad_(False)
+    return gradient[:, row] if isinstance(linear, Conv1D) else gradient[row]
+
+
+def rollouts_of(n: int) -> tuple[list[list[int]], list[list[int]]]:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, VOCAB_SIZE, size=2 + i % 5).tolist() for i in range(n)]
+    responses = [rng.integers(3, VOCAB_SIZE, size=4 + (3 * i) % 7).tolist() for i in range(n)]
+    return prompts, responses
+
+
+@families
+def test_every_row_equals_the_oracle(family):
+    model = tiny_of_family(family)
+    prompts, responses = rollouts_of(5)
+    positions = [np.arange(len(response)) for response in responses]
+    targets = [Target(layer, suffix, row) for layer in (0, 1) for suffix in FAMILIES[family][2] for row in (0, 3)]
+    n_rows = 0
+    engine = RowGradients(model, targets, positions_per_item=4)
+    for members, ks, rows in engine.batches(prompts, responses, positions, batch_tokens=70):
+        for n, (i, k) in enumerate(zip(members, ks, strict=True)):
+            for target, found in zip(targets, rows, strict=True):
+                at = len(prompts[i]) + int(positions[i][k])
+                expected = plain_row_gradient(
+                    model, prompts[i] + responses[i], at, target.layer, target.suffix, target.row_idx
+                )
+                assert relative_error(found[n], expected) < 1e-10
+                n_rows += 1
+    assert n_rows == len(targets) * sum(map(len, responses))
+    assert engine._can_thin  # else the last block's shortcut was never put to the test
+
+
+@families
+def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
+    """Left padding, cache and compaction change no token: each one is what u draws from the model's own softmax."""
+    model = tiny_of_family(family, torch.float32)  # as it is sampled; eager attention can't mask in float64
+    prompts, _ = rollouts_of(4)
+    n_steps, ends = 12, frozenset(range(3, VOCAB_SIZE, 5))
+    batches = sample_responses(model, prompts, 3, lambda p, s: rollout_uniforms(1, p, s, n_steps), 0.8, n_steps, ends)
+    samples = [samples for batch in batches for samples in batch]
+    flat = [(p, s, samples[p][s]) for p in range(4) for s in range(3)]
+    assert len({len(response) for _, _, response in flat}) > 1
+    scores = {}
+    for batch in score_responses(model, [prompts[p] for p, _, _ in flat], [r for _, _, r in flat], 80):
+        scores.update(batch)
+    for i, (p, s, response) in enumerate(flat):
+        tokens = prompts[p] + response
+        logits = model(input_ids=torch.tensor([tokens])).logits[0, len(prompts[p]) - 1 : -1]
+        u = torch.from_numpy(rollout_uniforms(1, p, s, n_steps)[: len(response)])
+        assert sample_from(logits, u, 0.8).tolist() == response
+        log_probs = torch.log_softmax(logits, -1)
+        np.testing.assert_allclose(scores[i][0], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4)
+        picked = log_probs.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        np.testing.assert_allclose(scores[i][1], picked, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,161 @@
+"""The engine against the oracle, and the ways it could be wrong."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCAB_SIZE, oracle_gradient, relative_error, tiny_model
+
+from gradprobe.common.errors import InputError
+from gradprobe.gradients.engine import RowGradients, Target, expand_targets
+
+DOWN = "mlp.down_proj.weight"
+TARGETS = [Target(0, DOWN, 3), Target(0, DOWN, 15), Target(1, DOWN, 3), Target(1, "self_attn.k_proj.weight", 2)]
+
+
+def random_rollouts(n: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    rng = np.random.default_rng(seed)
+    # Two tokens at least: with a single key, attention does not depend on it and k_proj's gradient vanishes.
+    prompts = [rng.integers(VOCAB_SIZE, size=rng.integers(2, 9)).tolist() for _ in range(n)]
+    responses = [rng.integers(VOCAB_SIZE, size=rng.integers(1, 14)).tolist() for _ in range(n)]
+    return prompts, responses
+
+
+def engine_rows(model, targets, prompts, responses, positions, batch_tokens) -> dict[tuple, torch.Tensor]:
+    """Rows by (target number, rollout, position)."""
+    found = {}
+    engine = RowGradients(model, targets)
+    for rollouts, ks, rows in engine.batches(prompts, responses, positions, batch_tokens):
+        for n, (i, k) in enumerate(zip(rollouts, ks, strict=True)):
+            for t in range(len(targets)):
+                assert (t, i, positions[i][k]) not in found
+                found[t, i, positions[i][k]] = rows[t][n]
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_every_position_equals_the_oracle(dtype, tolerance):
+    model = tiny_model(1, dtype)
+    prompts, responses = random_rollouts(7, seed=2)
+    positions = [np.arange(len(response)) for response in responses]
+    found = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=60)
+    assert len(found) == len(TARGETS) * sum(map(len, responses))
+    name = RowGradients(model, TARGETS).weight_name
+    for (t, i, p), row in found.items():
+        at = len(prompts[i]) + p
+        expected = oracle_gradient(model, prompts[i] + responses[i], at, name(TARGETS[t]), TARGETS[t].row_idx)
+        assert row.dtype == dtype
+        assert relative_error(row, expected) < tolerance
+
+
+def test_a_position_shifted_by_one_is_another_gradient():
+    model = tiny_model(1, torch.float64)
+    prompts, responses = random_rollouts(3, seed=3)
+    positions = [np.arange(len(response)) for response in responses]
+    for (_, i, p), row in engine_rows(model, TARGETS[:1], prompts, responses, positions, 60).items():
+        tokens = prompts[i] + responses[i]
+        if len(prompts[i]) + p + 1 < len(tokens):
+            shifted = oracle_gradient(model, tokens, len(prompts[i]) + p + 1, f"model.layers.0.{DOWN}", 3)
+            assert relative_error(row, shifted) > 0.05
+
+
+def test_the_prompt_s_positions_contribute():
+    """Leaving them out is the mistake that looks right: below the last block it gives another vector."""
+    model = tiny_model(1, torch.float64)
+    prompt, response = [5, 9, 200, 31], [7, 70, 17]
+    engine = RowGradients(model, TARGETS[:1])
+    full = next(iter(engine.batches([prompt], [response], [np.array([2])], 60)))[2][0][0]
+    (tap,) = engine._taps.values()
+    inputs = []
+    tap.linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    contributions = []
+    original = engine._rows
+    engine._rows = lambda deltas: (contributions.append(deltas[0]), original(deltas))[1]
+    next(iter(engine.batches([prompt], [response], [np.array([2])], 60)))
+    without_prompt = (contributions[0][0, len(prompt) :, 0, None] * inputs[0][0, len(prompt) :]).sum(0)
+    assert relative_error(without_prompt, full) > 0.05
+
+
+def test_batching_and_padding_leave_no_trace():
+    model = tiny_model(4)
+    prompts, responses = random_rollouts(16, seed=5)
+    positions = [np.arange(0, len(response), 2) for response in responses]
+    alone = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=1)
+    together = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=10_000)
+    assert alone.keys() == together.keys()
+    assert max(relative_error(together[key], alone[key]) for key in alone) < 1e-5
+
+
+def test_padding_on_the_left_without_a_mask_would_show(monkeypatch):
+    """Negative control: were the padding visible to a row's own tokens, the invariance above would fail."""
+    model = tiny_model(4)
+    prompts, responses = random_rollouts(16, seed=5)
+    positions = [np.array([len(response) - 1]) for response in responses]
+    alone = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=1)
+
+    def pad_left(sequences, device, length=None):
+        longest = max(map(len, sequences))
+        return torch.tensor([[0] * (longest - len(s)) + s for s in sequences])
+
+    monkeypatch.setattr("gradprobe.gradients.engine.pad_right", pad_left)
+    together = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=10_000)
+    assert max(relative_error(together[key], alone[key]) for key in alone) > 0.05
+
+
+def test_a_feed_forward_block_that_mixes_positions_is_found_out(monkeypatch):
+    """The shortcut through the last block must not be taken where the block does not take each position by itself."""
+    model = tiny_model(1, torch.float64)
+    block = model.model.layers[-1].mlp
+    plain_forward = block.forward
+
+    def mixing(hidden):
+        steps = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype)[:, None]
+        return plain_forward(hidden) + hidden.cumsum(1) / steps
+
+    monkeypatch.setattr(block, "forward", mixing)
+    prompts, responses = random_rollouts(4, seed=2)
+    positions = [np.array([len(response) - 1]) for response in responses]
+    for (t, i, p), row in engine_rows(model, TARGETS, prompts, responses, positions, 60).items():
+        weight = f"model.layers.{TARGETS[t].layer}.{TARGETS[t].suffix}"
+        tokens, at = prompts[i] + responses[i], len(prompts[i]) + p
+        assert relative_error(row, oracle_gradient(model, tokens, at, weight, TARGETS[t].row_idx)) < 1e-10
+
+
+def test_rollouts_without_positions_are_left_out():
+    model = tiny_model(4)
+    positions = [np.array([], dtype=int), np.array([1])]
+    found = engine_rows(model, TARGETS[:1], [[1], [2]], [[3, 4], [5, 6]], positions, 100)
+    assert list(found) == [(0, 1, 1)]
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model(4)
+    before = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    engine_rows(model, TARGETS, [[1]], [[2, 3]], [np.array([0, 1])], 100)
+    assert torch.equal(model(input_ids=torch.tensor([[1, 2, 3]])).logits, before)
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_targets_from_words():
+    model = tiny_model(0)
+    targets, row_dims = expand_targets(model, None, DOWN, "first,mid,last", seed=0)
+    assert targets == [Target(1, DOWN, 0), Target(1, DOWN, 8), Target(1, DOWN, 15)]
+    assert row_dims == [24, 24, 24]
+    drawn, _ = expand_targets(model, "0,2", DOWN, "random:4", seed=1)
+    assert len(drawn) == len(set(drawn)) == 8
+    assert drawn == expand_targets(model, "0,2", DOWN, "random:4", seed=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "suffix", "row", "complaint"),
+    [
+        ("9", DOWN, "0", "--layer 9: the model has layers 0 to 2"),
+        ("-1", DOWN, "0", "--layer -1"),
+        ("0", "input_layernorm.weight", "0", "these can: self_attn.q_proj.weight"),
+        ("0", DOWN, "16", "is not one of 0 to 15"),
+        ("0", DOWN, "random:99", "random:99"),
+        ("0", DOWN, "0,first", "named twice"),
+    ],
+)
+def test_targets_the_model_does_not_have(layer, suffix, row, complaint):
+    with pytest.raises(InputError, match=complaint):
+        expand_targets(tiny_model(0), layer, suffix, row, seed=0)

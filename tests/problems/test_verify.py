@@ -1,0 +1,444 @@
+"""The last balanced box decides; or a value, a library, a function of one's own, stopped when it takes too long."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradprobe.common.errors import InputError
+from gradprobe.problems.numeric import last_number, read_number
+from gradprobe.problems.verify import (
+    BOX,
+    RunningVerifier,
+    Verdict,
+    is_correct,
+    is_correct_number,
+    last_boxed,
+    load_verifier,
+    verify_all,
+    verify_each,
+)
+from gradprobe.problems.verify_process import VerifierProcess
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{7} and \boxed{8", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{}", ""),
+        ("no box", None),
+        (r"\boxed{", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, content):
+    assert last_boxed(text) == content
+
+
+def slow_last_boxed(text: str) -> str | None:
+    """The same by the definition: from each box, the last first, to the end of the text."""
+    for start in range(len(text), -1, -1):
+        depth, i = 1, start + len(BOX)
+        while text.startswith(BOX, start) and i < len(text):
+            if text[i] == "\\":
+                i += 2
+                continue
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len(BOX) : i]
+            i += 1
+    return None
+
+
+@given(st.lists(st.sampled_from([BOX, "{", "}", "\\", "x", "boxed{"]), max_size=14).map("".join))
+def test_last_boxed_by_its_definition(text):
+    assert last_boxed(text) == slow_last_boxed(text)
+
+
+@pytest.mark.parametrize(
+    "text", [BOX * 20_000, "9" * 100_000, "1,111" * 20_000, "5" + " " * 100_000, "\\frac{" * 20_000, "1/" * 50_000]
+)
+def test_a_degenerate_response_takes_no_time(text):
+    start = time.perf_counter()
+    assert not is_correct_number(text, "3")
+    assert time.perf_counter() - start < 5
+
+
+def test_white_space_is_folded_and_nothing_else():
+    assert is_correct("\\boxed{ 1\n +  2 }", "1 + 2")
+    assert not is_correct(r"\boxed{1+2}", "1 + 2")
+    assert not is_correct(r"\boxed{4.0}", "4")
+    assert not is_correct("4", "4")
+
+
+EQUAL_NUMBERS = [
+    ("4.0", "4"),
+    ("+4", "4."),
+    ("-.5", r"-\frac{1}{2}"),
+    ("- 3", "-3"),
+    ("\u22123", "-3"),
+    (r"\frac12", "1/2"),
+    (r"\dfrac{1}{2}", "0.50"),
+    (r"\tfrac{-1}{2}", "-1/2"),
+    (r"-\frac{2}{4}", "-0.5"),
+    (r"1\frac{1}{2}", "3/2"),
+    (r"-1\frac12", "-1.5"),
+    ("1 1/2", "1.5"),
+    (r"50\%", "0.5"),
+    ("50%", r"\frac{1}{2}"),
+    ("50%", "50"),
+    ("50", r"50\%"),
+    ("0.5", "50%"),
+    ("1,234", "1234"),
+    ("1{,}234.50", "1234.5"),
+    (r"1\,234\!", "1,234"),
+    ("12,345,678", "12345678"),
+    (r"\$1,234", "$1234$"),
+    ("1e3", "1000"),
+    ("1.2E-3", "0.0012"),
+    (r"1.2 \times 10^{5}", "120000"),
+    (r"3\cdot10^{-2}", "0.03"),
+    ("10^6", "1,000,000"),
+    ("0.1", "1/10"),
+]
+UNEQUAL_NUMBERS = [
+    ("0.333", "1/3"),
+    ("0.33333333333333333", "1/3"),
+    ("5", "-5"),
+    ("1,23", "123"),
+    ("50%", "5"),
+    ("50%", "0.5%"),
+    ("50%", "5000%"),
+    ("1/0", "1"),
+    ("11/2", "1 1/2"),
+    ("(1, 2)", "12"),
+    ("1;2", "12"),
+    ("1.5.2", "1.52"),
+    ("5 cm", "5"),
+    ("x", "1"),
+    ("", "0"),
+    ("2^3", "23"),
+    (r"\sqrt{4}", "4"),
+    ("1e999999999", "1"),
+    ("9" * 5000, "9"),
+]
+
+
+@pytest.mark.parametrize(("answer", "truth"), EQUAL_NUMBERS)
+def test_equal_values_are_correct(answer, truth):
+    assert is_correct_number(f"so \\boxed{{{answer}}}", truth)
+    assert is_correct_number(f"so \\boxed{{{truth}}}", answer)
+
+
+@pytest.mark.parametrize(("answer", "truth"), UNEQUAL_NUMBERS)
+def test_unequal_values_are_not(answer, truth):
+    assert not is_correct_number(f"so \\boxed{{{answer}}}", truth)
+    assert not is_correct_number(f"so \\boxed{{{truth}}}", answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [
+        ("The answer is 18.", "18"),
+        ("#### 1,234", "1234"),
+        ("He pays $1,234.50.", "1234.5"),
+        ("so x = -5", "-5"),
+        ("10 - 5", "5"),
+        ("between 3-4", "4"),
+        ("a half, 1/2!", "1/2"),
+        (r"thus $a = \frac{3}{4}$", "3/4"),
+        ("then 7, by x^2 and v2", "7"),
+        ("9 of them, or x^{3}", "9"),
+        ("3 apples and 4 pears", "4"),
+        ("in 2024,500 of them", "500"),
+    ],
+)
+def test_without_a_box_the_last_number_answers(response, number):
+    found = last_number(response)
+    assert found is not None
+    assert found.value == Fraction(number)
+    assert is_correct_number(response, number)
+    assert not is_correct_number(f"\\boxed{{0}} {response}", number)
+
+
+def test_what_is_no_number_equals_its_own_text_only():
+    assert is_correct_number(r"\boxed{x+1}", "x+1")
+    assert not is_correct_number(r"\boxed{x+1}", "1+x")
+    assert not is_correct_number("nothing", "x")
+
+
+@given(st.fractions(max_denominator=10**6))
+def test_a_fraction_is_read_back_exactly(value):
+    sign = "-" if value < 0 else ""
+    top, bottom = abs(value.numerator), value.denominator
+    for text in (str(value), f"{sign}\\frac{{{top}}}{{{bottom}}}", f"{sign}{top:,}/{bottom}"):
+        number = read_number(text)
+        assert number is not None
+        assert number.value == value
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=6, min_value=-(10**12), max_value=10**12))
+def test_a_decimal_is_read_back_exactly(value):
+    for text in (f"{value:f}", f"{value:,f}", f"{value:e}"):
+        number = read_number(text)
+        assert number is not None
+        assert number.value == Fraction(value)
+
+
+@given(st.text(alphabet="0123456789.,/%$\\{}-+^e* frac\n"))
+def test_any_text_is_judged_without_a_fault(text):
+    for response in (text, f"\\boxed{{{text}}}"):
+        assert is_correct_number(response, text) >= is_correct(response, text)
+
+
+# Verifiers in a process of their own
+
+FUNCTIONS = """
+import os, subprocess, sys, time
+
+sys.setrecursionlimit(500)
+
+def same(response, ground_truth):
+    print("what a verifier prints is no verdict")
+    return response == ground_truth
+
+def odd(response, ground_truth):
+    if response == "raise": raise ValueError("no such\\nanswer")
+    if response == "sleep": time.sleep(1000)
+    if response == "spin": sum(range(10**12))
+    if response == "loop":
+        while True:
+            try: time.sleep(1)
+            except BaseException: pass
+    if response == "child":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+        open(ground_truth, "w").write(f"{os.getpid()} {child.pid}")
+        time.sleep(1000)
+    if response == "exit": os._exit(7)
+    if response == "leave": sys.exit("bye")
+    if response == "deep": return odd2(response)
+    if response == "int": return 1
+    if response == "none": return None
+    return response == ground_truth
+
+def odd2(response):
+    return odd2(response)
+
+class Grader:
+    @staticmethod
+    def judge(response, ground_truth): return True
+
+def one_argument(response): return True
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def own_verifiers(tmp_path, monkeypatch):
+    """A directory with `own.py`, as the current one."""
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "lacking.py").write_text("import no_such_library\n")
+    (tmp_path / "leaving.py").write_text("import sys; sys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, f"still running: {pids}"
+        time.sleep(0.05)
+
+
+def test_the_quick_ones_run_here():
+    pairs = [(r"\boxed{0.5}", "1/2"), (r"\boxed{1/2}", "1/2")]
+    assert verify_all(load_verifier("boxed"), pairs) == [Verdict(False), Verdict(True)]
+    assert verify_all(load_verifier("numeric"), pairs) == [Verdict(True), Verdict(True)]
+    assert load_verifier("numeric").description == {"name": "numeric"}
+
+
+def test_a_function_of_ones_own(own_verifiers, capfd):
+    verifier = load_verifier("own:same")
+    sha256 = hashlib.sha256((own_verifiers / "own.py").read_bytes()).hexdigest()
+    assert verifier.description == {"name": "own:same", "source_sha256": sha256}
+    pairs = [("a", "a"), ("a", "b"), ("\ud800", "\ud800"), ("x" * 10**6, "x" * 10**6), ("a\nb", "a\nb")]
+    assert [verdict.correct for verdict in verify_all(verifier, pairs)] == [True, False, True, True, True]
+    assert capfd.readouterr().out == ""
+    assert verify_all(load_verifier("own:Grader.judge"), [("a", "b")]) == [Verdict(True)]
+
+
+@pytest.mark.parametrize(
+    ("response", "error"),
+    [
+        ("raise", "raised ValueError: no such\nanswer"),
+        ("deep", "raised RecursionError: maximum recursion depth exceeded"),
+        ("int", "returned int, not bool"),
+        ("none", "returned NoneType, not bool"),
+        ("exit", "its process ended by itself (exit status 7)"),
+        ("leave", "its process ended by itself (exit status 1)"),
+    ],
+)
+def test_no_verdict_is_an_error_and_the_next_answer_is_judged(own_verifiers, response, error):
+    verdicts = verify_all(load_verifier("own:odd"), [("a", "a"), (response, response), ("a", "a"), ("a", "b")])
+    assert [verdict.correct for verdict in verdicts] == [True, None, True, False]
+    assert verdicts[1].error.startswith(error)
+
+
+@pytest.mark.parametrize("response", ["sleep", "spin", "loop"])
+def test_a_verifier_that_hangs_is_stopped(own_verifiers, response):
+    verifier = load_verifier("own:odd")
+    start = time.monotonic()
+    verdicts = verify_all(verifier, [("a", "a"), (response, response), ("a", "b")], seconds=2)
+    assert time.monotonic() - start < 60
+    assert verdicts == [Verdict(True), Verdict(None, "took longer than 2 s"), Verdict(False)]
+
+
+def test_what_a_stopped_verifier_started_is_stopped_too(own_verifiers):
+    assert verify_all(load_verifier("own:odd"), [("child", "pids.txt")], seconds=3)[0].correct is None
+    wait_until_gone([int(pid) for pid in (own_verifiers / "pids.txt").read_text().split()])
+
+
+def test_one_process_judges_all_answers_until_it_has_to_be_stopped(own_verifiers):
+    (own_verifiers / "whoami.py").write_text(
+        "import os, time\ndef f(response, ground_truth):\n    open(ground_truth, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(1000 if response == 'sleep' else 0)\n    return True\n"
+    )
+    with RunningVerifier(load_verifier("whoami:f"), seconds=2) as running:
+        verdicts = [running.judge(response, str(i)) for i, response in enumerate(["", "", "sleep", "", ""])]
+        pids = [int((own_verifiers / str(i)).read_text()) for i in range(5)]
+        assert is_running(pids[4])
+    assert [verdict.correct for verdict in verdicts] == [True, True, None, True, True]
+    assert pids[0] == pids[1] == pids[2] != pids[3] == pids[4]
+    assert not any(map(is_running, pids))
+
+
+def test_leaving_half_way_ends_the_process(own_verifiers):
+    (own_verifiers / "whoami.py").write_text(
+        "import os\ndef f(response, ground_truth):\n    open('pid.txt', 'w').write(str(os.getpid()))\n    return True\n"
+    )
+    verdicts = verify_each(load_verifier("whoami:f"), [("a", "a"), ("b", "b")])
+    assert next(verdicts).correct
+    pid = int((own_verifiers / "pid.txt").read_text())
+    assert is_running(pid)
+    verdicts.close()
+    assert not is_running(pid)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how):
+    (own_verifiers / "stuck.py").write_text(
+        "import os\ndef f(response, ground_truth):\n"
+        "    open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid.txt')\n"
+        "    return sum(range(10**12)) > 0\n"
+    )
+    script = "from gradprobe.verify import Verifier, verify_all; verify_all(Verifier('stuck:f', {}), [('', '')], 600)"
+    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        deadline = time.monotonic() + 30
+        while not (own_verifiers / "pid.txt").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        pid = int((own_verifiers / "pid.txt").read_text())
+        assert is_running(pid)
+        parent.send_signal(how)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until_gone([pid])
+
+
+@pytest.mark.slow
+def test_the_clock_in_the_child_ends_it_if_nobody_else_does(own_verifiers):
+    with VerifierProcess("own:odd", seconds=0.5) as process:
+        process.seconds = 60  # the parent's patience, not the child's
+        assert process.ask("spin", "")["error"] == "its process ended by itself (exit status 1)"
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("nix", "not one of boxed, numeric, math-verify, nor of the form module:function"),
+        ("own:", "not one of"),
+        ("own:same()", "not one of"),
+        ("../own:same", "not one of"),
+        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("lacking:f", "its module can't be imported (No module named 'no_such_library')"),
+        ("broken:f", "its module raised ZeroDivisionError when imported"),
+        ("leaving:f", "its process ended by itself (exit status 3)"),
+        ("own:nix", "'own' has no 'nix'"),
+        ("own:not_a_function", "'not_a_function' is of type int, not a function"),
+        ("own:one_argument", "can't be called with (response, ground_truth): too many positional arguments"),
+    ],
+)
+def test_verifiers_that_are_none(own_verifiers, name, complaint):
+    with pytest.raises(InputError) as error:
+        load_verifier(name)
+    assert str(error.value).startswith(f"--verifier {name}: {complaint}")
+
+
+def test_without_its_library_math_verify_names_the_extra(own_verifiers):
+    (own_verifiers / "math_verify.py").write_text("raise ImportError('as if it were not installed')\n")
+    with pytest.raises(InputError, match=r"--verifier math-verify: .*pip install 'gradprobe\[math\]'"):
+        load_verifier("math-verify")
+
+
+MATH_EQUAL = [
+    ("x+1", "1+x"),
+    (r"\frac12", "0.5"),
+    (r"\{1, 2\}", r"\{2,1\}"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"50\%", "0.5"),
+    ("1,234", "1234"),
+    (r"\text{yes}", "yes"),
+    ("(1,2)", "(1, 2)"),
+    (r"\frac{1}{2}", r"$\frac{1}{2}$"),
+]
+MATH_UNEQUAL = [("x+1", "x-1"), ("5", "6"), ("(1,2)", "(2,1)"), ("", "3"), (r"\frac{1}{", "3"), ("no", "yes")]
+
+
+@pytest.mark.slow
+def test_math_verify():
+    verifier = load_verifier("math-verify")
+    assert verifier.description["name"] == "math-verify"
+    assert verifier.description["version"]
+    pairs = [(f"so $\\boxed{{{answer}}}$.", truth) for answer, truth in MATH_EQUAL + MATH_UNEQUAL]
+    verdicts = verify_all(verifier, pairs, 60)
+    wrong = [
+        (pair, verdict)
+        for i, (pair, verdict) in enumerate(zip(pairs, verdicts, strict=True))
+        if verdict != Verdict(i < len(MATH_EQUAL))
+    ]
+    assert wrong == []
+    # A box goes first; and a ground truth without any mathematics is nobody's wrong answer.
+    assert verify_all(verifier, [(r"$\boxed{5}$, as $2+2=4$", "5"), ("the answer is 5", "5")]) == [Verdict(True)] * 2
+    assert verify_all(verifier, [(r"\boxed{5}", "")])[0].error.startswith("raised ValueError: no mathematics")
+
+
+@pytest.mark.slow
+def test_math_verify_is_stopped_too():
+    pairs = [(r"\boxed{9^{9^9}}", "5"), (r"\boxed{5}", "5")]
+    assert verify_all(load_verifier("math-verify"), pairs, 5) == [Verdict(None, "took longer than 5 s"), Verdict(True)]

@@ -1,0 +1,243 @@
+"""The server sampler against llama.cpp's own server, started on loopback with the demo model."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import chisquare
+
+import probe_grad_vectors
+from gradprobe.common.errors import InputError
+from gradprobe.model.checkpoint import Checkpoint, load_checkpoint
+from gradprobe.rollouts import server as completions
+from gradprobe.rollouts.sample import score_responses
+from gradprobe.rollouts.server import (
+    CompletionsServer,
+    ServerResponse,
+    connect,
+    faults_of,
+    mean_logprob_gap,
+    request_seed,
+    sample_completions,
+)
+
+DEMO = Path(__file__).parents[2] / "demo"
+N_NEW = 48
+SERVE = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.hostnames, params.port = sys.argv[1], ["127.0.0.1"], 0
+params.model_alias = {"demo"}
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.warmup = 1024, 2, 1, False
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()  # until the tests close it
+"""
+
+
+def as_gguf(checkpoint: Path, file: Path) -> Path:
+    """A Qwen2 checkpoint in llama.cpp's format, float32: what its converter writes, for this one architecture."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    writer = gguf.GGUFWriter(file, "qwen2")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    words = {**{i: word for word, i in tokenizer["model"]["vocab"].items()}, **special}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([words[i] for i in range(config["vocab_size"])])
+    kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(config["vocab_size"])]
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_eos_token_id(config["eos_token_id"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """llama.cpp's server with the demo's base model, on a free port of 127.0.0.1."""
+    directory = tmp_path_factory.mktemp("server")
+    model = as_gguf(DEMO / "base", directory / "demo.gguf")
+    command = [sys.executable, "-c", SERVE, str(model)]
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:"), (directory / "log").read_text()
+        yield url
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(address: str) -> CompletionsServer:
+    """The server as the sampler sees it."""
+    return connect(address)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """The demo's base model in float32."""
+    return load_checkpoint(str(DEMO / "base"), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoint: Checkpoint) -> list[list[int]]:
+    """Token ids of four problems, and of one that is no chat at all."""
+    lines = (DEMO / "problems.jsonl").read_text().splitlines()[:4]
+    texts = [*(json.loads(line)["prompt"] for line in lines), "We see 2*3"]
+    return [checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def sampled(
+    server: CompletionsServer, checkpoint: Checkpoint, prompts: list[list[int]], n: int = 2, seed: int = 0, **more
+) -> list[list[ServerResponse]]:
+    """`sample_completions` for the demo model."""
+    options = {"temperature": 1.0, "max_new_tokens": N_NEW, "end_ids": checkpoint.end_ids, "vocab_size": 350, **more}
+    return list(sample_completions(server, prompts, n, lambda p, s: request_seed(seed, p, s), **options))
+
+
+def scored(checkpoint: Checkpoint, prompts: list[list[int]], responses: list[list[int]]) -> list[np.ndarray]:
+    """Our log-probs of each response's ids."""
+    found: dict[int, np.ndarray] = {}
+    for batch in score_responses(checkpoint.model, prompts, responses, 4096):
+        found.update({i: logprobs for i, (_, logprobs) in batch.items()})
+    return [found[i] for i in range(len(responses))]
+
+
+def test_responses_are_the_models_own_to_the_raw_prompt(server, checkpoint, prompts):
+    """Each id's log-prob at the server is ours: same model, same prompt, nothing put before or around it."""
+    found = sampled(server, checkpoint, prompts)
+    assert [len(samples) for samples in found] == [2] * len(prompts)
+    flat = [(prompt, r) for prompt, samples in zip(prompts, found, strict=True) for r in samples]
+    assert all(r.ids[-1] in checkpoint.end_ids or len(r.ids) == N_NEW for _, r in flat)
+    assert sum(r.ids[-1] in checkpoint.end_ids for _, r in flat) > len(flat) / 2
+    ours = scored(checkpoint, [prompt for prompt, _ in flat], [r.ids for _, r in flat])
+    for (_, response), logprobs in zip(flat, ours, strict=True):
+        np.testing.assert_allclose(response.logprobs, logprobs, atol=1e-3)
+    assert mean_logprob_gap([r for _, r in flat], ours) < 1e-4
+
+
+def test_another_model_shows_in_the_logprobs(server, checkpoint, prompts):
+    trained = load_checkpoint(str(DEMO / "trained"), torch.device("cpu"), torch.float32)
+    responses = [samples[0] for samples in sampled(server, checkpoint, prompts, 1)]
+    theirs = scored(trained, prompts, [r.ids for r in responses])
+    assert mean_logprob_gap(responses, theirs) > 0.1
+    assert mean_logprob_gap([ServerResponse([1], [])], [[0.0]]) is None
+
+
+def test_seeds_repeat_and_tell_samples_apart(server, checkpoint, prompts):
+    first, again, other = (sampled(server, checkpoint, prompts[:2], seed=seed) for seed in (0, 0, 1))
+    assert [[r.ids for r in samples] for samples in first] == [[r.ids for r in samples] for samples in again]
+    assert [r.ids for r in first[0]] != [r.ids for r in other[0]]
+    assert first[0][0].ids != first[0][1].ids
+    assert request_seed(0, 1, 2) != request_seed(0, 2, 1)
+    assert 0 <= request_seed(0, 1, 2) < 2**31
+
+
+def p_value_of_first_tokens(server: CompletionsServer, checkpoint: Checkpoint, prompt: list[int]) -> float:
+    """χ² of 400 first tokens at temperature 4 against the full softmax; bins of at least 10 expected tokens."""
+    temperature, n = 4.0, 400
+    responses = sampled(server, checkpoint, [prompt], n, temperature=temperature, max_new_tokens=1, end_ids=frozenset())
+    with torch.inference_mode():
+        logits = checkpoint.model(torch.tensor([prompt])).logits[0, -1].double()
+    expected = n * torch.softmax(logits / temperature, -1).numpy()
+    counts = np.bincount([r.ids[0] for r in responses[0]], minlength=len(expected))
+    order = np.argsort(expected)
+    bins = np.unique((np.cumsum(expected[order]) // 10).clip(max=n // 10 - 1), return_inverse=True)[1]
+    return chisquare(np.bincount(bins, counts[order]), np.bincount(bins, expected[order])).pvalue
+
+
+def test_tokens_come_from_the_full_softmax_at_the_stated_temperature(server, checkpoint, prompts, monkeypatch):
+    assert p_value_of_first_tokens(server, checkpoint, prompts[0]) > 1e-3
+    monkeypatch.setattr(completions, "FULL_SOFTMAX", {})  # the server's defaults: top-k 40, top-p 0.95, min-p 0.05
+    assert p_value_of_first_tokens(server, checkpoint, prompts[0]) < 1e-9
+
+
+def test_ids_of_parts_of_characters_are_there(server, checkpoint, prompts):
+    """At temperature 8 most responses have bytes that are no character; llama.cpp's log-probs leave those out."""
+    (found,) = sampled(server, checkpoint, prompts[:1], 16, temperature=8.0, max_new_tokens=12)
+    assert any("\ufffd" in checkpoint.tokenizer.decode(r.ids) for r in found)
+    assert any(not r.logprobs for r in found)
+    assert all(len(r.ids) == 12 or r.ids[-1] in checkpoint.end_ids for r in found)
+
+
+def test_responses_end_as_our_own_sampler_ends_them(server, checkpoint, prompts):
+    full_stop = checkpoint.tokenizer(".")["input_ids"]
+    (cut,) = sampled(server, checkpoint, prompts[:1], end_ids=frozenset(full_stop))
+    assert all(r.ids.count(full_stop[0]) == 1 and r.ids[-1] == full_stop[0] for r in cut)
+    assert all(len(r.ids) == len(r.logprobs) for r in cut)
+    (short,) = sampled(server, checkpoint, prompts[:1], context=len(prompts[0]) + 5)
+    assert [len(r.ids) for r in short] == [5, 5]
+
+
+def test_answers_without_ids_or_of_another_prompt_or_vocabulary_are_refused(server, prompts):
+    request = {"prompt": prompts[0], "max_tokens": 4, "temperature": 1.0}
+    (fault,) = faults_of(server.post(request), prompts[0], 350)
+    assert "no token ids" in fault
+    answer = server.post({**request, **completions.WITH_IDS})
+    assert faults_of(answer, prompts[0], 350) == []
+    (fault,) = faults_of(answer, prompts[1] + prompts[0], 350)
+    assert "usage.prompt_tokens is" in fault
+    (fault,) = faults_of(answer, prompts[0], 10)
+    assert "another model's" in fault
+    answer["choices"][0]["prompt_token_ids"] = [1, *prompts[0]]
+    (fault,) = faults_of(answer, prompts[0], 350)
+    assert "another prompt" in fault
+    del answer["choices"][0]["prompt_token_ids"], answer["__verbose"]["tokens"][-1]
+    (fault,) = faults_of(answer, prompts[0], 350)
+    assert "usage.completion_tokens is 4, but the ids are 3" in fault
+    (fault,) = faults_of({"choices": []}, prompts[0], 350)
+    assert "one completion was asked for" in fault
+
+
+def test_what_the_server_refuses_is_said(server, checkpoint):
+    with pytest.raises(InputError, match=r"/v1/completions: HTTP 400 .*invalid tokens"):
+        sampled(server, checkpoint, [[999]])
+
+
+def test_connecting_finds_the_model_or_says_why_not(address):
+    assert connect(f"{address}/v1/") == connect(address) == connect(address, "demo")
+    with pytest.raises(InputError, match=r"does not serve 'Qwen' but demo"):
+        connect(address, "Qwen")
+    with pytest.raises(InputError, match="can't be reached"):
+        connect("http://127.0.0.1:9")
+    with pytest.raises(InputError, match="must start with http"):
+        connect("localhost:8000")
+    with pytest.raises(InputError, match="HTTP 404"):
+        connect(f"{address}/nowhere")
+
+
+def test_the_probe_through_a_server(address, tmp_path, capsys):
+    flags = "--num-prompts 3 --num-samples 2 --max-new-tokens 64 --device cpu --bins 2".split()
+    command = ["--output-dir", str(tmp_path / "out"), "--sampler", "openai", "--base-url", address, *flags]
+    assert probe_grad_vectors.main([*command, "--model-path", str(DEMO / "base")]) == 0
+    assert "another model's" not in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["num_rollouts"] == 6
+    assert manifest["sampling"]["method"] == "completions server"
+    assert manifest["server_logprob_gap"] < 1e-3
+    command[1] = str(tmp_path / "other")
+    assert probe_grad_vectors.main([*command, "--model-path", str(DEMO / "trained")]) == 0
+    assert "another model's" in capsys.readouterr().err

@@ -1,0 +1,531 @@
+"""Rollouts from elsewhere: every shape, text that does not come back from its ids, and what must be refused."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from gradprobe.common.errors import InputError
+from gradprobe.dump.format import iter_rollouts
+from gradprobe.model.checkpoint import load_checkpoint
+from gradprobe.problems.load import Problem
+from gradprobe.problems.verify import is_correct
+from gradprobe.rollouts import foreign as rollout_files
+from gradprobe.rollouts import shapes as rollout_shapes
+from gradprobe.rollouts.foreign import ForeignRollouts, read_rollouts
+from gradprobe.rollouts.sample import score_responses
+
+HERE = Path(__file__).parents[1]
+DATA = HERE / "data" / "rollouts"
+DEMO = HERE.parent / "demo"
+VOCAB_SIZE, IM_END, END_OF_TEXT = 350, 349, 347
+OWN = list(iter_rollouts(DATA / "gradprobe.jsonl"))
+"""The six rollouts that `vllm.jsonl`, `vllm_server.jsonl`, `openai_batch.jsonl` and `verl.jsonl` hold as well."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The demo model's."""
+    return AutoTokenizer.from_pretrained(DEMO / "base")
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    """The demo's first five problems, under other indices than in the files."""
+    lines = (DEMO / "problems.jsonl").read_text().splitlines()[:5]
+    records = [json.loads(line) for line in lines]
+    return [Problem(10 + i, r["id"], r["prompt"], r["ground_truth"]) for i, r in enumerate(records)]
+
+
+def read(file: Path, tokenizer, **options) -> ForeignRollouts:
+    """`read_rollouts` for the demo model."""
+    return read_rollouts(file, tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), **options)
+
+
+def written(directory: Path, *records: dict | str, name: str = "rollouts.jsonl") -> Path:
+    """A JSONL file of these records."""
+    file = directory / name
+    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return file
+
+
+def vllm_line(prompt: str = "1+2", *outputs: dict, **more) -> dict:
+    """A line of vLLM's shape, by default of one right answer as text."""
+    return {"prompt": prompt, "outputs": list(outputs) or [{"text": "We see 3."}], "ground_truth": "3", **more}
+
+
+# Every shape gives the rollouts that went into it
+
+
+def ids_of(rollouts: ForeignRollouts) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response ids."""
+    return [(r.prompt_ids, r.response_ids) for r in rollouts.rollouts]
+
+
+IDS_OF_OWN = [(r.prompt_ids, r.response_ids) for r in OWN]
+
+
+def test_own_rollouts_keep_everything_but_the_scores(tokenizer):
+    found = read(DATA / "gradprobe.jsonl", tokenizer)
+    assert found.report.format == "gradprobe"
+    for ours, theirs in zip(found.rollouts, OWN, strict=True):
+        assert vars(ours) == {**vars(theirs), "entropies": [], "logprobs": []}
+
+
+@pytest.mark.parametrize(
+    ("file", "file_format"),
+    [("vllm.jsonl", "vllm"), ("vllm_server.jsonl", "openai"), ("openai_batch.jsonl", "openai"), ("verl.jsonl", "verl")],
+)
+def test_shapes_with_the_data_set_give_its_indices(tokenizer, problems, file, file_format):
+    found = read(DATA / file, tokenizer, problems=problems)
+    assert found.report.format == file_format
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts] == [(10 + i, k) for i in range(3) for k in range(2)]
+    assert [r.problem_id for r in found.rollouts] == [r.problem_id for r in OWN]
+    assert [r.ground_truth for r in found.rollouts] == [r.ground_truth for r in OWN]
+    expected = [(p, ids if file_format != "verl" else ids[:-1]) for p, ids in IDS_OF_OWN]  # verl strips the end
+    assert ids_of(found) == expected
+    judged = found.judged(is_correct(*pair) for pair in found.unverified())
+    assert [r.correct for r in judged] == [r.correct for r in OWN]
+
+
+def test_own_and_foreign_rollouts_are_judged_alike(tokenizer):
+    assert {r.correct for r in OWN} == {True, False}
+    found = read(DATA / "vllm.jsonl", tokenizer)
+    assert {r.correct for r in found.rollouts} == {None}
+    assert found.report.n_to_verify == 6
+    assert [r.response for r in found.rollouts] == [r.response for r in OWN]
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts] == [(i, k) for i in range(3) for k in range(2)]
+
+
+def test_llama_cpp_ids_stand_beside_the_logprobs(tokenizer):
+    found = read(DATA / "llama_cpp.jsonl", tokenizer)
+    assert found.report.format == "openai"
+    assert all(r.response_ids[-1] == IM_END for r in found.rollouts)
+    assert found.report.n_prompts == 3
+    assert not found.report.notes  # its texts are what this tokenizer makes of its ids
+
+
+def test_ids_from_a_file_are_where_the_server_had_them(tokenizer):
+    """llama.cpp tokenised the prompts itself; our pass gives its log-probs, so both saw the same ids in place."""
+    found = read(DATA / "llama_cpp.jsonl", tokenizer).rollouts
+    model = load_checkpoint(str(DEMO / "base"), torch.device("cpu"), torch.float32).model
+    lines = [json.loads(line) for line in (DATA / "llama_cpp.jsonl").read_text().splitlines()]
+    recorded = [choice["logprobs"]["content"] for line in lines for choice in line["response"]["choices"]]
+    for batch in score_responses(model, [r.prompt_ids for r in found], [r.response_ids for r in found], 4096):
+        for i, (_, logprobs) in batch.items():
+            np.testing.assert_allclose(logprobs, [entry["logprob"] for entry in recorded[i]], atol=0.02)
+
+
+def test_openai_batch_drops_failed_requests_and_appends_ends(tokenizer, problems):
+    report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report
+    assert report.dropped == {rollout_shapes.FAILED_REQUEST: 1}
+    assert report.notes[rollout_files.END_APPENDED] == 6
+    assert report.notes[rollout_files.FROM_DATASET] == 6
+    assert any("openai_batch.jsonl:4" in line for line in report.lines())
+
+
+def test_openai_batch_without_prompts_needs_the_data_set(tokenizer):
+    with pytest.raises(InputError, match=r"openai_batch.jsonl:1: .*--dataset"):
+        read(DATA / "openai_batch.jsonl", tokenizer, correct_from="verifier")
+
+
+def test_trl_text_and_chat_logs_hold_the_same_rollouts(tokenizer, problems):
+    text = read(DATA / "trl.parquet", tokenizer, problems=problems, correct_above=0.5)
+    chat = read(DATA / "trl_chat.parquet", tokenizer, correct_from="boxed_answer", correct_above=0.5)
+    assert ids_of(text) == ids_of(chat)
+    assert [r.correct for r in text.rollouts] == [r.correct for r in chat.rollouts] == [True, True, False, False]
+    assert [r.correct for r in text.rollouts] == [is_correct(r.response, r.ground_truth) for r in text.rollouts]
+    assert [r.prompt_idx for r in text.rollouts] == [11, 11, 10, 10]
+    assert [r.prompt_idx for r in chat.rollouts] == [0, 0, 1, 1]
+    assert chat.report.notes[rollout_files.RENDERED] == 4
+    assert text.report.notes == {rollout_files.END_UNKNOWN: 4}
+
+
+def test_chat_prompts_are_found_in_the_data_set_once_rendered(tokenizer, problems):
+    found = read(DATA / "trl_chat.parquet", tokenizer, problems=problems, correct_from="verifier")
+    assert [r.prompt_idx for r in found.rollouts] == [11, 11, 10, 10]
+    assert found.report.notes == {rollout_files.RENDERED: 4, rollout_files.END_UNKNOWN: 4}
+
+
+def test_verl_takes_its_bool_or_its_score(tokenizer, problems):
+    by_acc = read(DATA / "verl.jsonl", tokenizer, problems=problems)
+    by_score = read(DATA / "verl.jsonl", tokenizer, problems=problems, correct_from="score", correct_above=0.5)
+    assert [r.correct for r in by_acc.rollouts] == [r.correct for r in by_score.rollouts] == [r.correct for r in OWN]
+    assert by_acc.report.notes[rollout_files.FROM_DATASET] == 6
+
+
+def test_verl_prompts_without_their_special_tokens_are_refused(tokenizer):
+    with pytest.raises(InputError, match=r"verl.jsonl:1: verl writes prompts without their special tokens"):
+        read(DATA / "verl.jsonl", tokenizer)
+
+
+def test_json_list_reads_as_json_lines_do(tokenizer, tmp_path):
+    lines = [json.loads(line) for line in (DATA / "vllm.jsonl").read_text().splitlines()]
+    (tmp_path / "rollouts.json").write_text(json.dumps(lines))
+    assert ids_of(read(tmp_path / "rollouts.json", tokenizer)) == IDS_OF_OWN
+
+
+# Text
+
+
+def test_text_gives_the_ids_it_was_made_of(tokenizer, tmp_path):
+    lines = [json.loads(line) for line in (DATA / "vllm.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["prompt_token_ids"]
+        for output in line["outputs"]:
+            del output["token_ids"]
+    found = read(written(tmp_path, *lines), tokenizer)
+    assert ids_of(found) == IDS_OF_OWN
+    assert found.report.notes == {rollout_files.END_APPENDED: 6}
+
+
+def test_text_that_does_not_come_back_is_dropped_counted_and_named(tokenizer, tmp_path):
+    decomposed = "We see e\u0301 is 3."  # the tokenizer normalises to NFC
+    file = written(tmp_path, vllm_line("1+2", {"text": "We see 3."}, {"text": decomposed}), vllm_line("2+2"))
+    found = read(file, tokenizer)
+    assert found.report.dropped == {rollout_files.NOT_ROUND_TRIP: 1}
+    assert f"dropped 1 {rollout_files.NOT_ROUND_TRIP} (rollouts.jsonl:1)" in found.report.lines()
+    assert [r.response for r in found.rollouts] == ["We see 3.", "We see 3."]
+
+
+def test_text_with_lost_bytes_is_dropped(tokenizer, tmp_path):
+    """U+FFFD in a server's text stands for bytes of no character; its own ids would be others."""
+    lost = "3 \ufffd"
+    assert tokenizer.decode(tokenizer(lost)["input_ids"]) == lost
+    outputs = [{"text": lost}, {"text": "3 \ud800"}, {"text": "3"}]
+    found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
+    assert found.report.dropped == {rollout_files.NOT_ROUND_TRIP: 2}
+
+
+def test_llama_cpp_answers_that_lack_some_ids_are_dropped(tokenizer, tmp_path):
+    lines = [json.loads(line) for line in (DATA / "llama_cpp.jsonl").read_text().splitlines()]
+    del lines[0]["response"]["choices"][1]["logprobs"]["content"][3]
+    found = read(written(tmp_path, *lines), tokenizer)
+    assert found.report.dropped == {rollout_shapes.INCOMPLETE_IDS: 1}
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts][:2] == [(0, 0), (1, 0)]
+
+
+def test_samples_keep_their_number_when_one_before_is_dropped(tokenizer, tmp_path):
+    file = written(tmp_path, vllm_line("1+2", {"text": "e\u0301"}, {"text": "We see 3."}))
+    assert [r.sample_idx for r in read(file, tokenizer).rollouts] == [1]
+
+
+def test_prompt_that_does_not_come_back_is_refused(tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"rollouts.jsonl:1: its prompt does not come back"):
+        read(written(tmp_path, vllm_line("e\u0301")), tokenizer)
+    with pytest.raises(InputError, match=r"rollouts.jsonl:1: its prompt does not come back"):
+        read(written(tmp_path, vllm_line("1 \ud800")), tokenizer)
+    assert read(written(tmp_path, vllm_line("1 \ufffd")), tokenizer).report.n_rollouts == 1
+
+
+def test_boundary_that_joins_is_counted_and_kept_apart(tokenizer, tmp_path):
+    joined = read(written(tmp_path, vllm_line("We s", {"text": "ee 3."})), tokenizer)
+    assert joined.report.notes[rollout_files.BOUNDARY_DIFFERS] == 1
+    assert tokenizer.decode(joined.rollouts[0].prompt_ids) == "We s"
+    apart = read(written(tmp_path, vllm_line("We", {"text": " see 3."})), tokenizer)
+    assert rollout_files.BOUNDARY_DIFFERS not in apart.report.notes
+
+
+@pytest.mark.parametrize(
+    ("output", "last", "note"),
+    [
+        ({"finish_reason": "stop"}, IM_END, rollout_files.END_APPENDED),
+        ({"finish_reason": "stop", "stop_reason": END_OF_TEXT}, END_OF_TEXT, rollout_files.END_APPENDED),
+        ({"finish_reason": "stop", "stop_reason": "\n\n"}, None, None),
+        ({"finish_reason": "length"}, None, None),
+        ({}, None, rollout_files.END_UNKNOWN),
+    ],
+)
+def test_end_of_sequence_is_appended_only_where_the_file_says_so(tokenizer, tmp_path, output, last, note):
+    found = read(written(tmp_path, vllm_line("1+2", {"text": "We see 3.", **output})), tokenizer)
+    text_ids = tokenizer("We see 3.", add_special_tokens=False)["input_ids"]
+    assert found.rollouts[0].response_ids == text_ids + ([] if last is None else [last])
+    assert list(found.report.notes) == ([] if note is None else [note])
+
+
+def test_text_that_has_its_end_gets_no_second_one(tokenizer, tmp_path):
+    found = read(written(tmp_path, vllm_line("1+2", {"text": "3<|im_end|>", "finish_reason": "stop"})), tokenizer)
+    assert found.rollouts[0].response_ids == [*tokenizer("3")["input_ids"], IM_END]
+    assert found.rollouts[0].response == "3"
+
+
+def test_end_is_not_appended_where_a_stop_string_was_asked_for(tokenizer, tmp_path):
+    line = {
+        "request": {"prompt": "1+2", "stop": ["\n"]},
+        "response": {"choices": [{"index": 0, "text": "3", "finish_reason": "stop"}]},
+        "ground_truth": "3",
+    }
+    found = read(written(tmp_path, line), tokenizer)
+    assert found.rollouts[0].response_ids == tokenizer("3")["input_ids"]
+    assert found.report.notes == {rollout_files.END_UNKNOWN: 1}
+    line["response"]["choices"][0]["stop_reason"] = None  # vLLM: no stop string, so the end of sequence
+    assert read(written(tmp_path, line), tokenizer).rollouts[0].response_ids[-1] == IM_END
+
+
+def test_empty_responses_are_dropped_but_a_bare_end_is_one_token(tokenizer, tmp_path):
+    outputs = [{"text": ""}, {"token_ids": []}, {"text": "", "finish_reason": "stop"}, {"token_ids": [IM_END]}]
+    found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
+    assert found.report.dropped == {rollout_files.EMPTY: 2}
+    assert [r.response_ids for r in found.rollouts] == [[IM_END], [IM_END]]
+
+
+def test_padding_is_cut_and_an_end_inside_stays(tokenizer, tmp_path):
+    outputs = [{"token_ids": [18, IM_END, END_OF_TEXT, END_OF_TEXT]}, {"token_ids": [18, IM_END, 19]}]
+    found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
+    assert [r.response_ids for r in found.rollouts] == [[18, IM_END], [18, IM_END, 19]]
+    assert found.report.notes == {rollout_files.PADDING_CUT: 1}
+
+
+def test_text_of_another_tokenizer_is_said(tokenizer, tmp_path):
+    file = written(tmp_path, vllm_line("1+2", {"text": "Hello", "token_ids": [18, 19]}))
+    assert read(file, tokenizer).report.notes == {rollout_files.TEXT_DIFFERS: 1}
+
+
+def test_what_exceeds_the_context_is_dropped(tokenizer, tmp_path):
+    file = written(tmp_path, vllm_line("1+2", {"text": "We see 3."}, {"text": "3"}))
+    found = read(file, tokenizer, context=5)
+    assert found.report.dropped == {rollout_files.TOO_LONG: 1}
+    assert [r.response for r in found.rollouts] == ["3"]
+
+
+# Verdicts and problems
+
+
+def test_correct_is_taken_where_given(tokenizer, tmp_path):
+    outputs = [{"text": "3", "correct": False}, {"text": "3", "correct": True}, {"text": "3"}]
+    found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
+    assert [r.correct for r in found.rollouts] == [False, True, None]
+    anew = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer, correct_from="verifier")
+    assert [r.correct for r in anew.rollouts] == [None] * 3
+
+
+def test_verdicts_fall_to_those_without_one_and_none_leaves_a_rollout_out(tokenizer, tmp_path):
+    outputs = [{"text": "3", "correct": False}, {"text": "4"}, {"text": "5"}, {"text": "6"}]
+    found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
+    assert found.unverified() == [("4", "3"), ("5", "3"), ("6", "3")]
+    judged = found.judged([True, None, False])
+    assert [(r.response, r.correct) for r in judged] == [("3", False), ("4", True), ("6", False)]
+
+
+def test_rewards_need_a_threshold(tokenizer, tmp_path):
+    file = written(tmp_path, vllm_line("1+2", {"text": "3", "reward": 0.5}, {"text": "4", "reward": 1.0}))
+    with pytest.raises(InputError, match=r"rollouts.jsonl:1: 'reward' is a number: --correct-above THRESHOLD"):
+        read(file, tokenizer)
+    assert [r.correct for r in read(file, tokenizer, correct_above=0.5).rollouts] == [False, True]
+
+
+def test_several_rewards_must_be_told_apart(tokenizer):
+    with pytest.raises(InputError, match=r"trl_chat.parquet: row 1: several rewards; .* boxed_answer, brevity"):
+        read(DATA / "trl_chat.parquet", tokenizer, correct_above=0.5)
+
+
+def test_threshold_without_rewards_is_refused(tokenizer):
+    with pytest.raises(InputError, match=r"--correct-above 0.5: .*vllm.jsonl has no reward"):
+        read(DATA / "vllm.jsonl", tokenizer, correct_above=0.5)
+
+
+def test_neither_verdict_nor_ground_truth_is_refused(tokenizer, tmp_path):
+    line = vllm_line()
+    del line["ground_truth"]
+    with pytest.raises(InputError, match=r"rollouts.jsonl:1: neither a verdict"):
+        read(written(tmp_path, line), tokenizer)
+    line["outputs"][0]["correct"] = True
+    assert read(written(tmp_path, line), tokenizer).rollouts[0].ground_truth == ""
+
+
+def test_data_set_must_know_the_prompts_and_agree_on_the_answers(tokenizer, problems, tmp_path):
+    strange = vllm_line("1+2")
+    wrong = vllm_line(problems[0].prompt, ground_truth="124")
+    with pytest.raises(InputError) as caught:
+        read(written(tmp_path, strange, wrong), tokenizer, problems=problems)
+    assert re.search(r":1: its prompt is none of the data set's", caught.value.problems[0])
+    assert re.search(r":2: its ground truth is '124', that of problem 'demo-00000' '123'", caught.value.problems[1])
+
+
+def test_prompt_other_than_the_data_sets_is_probed_as_written_and_said(tokenizer, problems, tmp_path):
+    line = vllm_line("1+2", problem_id=problems[0].id, ground_truth="123")
+    found = read(written(tmp_path, line), tokenizer, problems=problems)
+    assert found.rollouts[0].prompt_ids == tokenizer("1+2")["input_ids"]
+    assert found.rollouts[0].prompt_idx == 10
+    assert found.report.notes[rollout_files.OTHER_THAN_DATASET] == 1
+
+
+def test_the_same_prompt_in_several_lines_is_one_prompt(tokenizer, tmp_path):
+    found = read(written(tmp_path, vllm_line("1+2"), vllm_line("2+1"), vllm_line("1+2")), tokenizer)
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts] == [(0, 0), (1, 0), (0, 1)]
+
+
+# What must be refused
+
+
+def with_something_replaced(value, junk: tuple) -> Iterator:
+    """Every copy of nested JSON in which one part, at any depth, is another thing; of lists the first two entries."""
+    yield from junk
+    children = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, child in children:
+        for replaced in with_something_replaced(child, junk):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = replaced
+            yield copy
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in DATA.iterdir()))
+def test_whatever_stands_in_a_file_it_is_read_or_refused(tokenizer, problems, tmp_path, name):
+    """No record with a part of the wrong kind ends in another error than ours."""
+    if name.endswith(".parquet"):
+        record = pyarrow.parquet.read_table(DATA / name).to_pylist()[0]
+    else:
+        record = json.loads((DATA / name).read_text().splitlines()[0])
+    with_problems = {"problems": None if name == "gradprobe.jsonl" else problems}
+    n_read = n_refused = 0
+    for replaced in with_something_replaced(record, (None, True, 7, -1.5, "x", [], ["x"], {}, [{}])):
+        for options in ({"correct_above": 0.5}, with_problems):
+            try:
+                read(written(tmp_path, json.dumps(replaced)), tokenizer, **options)
+                n_read += 1
+            except InputError:
+                n_refused += 1
+    assert n_read > 0
+    assert n_refused > 0
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (["{broken"], r"rollouts.jsonl:1: not a JSON object \(Expecting"),
+        ([vllm_line(), "[1]"], r"rollouts.jsonl:2: not a JSON object"),
+        ([], r"no rollouts in it"),
+        ([{"a": 1}], r"rollouts.jsonl:1: of no known shape: its keys are a; --rollouts-format"),
+        ([vllm_line(), {"input": "1", "output": "2"}], r"rollouts.jsonl:2: not of the shape vllm"),
+        ([vllm_line("1+2", {"token_ids": [VOCAB_SIZE]})], r":1: its response ids have 350, the model's are 0 to 349"),
+        ([vllm_line("1+2", {"token_ids": [-1]})], r":1: its response ids have -1"),
+        ([vllm_line("1+2", {"token_ids": [1.0]})], r":1: its response ids are not a list of integers"),
+        ([vllm_line("1+2", {"token_ids": [True]})], r":1: its response ids are not a list of integers"),
+        ([vllm_line("1+2", prompt_token_ids=[999])], r":1: its prompt ids have 999"),
+        ([vllm_line("1+2", prompt_token_ids=[])], r":1: its prompt has no tokens"),
+        ([vllm_line("1+2", {"index": 0})], r":1: neither text nor token ids of the completion"),
+        ([vllm_line(None)], r":1: neither text nor token ids of the prompt"),
+        ([vllm_line(ground_truth=["3"])], r":1: its ground truth is of type list"),
+        ([vllm_line("1+2", {"text": ""})], r"no rollouts left; dropped 1 completions without response tokens"),
+        ([{"prompt": ["a", "b"], "choices": [{"text": "c"}]}], r":1: several prompts in one line"),
+        ([{"prompt": "a", "echo": True, "choices": [{"text": "ab"}]}], r":1: asked for with 'echo'"),
+        ([{"prompt": "a", "choices": "b"}], r":1: 'choices' is not a list of objects"),
+        ([{"prompt": "a", "completion": [{"role": "a"}, {"role": "b"}]}], r":1: its completion is of several turns"),
+    ],
+)
+def test_bad_files_are_refused_with_their_line(tokenizer, tmp_path, records, message):
+    with pytest.raises(InputError, match=message):
+        read(written(tmp_path, *records), tokenizer)
+
+
+def test_all_faults_are_named_at_once_up_to_a_bound(tokenizer, tmp_path):
+    lines = [vllm_line("1+2", {"token_ids": [900 + i // 2]}) for i in range(60)]
+    with pytest.raises(InputError) as caught:
+        read(written(tmp_path, *lines), tokenizer)
+    assert len(caught.value.problems) == 21
+    assert re.search(r":3: its response ids have 901, .* \(and 1 more like it\)$", caught.value.problems[1])
+    assert caught.value.problems[-1] == "and 10 other faults"
+
+
+def test_missing_and_foreign_files_are_refused(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        read(tmp_path / "nothing.jsonl", tokenizer)
+    (tmp_path / "not.parquet").write_bytes(b"PK")
+    with pytest.raises(InputError, match="not a parquet file"):
+        read(tmp_path / "not.parquet", tokenizer)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
+    with pytest.raises(InputError, match="not UTF-8"):
+        read(tmp_path / "latin.jsonl", tokenizer)
+
+
+def test_named_format_is_held_against_the_file(tokenizer):
+    with pytest.raises(InputError, match=r"vllm.jsonl:1: not of the shape verl: its keys are ground_truth, outputs"):
+        read(DATA / "vllm.jsonl", tokenizer, file_format="verl")
+
+
+def test_own_rollouts_take_no_data_set(tokenizer, problems):
+    with pytest.raises(InputError, match="leave --dataset out"):
+        read(DATA / "gradprobe.jsonl", tokenizer, problems=problems)
+
+
+def test_several_training_steps_are_said(tokenizer, tmp_path):
+    rows = pyarrow.parquet.read_table(DATA / "trl.parquet").to_pylist()
+    rows[3]["step"] = 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "steps.parquet")
+    found = read(tmp_path / "steps.parquet", tokenizer, correct_above=0.5)
+    assert found.report.notes[rollout_shapes.OTHER_STEPS] == 1
+
+
+def test_report_for_the_manifest_is_json_without_paths(tokenizer, problems):
+    report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report.as_dict()
+    assert str(DATA) not in json.dumps(report)
+    assert (report["n_completions"], report["n_rollouts"], report["n_prompts"]) == (6, 6, 3)
+
+
+# The lines in docs/rollouts.md
+
+
+@dataclass
+class CompletionOutput:
+    """The fields of vLLM's class of this name that the documented writer reads, and some that it does not."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None
+    logprobs: None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """As above."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+def code_blocks() -> list[str]:
+    """The Python in docs/rollouts.md."""
+    text = (HERE.parent / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_documented_writer_makes_a_file_that_reads_back(tokenizer, tmp_path):
+    (writer,) = [block for block in code_blocks() if "def write_rollouts" in block]
+    written_by_docs: dict = {}
+    exec(writer, written_by_docs)
+    lines = [json.loads(line) for line in (DATA / "vllm.jsonl").read_text().splitlines()]
+    outputs = [
+        RequestOutput(
+            line["request_id"],
+            None,  # as vLLM leaves it for prompts given as ids
+            line["prompt_token_ids"],
+            [CompletionOutput(**{**output, "token_ids": tuple(output["token_ids"])}) for output in line["outputs"]],
+        )
+        for line in lines
+    ]
+    problems = [{"id": line["problem_id"], "ground_truth": line["ground_truth"]} for line in lines]
+    written_by_docs["write_rollouts"](tmp_path / "vllm.jsonl", problems, outputs)
+    found = read(tmp_path / "vllm.jsonl", tokenizer)
+    assert ids_of(found) == IDS_OF_OWN
+    assert [r.ground_truth for r in found.rollouts] == [r.ground_truth for r in OWN]
+
+
+def test_every_file_in_the_docs_table_exists_and_is_read_here():
+    table = (HERE.parent / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"tests/data/rollouts/([\w.]+)", table))
+    assert named == {file.name for file in DATA.iterdir()}
+    assert named <= set(re.findall(r'"([\w]+\.(?:jsonl|parquet))"', Path(__file__).read_text(encoding="utf-8")))
