@@ -20,15 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from gradprobe.common.console import add_common_flags, printable, say, script_main
+from gradprobe.common.console import add_common_flags, log, printable, script_main
 from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
 from gradprobe.dump import format as contract
 from gradprobe.dump.blocks import iter_row_blocks
 from gradprobe.dump.buckets import bucket_of, fit_edges
 from gradprobe.dump.check import checksum_problems, checksums_of, read_content
-from gradprobe.dump.format import Dump, PromptKey, Rollout
+from gradprobe.dump.format import Dump
 from gradprobe.dump.growing import new_rows
+from gradprobe.dump.records import PromptKey, Rollout
 
 SAME_IN_ALL = (
     "target",
@@ -165,7 +166,7 @@ def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[s
     manifests = [shard.manifest for shard in shards]
     given = [(m["entropy_edges"], m.get("entropy_edges_from")) for m in manifests]
     if given[0][1] is not None and all(edges == given[0][0] and source is not None for edges, source in given):
-        say("all shards were probed with the same --entropy-edges: they are kept")
+        log.info("all shards were probed with the same --entropy-edges: they are kept")
         return {key: manifests[0][key] for key in ("entropy_edges", "entropy_edges_over", "entropy_edges_from")}
     if rollout_files is None:
         entropies, over = np.concatenate([shard.entropy for shard in shards]), "dumped_positions"
@@ -326,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     targets = shards_by_target(args.shard_dirs)
     for shards in targets.values():
         for warning in (warning for shard in shards for warning in shard.warnings):
-            say(f"warning: {warning}")
+            log.warning(warning)
         check_belong_together(shards)
         check_disjoint(shards, namespaces(shards))
     refuse_changed_files(targets)

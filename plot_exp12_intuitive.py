@@ -45,7 +45,7 @@ from gradprobe.analysis.inputs import (
     subjects_of,
     warn,
 )
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, say, script_main
+from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, printable, script_main
 from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import make_directory, read_json, write_text
 from gradprobe.dump.format import Dump, load_manifest, target_directories
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     refuse_different_buckets(sources)
     make_directory(args.output_dir)
     for difference in differences(sources):
-        say(f"warning: {difference}")
+        log.warning(difference)
 
     fingerprints = {tag: [fingerprint(source.path) for source in found] for tag, found in targets.items()}
     summaries = read_summaries(args.output_dir)
@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None) -> int:
         write_report(args.output_dir, sources, summaries, list(drawn))
     else:
         tagged = " ".join(f"{tag}=..." for tag in paths)
-        say(
-            f"warning: {REPORT} is not written, nor {REPLICATION} drawn: they need {EXP1_SUMMARY} and {EXP2_SUMMARY} "
+        log.warning(
+            f"{REPORT} is not written, nor {REPLICATION} drawn: they need {EXP1_SUMMARY} and {EXP2_SUMMARY} "
             f"of these dumps in {args.output_dir}; run both analyses with {tagged} first"
         )
     written = [*drawn, *([REPORT] if have_summaries else [])]
@@ -201,7 +201,7 @@ def numbers_of(
     except NotTheseDumps as reason:
         missing.append(f"Exp 2 ({reason})")
     if missing:
-        say(f"computing anew what the analyses did not leave about these dumps: {', '.join(missing)}")
+        log.info(f"computing anew what the analyses did not leave about these dumps: {', '.join(missing)}")
         opened = open_dumps(paths)
         warn(opened)
         dumps = first_targets(opened)
@@ -286,7 +286,7 @@ def draw_replication(summaries: list[dict[str, Any]], targets: dict[str, list[So
         return {}
     tables = [[summary[tag].get("replication", {}) for tag in targets] for summary in summaries]
     if any([table.get("targets") for table in of_all] != names for of_all in tables):
-        say(f"warning: {REPLICATION} is not drawn: the summaries are about other targets; run both analyses again")
+        log.warning(f"{REPLICATION} is not drawn: the summaries are about other targets; run both analyses again")
         return {}
     subjects = subjects_of({tag: found[0] for tag, found in targets.items()})
     return {REPLICATION: figures.draw_replication(subjects, *tables)}

@@ -37,21 +37,21 @@ import torch
 import transformers
 
 import gradprobe
-from gradprobe.common.console import add_common_flags, is_verbose, printable, progress, say, script_main
+from gradprobe.common.console import add_common_flags, is_verbose, log, printable, progress, script_main
 from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import locked, make_directory, read_json, sha256_of, write_json
 from gradprobe.dump import format as contract
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges
 from gradprobe.dump.check import checksums_of
-from gradprobe.dump.format import Position, Rollout
 from gradprobe.dump.growing import Record
-from gradprobe.gradients.engine import RowGradients, Target, expand_targets
+from gradprobe.dump.records import Position, Rollout
+from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.targets import Target, expand_targets
+from gradprobe.model.batches import Budget
 from gradprobe.model.checkpoint import (
-    Budget,
     Checkpoint,
     CheckpointSource,
     checkpoint_identity,
-    context_length,
     end_token_ids,
     load_checkpoint,
     load_skeleton,
@@ -60,6 +60,7 @@ from gradprobe.model.checkpoint import (
     resolve_device,
     resolve_dtype,
 )
+from gradprobe.model.decoder import context_length
 from gradprobe.model.placement import Placement, input_device, read_placement
 from gradprobe.probe.output import (
     FaultyRows,
@@ -73,7 +74,8 @@ from gradprobe.problems.load import ProblemSet, load_problems, shard_of_study
 from gradprobe.problems.templates import preview, read_template, render_prompts
 from gradprobe.problems.verify import RunningVerifier, Verifier, load_verifier
 from gradprobe.rollouts.foreign import read_rollouts
-from gradprobe.rollouts.sample import chunks_of, score_responses
+from gradprobe.rollouts.sample import chunks_of
+from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.server import connect, mean_logprob_gap
 from gradprobe.rollouts.shapes import FORMATS
 from gradprobe.rollouts.sources import (
@@ -287,7 +289,7 @@ def take_shard_from_environment(args: argparse.Namespace, environment: Mapping[s
         n_gpus = torch.cuda.device_count()
         if args.device in ("auto", "cuda") and n_gpus > 1:
             args.device = f"cuda:{gpu % n_gpus}"
-        say(f"shard {args.shard_index} of {args.num_shards}, by {rank} and {size}: {args.output_dir}")
+        log.info(f"shard {args.shard_index} of {args.num_shards}, by {rank} and {size}: {args.output_dir}")
         return
 
 
@@ -398,7 +400,7 @@ def read_source(
     problem_set = read_problems(args)
     shard = shard_of_study(len(problem_set.problems), args.num_prompts, args.seed, args.shard_index, args.num_shards)
     problems = [problem_set.problems[i] for i in shard]
-    say(f"for example {preview(problems[0])}")
+    log.info(f"for example {preview(problems[0])}")
     settings = SamplingSettings(args.num_samples, args.max_new_tokens, args.temperature, args.seed)
     server = connect(args.base_url, args.server_model) if args.sampler == "openai" else None
     source = SampledRollouts(problems, settings, server, args.server_requests)
@@ -429,9 +431,9 @@ def read_problems(args: argparse.Namespace) -> ProblemSet:
     template = None if args.prompt_template is None else read_template(args.prompt_template)
     tokenizer = load_tokenizer(checkpoint_source(args)) if args.chat_template else None
     problem_set = render_prompts(problem_set, template, args.chat_template, args.system_prompt, tokenizer)
-    say(problem_set.summary)
+    log.info(problem_set.summary)
     for note in problem_set.notes:
-        say(f"note: {note}")
+        log.info(f"note: {note}")
     return problem_set
 
 
@@ -464,7 +466,7 @@ def read_given_rollouts(
         context=context_length(skeleton),
     )
     for line in found.report.lines():
-        say(line)
+        log.info(line)
     prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
     if len(prompts) < args.num_shards:
         raise InputError(f"--num-shards {args.num_shards}: {file} has {len(prompts)} prompts")
@@ -623,17 +625,17 @@ def collect_rollouts(
         watch.add(notes["seconds"])
     chunks = list(chunks_of(plan.source.rows_per_prompt, args.sample_rows))
     if growing.n_chunks_kept:
-        say(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
+        log.info(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
     left = chunks[growing.n_chunks_kept :]
     if left:
-        rollouts_of = plan.source.opened(checkpoint, args.sample_rows, say)
+        rollouts_of = plan.source.opened(checkpoint, args.sample_rows)
         tokens = Budget(args.batch_tokens)
         with RunningVerifier(plan.verifier, args.verifier_seconds) as running:
             for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
                 before = dict(watch.seconds)
                 with watch.phase("sample"):
                     sampled = rollouts_of(chunk)
-                    rollouts = judged(sampled, running, say)
+                    rollouts = judged(sampled, running)
                 with watch.phase("score"):
                     rollouts = score(checkpoint, rollouts, tokens)
                 notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
@@ -655,7 +657,7 @@ def server_gap(source: Source, sampled: list[Rollout], scored: list[Rollout]) ->
     ]
     gap = mean_logprob_gap([a for a, _ in pairs], [ours for _, ours in pairs]) if pairs else None
     if gap is not None and gap > LARGEST_LOGPROB_GAP:
-        say(f"warning: the server's log-probs are {gap:.2f} nats per token from this checkpoint's: another model's?")
+        log.warning(f"the server's log-probs are {gap:.2f} nats per token from this checkpoint's: another model's?")
     return {} if gap is None else {"logprob_gap": gap}
 
 
@@ -675,7 +677,7 @@ def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget)
         InputError: the model gives one that is not finite.
     """
     batches = score_responses(
-        checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens, say
+        checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
     )
     scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for batch in batches:
@@ -732,12 +734,11 @@ def write_gradients(
         [r.response_ids for r in rollouts],
         chosen,
         budget,
-        say,
         done=growing.items_kept,
     )
     n_left = int(starts[-1]) - sum(len(rows_of_items[item]) for item in growing.items_kept)
     if growing.items_kept:
-        say(f"continuing: {int(starts[-1]) - n_left} of {int(starts[-1])} gradient rows are there")
+        log.info(f"continuing: {int(starts[-1]) - n_left} of {int(starts[-1])} gradient rows are there")
     watch.add({"gradients": growing.seconds_kept})
     with watch.phase("gradients"):
         for members, passes, gradients in progress(batches, "gradients", n_left, "rows", lambda batch: len(batch[0])):
@@ -823,7 +824,7 @@ def main(argv: list[str] | None = None) -> int:
     patience = SECONDS_FOR_A_LOST_NODE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0
     with locked(args.output_dir, patience):
         if not prepare(args.output_dir, plan.directories, plan.settings, args.overwrite):
-            say(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
+            log.info(f"{args.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
         probe(args, plan, watch)
     return 0
@@ -858,7 +859,7 @@ def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
         }
         write_json(directory / contract.MANIFEST, manifest)
         for warning in rows.warnings():
-            say(f"warning: {directory}: {warning}")
+            log.warning(f"{directory}: {warning}")
         print(printable(f"{directory}: {len(lines)} gradients of {weight}[{target.row_idx}]"), end=", ")
         print(f"{common['num_correct_rollouts']} of {len(rollouts)} rollouts correct")
     (args.output_dir / contract.RECORD).unlink()

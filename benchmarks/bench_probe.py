@@ -38,10 +38,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
-from gradprobe.gradients.engine import RowGradients, Target  # noqa: E402
-from gradprobe.model.checkpoint import layer_list, load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
+from gradprobe.gradients.engine import RowGradients  # noqa: E402
+from gradprobe.gradients.targets import Target  # noqa: E402
+from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
+from gradprobe.model.decoder import layer_list  # noqa: E402
 from gradprobe.problems.load import load_problems, shard_of_study  # noqa: E402
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses, score_responses  # noqa: E402
+from gradprobe.rollouts.sample import rollout_uniforms, sample_responses  # noqa: E402
+from gradprobe.rollouts.score import score_responses  # noqa: E402
 from probe_grad_vectors import BATCH_TOKENS  # noqa: E402
 
 SHAPES = {

@@ -47,9 +47,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from bench_probe import matmul_rate, peak_memory, reset_peak_memory  # noqa: E402
 
 from gradprobe.dump import format as contract  # noqa: E402
-from gradprobe.gradients.engine import RowGradients, Target  # noqa: E402
-from gradprobe.model.checkpoint import LOGITS_PER_BLOCK, resolve_device, resolve_dtype  # noqa: E402
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses, score_responses  # noqa: E402
+from gradprobe.gradients.engine import RowGradients  # noqa: E402
+from gradprobe.gradients.targets import Target  # noqa: E402
+from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
+from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
+from gradprobe.rollouts.sample import rollout_uniforms, sample_responses  # noqa: E402
+from gradprobe.rollouts.score import score_responses  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
 POSITIONS_PER_ROLLOUT = 20

@@ -17,9 +17,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gradprobe.dump.format import find_rollouts, iter_rollouts, load_dump  # noqa: E402
-from gradprobe.gradients.engine import RowGradients, Target  # noqa: E402
-from gradprobe.model.checkpoint import layer_list, load_checkpoint, resolve_device  # noqa: E402
+from gradprobe.dump.format import find_rollouts, load_dump  # noqa: E402
+from gradprobe.dump.records import iter_rollouts  # noqa: E402
+from gradprobe.gradients.engine import RowGradients  # noqa: E402
+from gradprobe.gradients.targets import Target  # noqa: E402
+from gradprobe.model.checkpoint import load_checkpoint, resolve_device  # noqa: E402
+from gradprobe.model.decoder import layer_list  # noqa: E402
 
 
 def rows_of(model, target: Target, rollouts: list, positions: list[np.ndarray]) -> np.ndarray:

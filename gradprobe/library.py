@@ -58,8 +58,9 @@ def row_gradients(
     Raises:
         InputError: a layer, weight, row or position that there is not.
     """
-    from .gradients.engine import RowGradients, Target
-    from .model.checkpoint import layer_list
+    from .gradients.engine import RowGradients
+    from .gradients.targets import Target
+    from .model.decoder import layer_list
 
     wanted = np.arange(len(response_ids)) if positions is None else np.asarray(positions, dtype=np.int64)
     if len(np.unique(wanted)) != len(wanted) or not np.isin(wanted, np.arange(len(response_ids))).all():

@@ -140,7 +140,7 @@ HOST = HostArithmetic()
 
 
 def arithmetic_for(device: str) -> Arithmetic:
-    """What `--device` means: numpy for "cpu", torch on a GPU for "cuda"; "auto" takes a GPU if there is one.
+    """What `device` means: numpy for "cpu", torch on a GPU for "cuda"; "auto" takes a GPU if there is one.
 
     Raises:
         InputError: "cuda" was asked for and torch finds no GPU.
@@ -152,7 +152,7 @@ def arithmetic_for(device: str) -> Arithmetic:
     if torch.cuda.is_available():
         return TorchArithmetic("cuda")
     if device == "cuda":
-        raise InputError("--device cuda: torch finds no CUDA GPU; use --device cpu, or auto")
+        raise InputError("`device` cuda: torch finds no CUDA GPU; use `device` cpu, or auto")
     return HOST
 
 

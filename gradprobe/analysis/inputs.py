@@ -1,5 +1,6 @@
 """What the analysis scripts have in common: dumps in and checked, what figures call them, tables for people."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,11 +9,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..common.console import say
 from ..common.errors import InputError, raise_if_any
 from ..dump.check import checksum_problems, first_of, read_content
 from ..dump.format import GRADS, Dump, load_dump, target_directories
 from ..figures.look import Subject
+
+log = logging.getLogger(__name__)
 
 MISSING = "-"
 Tag = TypeVar("Tag", bound="str | None")
@@ -63,7 +65,7 @@ def warn(dumps: Mapping[Tag, list[Dump]]) -> None:
     for targets in dumps.values():
         for dump in targets:
             for warning in dump.warnings:
-                say(f"warning: {warning}")
+                log.warning(warning)
 
 
 def default_output_dir(dump: Path) -> Path:

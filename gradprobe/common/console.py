@@ -1,19 +1,23 @@
-"""The scripts' edge: messages, progress and exit status. stderr has progress, stdout the result."""
+"""The scripts' edge: messages, progress and exit status. stderr has progress, stdout the result.
+
+Library modules log to `gradprobe.*` and name parameters in backticks (`row_idx`); a script says what its reader typed
+(--row-idx).
+"""
 
 import argparse
-import enum
 import errno
 import functools
+import io
+import logging
 import os
 import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -21,11 +25,14 @@ from .. import __version__
 from .errors import InputError, raise_if_any
 
 Item = TypeVar("Item")
+log = logging.getLogger("gradprobe")
 SECONDS_BETWEEN_LOG_LINES = 10.0
+LOG_LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} elapsed, {rate_fmt}, about {remaining} left"
 SURROGATE = re.compile("[\ud800-\udfff]")
 """What stands for bytes of a command line that are not UTF-8."""
-COLOURS = {"error": 31, "warning": 33}
-"""ANSI colours of the first word of a line, where NO_COLOR (no-color.org) is not set."""
+PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
+COLOURS = {logging.ERROR: 31, logging.WARNING: 33}
+"""ANSI colours of a severity, where NO_COLOR (no-color.org) is not set."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,53 +41,53 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class Verbosity(enum.IntEnum):
-    """How much a script says on stderr."""
+class _StderrHandler(logging.Handler):
+    """One plain line for each message, warnings and errors named; on a terminal these have a colour."""
 
-    QUIET = 0
-    NORMAL = 1
-    VERBOSE = 2
-
-
-class _Settings:
-    """What the flags of `add_common_flags` last set."""
-
-    verbosity = Verbosity.NORMAL
+    def emit(self, record: logging.LogRecord) -> None:
+        line = printable(with_flags(record.getMessage()))
+        if record.levelno >= logging.WARNING:
+            kind, colour = record.levelname.lower(), COLOURS.get(record.levelno)
+            is_coloured = colour is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+            line = (f"\x1b[{colour}m{kind}\x1b[0m: " if is_coloured else f"{kind}: ") + line
+        print(line, file=sys.stderr, flush=True)
 
 
-class _SetVerbosity(argparse.Action):
+def _speak() -> None:
+    """Let messages reach stderr, as many as without flags. Only scripts do: who imports the library says who hears."""
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(_StderrHandler())
+        log.propagate = False
+
+
+def with_flags(message: str) -> str:
+    """A library's message in a script's words: `row_idx` becomes --row-idx."""
+    return PARAMETER.sub(lambda found: "--" + found[1].replace("_", "-"), message)
+
+
+class _SetLevel(argparse.Action):
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
-        _Settings.verbosity = self.const
+        log.setLevel(self.const)
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """`--version`, `--quiet` and `--verbose`, which every script has."""
     group = parser.add_argument_group("what is said")
     group.add_argument("--version", action="version", version=f"gradprobe {__version__}")
-    how_much = group.add_mutually_exclusive_group()
-    for letter, level, text in (
-        ("q", Verbosity.QUIET, "only warnings and errors on stderr"),
-        ("v", Verbosity.VERBOSE, "also what the libraries say"),
+    how_much: Any = group.add_mutually_exclusive_group()
+    for name, level, text in (
+        ("quiet", logging.WARNING, "only warnings and errors on stderr"),
+        ("verbose", logging.DEBUG, "also what the libraries say"),
     ):
         how_much.add_argument(
-            f"-{letter}", f"--{level.name.lower()}", action=_SetVerbosity, nargs=0, const=level, default=None, help=text
+            f"-{name[0]}", f"--{name}", action=_SetLevel, nargs=0, const=level, default=argparse.SUPPRESS, help=text
         )
 
 
 def is_verbose() -> bool:
     """Whether --verbose was given."""
-    return _Settings.verbosity == Verbosity.VERBOSE
-
-
-def say(message: str) -> None:
-    """One plain line on stderr; with --quiet only warnings and errors. On a terminal these have a colour."""
-    kind = message.partition(":")[0]
-    if _Settings.verbosity == Verbosity.QUIET and kind not in COLOURS:
-        return
-    line = printable(message)
-    if kind in COLOURS and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-        line = f"\x1b[{COLOURS[kind]}m{kind}\x1b[0m{line[len(kind) :]}"
-    print(line, file=sys.stderr, flush=True)
+    return log.isEnabledFor(logging.DEBUG)
 
 
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
@@ -92,24 +99,25 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        _Settings.verbosity = Verbosity.NORMAL
+        _speak()
         try:
             _refuse_undecodable(sys.argv[1:] if argv is None else argv)
             with _sigterm_raises():
                 return main(argv)
         except InputError as error:
-            say(f"error: {error}")
+            log.error("%s", error)
             return 2
         except OSError as error:
             if error.errno not in DISK_IS_FULL:
                 raise
-            say(f"error: {error.filename or 'writing'}: {error.strerror}; make room and run the same command again")
+            where = error.filename or "writing"
+            log.error("%s: %s; make room and run the same command again", where, error.strerror)
             return 2
         except KeyboardInterrupt:
-            say("interrupted; the same command continues or starts over")
+            log.info("interrupted; the same command continues or starts over")
             return 130
         except _Terminated:
-            say("stopped by SIGTERM; the same command continues or starts over")
+            log.info("stopped by SIGTERM; the same command continues or starts over")
             return 143
 
     return wrapped
@@ -141,36 +149,32 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class _LoggedProgress(tqdm):
+    """A bar that logs a line now and then, and one when all is done."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """See tqdm; nothing is said before the first item, and nothing twice."""
+        if self.n > getattr(self, "n_said", 0):
+            self.n_said = self.n
+            log.info("%s", self)
+
+
+def progress_bar(description: str, total: int, unit: str) -> tqdm:
+    """A bar to `update` inside a `with` block: drawn on a terminal, in a log a plain line now and then."""
+    common = {"desc": description, "total": total, "unit": f" {unit}", "disable": not log.isEnabledFor(logging.INFO)}
+    if sys.stderr.isatty():
+        return tqdm(**common, dynamic_ncols=True)
+    return _LoggedProgress(**common, file=io.StringIO(), mininterval=SECONDS_BETWEEN_LOG_LINES, bar_format=LOG_LINE)
+
+
 def progress(
     items: Iterable[Item], description: str, total: int, unit: str, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yield `items`, each worth `size(item)` of `total`.
-
-    A terminal sees a tqdm bar, a log a plain line now and then.
-    """
-    if _Settings.verbosity == Verbosity.QUIET:
-        yield from items
-        return
-    if sys.stderr.isatty():
-        with tqdm(desc=description, total=total, unit=f" {unit}", dynamic_ncols=True) as bar:
-            for item in items:
-                yield item
-                bar.update(size(item))
-        return
-    start = last = time.monotonic()
-    n_done = 0
-    for item in items:
-        yield item
-        n_done += size(item)
-        now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LOG_LINES or n_done >= total:
-            last = now
-            elapsed = now - start
-            left = elapsed / n_done * (total - n_done)
-            rate = n_done / max(elapsed, 1e-9)
-            say(
-                f"{description}: {n_done}/{total} {unit}, {elapsed:.0f} s, {rate:.3g} {unit}/s, about {left:.0f} s left"
-            )
+    """Yield `items`, each worth `size(item)` of `total`, and move a bar."""
+    with progress_bar(description, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.update(size(item))
 
 
 def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> dict[str | None, Path]:

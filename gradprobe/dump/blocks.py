@@ -129,3 +129,26 @@ def release_pages(grads: np.ndarray | SelectedRows) -> None:
         source = source.base
     if isinstance(source, mmap.mmap):
         source.madvise(mmap.MADV_DONTNEED)
+
+
+def read_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
+    """`grads[rows]` in float64, a copy; no page of a memory map stays with this process."""
+    block = np.asarray(grads[rows]).astype(np.float64)
+    release_pages(grads)
+    return block
+
+
+def copy_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
+    """`grads[rows]` as they are, a copy read block by block."""
+    chosen = np.empty((len(rows), grads.shape[1]), grads.dtype)
+    for part in block_slices(len(rows), grads.itemsize * grads.shape[1]):
+        chosen[part] = grads[rows[part]]
+        release_pages(grads)
+    return chosen
+
+
+def block_slices(length: int, bytes_each: int) -> Iterator[slice]:
+    """Cut 0 .. length into slices of at most 64 MiB."""
+    step = max(1, BLOCK_BYTES // max(1, bytes_each))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import printable, say, script_main
+from ..common.console import log, printable, script_main
 from ..common.errors import InputError
 from ..common.files import sha256_of
 from . import format as contract
 from .blocks import iter_row_blocks
-from .format import Dump, Rollout
+from .format import Dump
+from .records import Rollout
 
 SHOWN_ROWS = 10
 
@@ -189,7 +190,7 @@ def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterable[s
 
 @script_main
 def main(argv: list[str] | None = None) -> int:
-    """Check every dump named, say what is wrong with each."""
+    """Check every dump named what is wrong with each."""
     parser = argparse.ArgumentParser(
         prog="python -m gradprobe.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,9 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     for path in parser.parse_args(argv).dumps:
         problems, notes = problems_of(path)
         for note in notes:
-            say(f"note: {note}")
+            log.info(f"note: {note}")
         for problem in problems:
-            say(f"error: {problem}")
+            log.error(problem)
         status = 2 if problems else status
         if not problems:
             print(printable(f"{path}: sound"))

@@ -8,17 +8,18 @@ row), `manifest.json` (written last: a directory without it is unfinished) and, 
 import itertools
 import json
 import reprlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputError, raise_if_any
-from ..common.files import iter_jsonl, read_json, write_jsonl
+from ..common.files import iter_jsonl, read_json
 from .blocks import SelectedRows, open_rows
 from .buckets import bucket_of
+from .records import PromptKey, _is_finite, _is_int, _is_of_kind, _rollout_key_fault, prompt_key_from_json
 
 GRADS = "grads.npy"
 META = "meta.jsonl"
@@ -28,8 +29,6 @@ SETTINGS = "settings.json"
 RECORD = "progress.jsonl"
 FORMAT_VERSION = 1
 EDGE_TOLERANCE = 1e-6
-MOST = 1 << 62
-"""What integers and numbers in a file stay below: more would not fit an array."""
 SHOWN_PROBLEMS = 20
 
 REQUIRED_MANIFEST_KEYS = {
@@ -53,43 +52,6 @@ OPTIONAL_MANIFEST_KEYS = {
 }
 NULLABLE_MANIFEST_KEYS = ("sampling", "dataset")
 """Null where rollouts were taken from a file that doesn't say how they were sampled."""
-
-PromptKey = int | tuple[int, int]
-"""A prompt's index in its data set, or (shard, index) where shards of unknown origin were merged."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled response and all that is needed to probe it again; one line of `rollouts.jsonl`.
-
-    `entropies` (nats) and `logprobs` are those of the full softmax at temperature 1, one per response token.
-    """
-
-    prompt_idx: PromptKey
-    sample_idx: int
-    problem_id: str
-    prompt_ids: list[int]
-    response_ids: list[int]
-    entropies: list[float]
-    logprobs: list[float]
-    response: str
-    ground_truth: str
-    correct: bool
-
-
-@dataclass(frozen=True)
-class Position:
-    """One gradient row's description; one line of `meta.jsonl`. `pos` counts response tokens from 0."""
-
-    row: int
-    prompt_idx: PromptKey
-    sample_idx: int
-    pos: int
-    bin: int
-    entropy: float
-    correct: bool
-    token_id: int
-    logprob: float
 
 
 @dataclass(frozen=True)
@@ -164,19 +126,6 @@ class Dump:
         columns = {name: None if getattr(self, name) is None else getattr(self, name)[kept] for name in per_row}
         source = self.grads.source if isinstance(self.grads, SelectedRows) else self.grads
         return replace(self, grads=SelectedRows(source, columns["row"]), **columns)
-
-
-def prompt_key_from_json(value: Any) -> PromptKey:
-    """`7` -> 7, `[1, 7]` -> (1, 7).
-
-    Raises:
-        ValueError: neither of both.
-    """
-    if _is_of_kind(value, int):
-        return value
-    if isinstance(value, list) and len(value) == 2 and all(_is_of_kind(part, int) for part in value):
-        return (value[0], value[1])
-    raise ValueError(f"prompt_idx is neither an integer from 0 nor [shard, integer]: {reprlib.repr(value)}")
 
 
 def load_dump(path: Path) -> Dump:
@@ -284,10 +233,6 @@ def _shard_faults(shard: dict[str, Any]) -> list[str]:
 def are_edges(edges: list[Any]) -> bool:
     """Whether these are finite numbers, each above the one before."""
     return all(map(_is_finite, edges)) and all(a < b for a, b in itertools.pairwise(edges))
-
-
-def _is_of_kind(value: Any, kind: type) -> bool:
-    return _is_int(value) and 0 <= value < MOST if kind is int else isinstance(value, kind)
 
 
 def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list[PromptKey]]:
@@ -399,18 +344,6 @@ def _meta_fault(record: dict[str, Any], n_rows: int, bins: int) -> str | None:
     return _rollout_key_fault(record)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_token_id(value: Any) -> bool:
-    return _is_of_kind(value, int)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
-
-
 def _warnings(path: Path, manifest: dict[str, Any]) -> tuple[str, ...]:
     if "shards" in manifest and "format_version" not in manifest:
         return (
@@ -426,54 +359,3 @@ def find_rollouts(path: Path) -> Path | None:
     if own.is_file():
         return own
     return above if above.is_file() and path.name in _names_of_targets(path.parent / SETTINGS) else None
-
-
-def iter_rollouts(file: Path) -> Iterator[Rollout]:
-    """Yield the rollouts of a `rollouts.jsonl`.
-
-    Raises:
-        InputError: a line is malformed, or the numbers per token don't match the tokens.
-    """
-    for number, record in iter_jsonl(file):
-        fault = _rollout_fault(record)
-        if fault is not None:
-            raise InputError(f"{file}:{number}: {fault}")
-        values = {name: record[name] for name in Rollout.__dataclass_fields__}
-        yield Rollout(**values | {"prompt_idx": prompt_key_from_json(record["prompt_idx"])})
-
-
-def _rollout_fault(record: dict[str, Any]) -> str | None:
-    for name in Rollout.__dataclass_fields__:
-        if name not in record:
-            return f"key '{name}' is missing"
-    for name, kind in (("problem_id", str), ("response", str), ("ground_truth", str), ("correct", bool)):
-        if not isinstance(record[name], kind):
-            return f"'{name}' is not of type {kind.__name__}"
-    for name, is_right in (
-        ("prompt_ids", _is_token_id),
-        ("response_ids", _is_token_id),
-        ("entropies", _is_finite),
-        ("logprobs", _is_finite),
-    ):
-        if not isinstance(record[name], list) or not all(map(is_right, record[name])):
-            return f"'{name}' is not a list of " + ("token ids" if is_right is _is_token_id else "finite numbers")
-    if not len(record["response_ids"]) == len(record["entropies"]) == len(record["logprobs"]):
-        return "response_ids, entropies and logprobs differ in length"
-    if not record["prompt_ids"]:
-        return "'prompt_ids' is empty"
-    return _rollout_key_fault(record)
-
-
-def _rollout_key_fault(record: dict[str, Any]) -> str | None:
-    if not _is_of_kind(record.get("sample_idx"), int):
-        return "'sample_idx' is missing or not an integer from 0"
-    try:
-        prompt_key_from_json(record.get("prompt_idx"))
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def write_records(file: Path, records: Iterable[Rollout | Position]) -> None:
-    """Write `rollouts.jsonl` or `meta.jsonl`, one record a line, whole or not at all."""
-    write_jsonl(file, map(asdict, records))

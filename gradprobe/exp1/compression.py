@@ -17,7 +17,8 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from ..analysis.gram import HOST, Arithmetic
-from .spectrum import Spectrum, block_slices, column_gram, rank_of_share, read_rows, smaller_gram
+from ..dump.blocks import block_slices, read_rows
+from .spectrum import Spectrum, column_gram, rank_of_share, smaller_gram
 
 HALF_DRAWS = 2000
 MATCHED_DRAWS = 20

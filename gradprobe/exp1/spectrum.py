@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..analysis.gram import HOST, Arithmetic, eigen_of_gram
-from ..dump.blocks import SelectedRows, release_pages
+from ..dump.blocks import block_slices, copy_rows, read_rows
 
 BLOCK_BYTES = 64 << 20
 MAX_PLANE_GRAM = 256
@@ -354,26 +354,3 @@ def combine_rows(grads: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> np
     for part in block_slices(len(rows), 8 * grads.shape[1]):
         total += weights[part] @ read_rows(grads, rows[part])
     return total
-
-
-def read_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
-    """`grads[rows]` in float64, a copy; no page of a memory map stays with this process."""
-    block = np.asarray(grads[rows]).astype(np.float64)
-    release_pages(grads)
-    return block
-
-
-def copy_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
-    """`grads[rows]` as they are, a copy read block by block."""
-    chosen = np.empty((len(rows), grads.shape[1]), grads.dtype)
-    for part in block_slices(len(rows), grads.itemsize * grads.shape[1]):
-        chosen[part] = grads[rows[part]]
-        release_pages(grads)
-    return chosen
-
-
-def block_slices(length: int, bytes_each: int) -> Iterator[slice]:
-    """Cut 0 .. length into slices of at most 64 MiB."""
-    step = max(1, BLOCK_BYTES // max(1, bytes_each))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))

@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..analysis.gram import HOST, Arithmetic
-from .spectrum import block_slices, leading_eigenpairs, read_rows, smaller_gram
+from ..dump.blocks import block_slices, read_rows
+from .spectrum import leading_eigenpairs, smaller_gram
 
 SUBSPACE_SIZES = (1, 5, 10, 20)
 CEILING_DRAWS = 10

@@ -19,7 +19,7 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from ..analysis.gram import HOST, Arithmetic
-from ..exp1.spectrum import read_rows
+from ..dump.blocks import read_rows
 
 MIN_TOKENS_OF_EACH_KIND = 2
 MIN_TOKENS_TO_SPLIT = 4

@@ -15,38 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..common.errors import raise_if_any
-from ..model.checkpoint import (
-    Budget,
-    Report,
+from ..model.batches import Budget, pad_right, run_in_batches
+from ..model.decoder import (
     decoder_hidden,
     head_logits,
     layer_list,
-    linear_weights,
     n_inputs,
-    n_output_rows,
-    pad_right,
     positions_per_head_block,
-    run_in_batches,
 )
 from ..model.placement import input_device
-
-MOST_DIGITS = 10
-"""Of a layer's or row's number on the command line; Python refuses to read thousands."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """One row of one weight: `suffix` names the weight inside layer `layer`."""
-
-    layer: int
-    suffix: str
-    row_idx: int
-
-    @property
-    def directory(self) -> str:
-        """The name of this target's dump among those of several targets."""
-        return f"L{self.layer}.{self.suffix}.r{self.row_idx}"
+from .targets import Target, resolve
 
 
 @dataclass
@@ -108,7 +86,7 @@ class RowGradients:
     _can_thin: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._taps = {key: _Tap(linear, rows) for key, (linear, rows) in _resolve(self.model, self.targets).items()}
+        self._taps = {key: _Tap(linear, rows) for key, (linear, rows) in resolve(self.model, self.targets).items()}
 
     @property
     def row_dims(self) -> list[int]:
@@ -125,7 +103,6 @@ class RowGradients:
         responses: list[list[int]],
         positions: list[np.ndarray],
         batch_tokens: int | Budget,
-        report: Report | None = None,
         done: Collection[int] = (),
     ) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
         """Differentiate log π at `positions` of each rollout, rollouts of similar length together.
@@ -134,7 +111,6 @@ class RowGradients:
             prompts, responses: token ids of each rollout.
             positions: for each rollout, ascending, which response tokens, counted from 0.
             batch_tokens: padded tokens in one forward pass; memory grows with it.
-            report: is told, once, if memory ran out and batches were halved.
             done: numbers of the `work_items` of an earlier call's first batches, to be left out.
 
         Yields:
@@ -156,7 +132,7 @@ class RowGradients:
         def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
             return self._batch([inputs[j] for j in batch], [where[j] for j in batch], [token_ids[j] for j in batch])
 
-        for batch, (members, passes, rows) in run_in_batches([len(x) for x in inputs], batch_tokens, run, report, done):
+        for batch, (members, passes, rows) in run_in_batches([len(x) for x in inputs], batch_tokens, run, done):
             item = np.array(batch)[members]
             yield rollout_of_item[item], first_k_of_item[item] + passes, rows
 
@@ -250,93 +226,6 @@ class RowGradients:
             dtype = torch.promote_types(delta.dtype, torch.float32)
             of_tap[key] = delta.to(dtype).transpose(1, 2) @ tap.inputs.to(dtype)  # [batch, rows, in]
         return [of_tap[t.layer, t.suffix][:, self._taps[t.layer, t.suffix].rows.index(t.row_idx)] for t in self.targets]
-
-
-def expand_targets(
-    model: nn.Module, layers: str | None, suffixes: str, rows: str, seed: int
-) -> tuple[list[Target], list[int]]:
-    """Every combination of the layers, weights and rows that comma-separated lists name.
-
-    Args:
-        model: gives the number of layers and rows; its weights are not looked at (the meta device will do).
-        layers: e.g. `7,14,21`; None is the middle one.
-        suffixes: e.g. `mlp.down_proj.weight`.
-        rows: numbers, `first`, `mid`, `last` and `random:K` (K rows of each weight, drawn with `seed`).
-
-    Returns:
-        The targets and the length of each one's gradient.
-
-    Raises:
-        InputError: a word that is none of these, a layer, weight or row the model does not have, or a target
-            named twice; all problems are named.
-    """
-    n_layers = len(layer_list(model)[1])
-    problems: list[str] = []
-    targets: list[Target] = []
-    for layer in [n_layers // 2] if layers is None else _integers(layers, "--layer", problems):
-        for suffix in suffixes.split(","):
-            linear = _find_linear(model, layer, suffix, problems)
-            if linear is not None:
-                targets += [
-                    Target(layer, suffix, row) for row in _expand_rows(rows, n_output_rows(linear), seed, problems)
-                ]
-    problems += [f"{t.directory}: this target is named twice" for t in set(targets) if targets.count(t) > 1]
-    raise_if_any(dict.fromkeys(problems))
-    return targets, RowGradients(model, targets).row_dims
-
-
-def _integers(words: str, flag: str, problems: list[str]) -> list[int]:
-    numbers = []
-    for word in words.split(","):
-        if word.strip().isdecimal() and len(word) < MOST_DIGITS:
-            numbers.append(int(word))
-        else:
-            problems.append(f"{flag} {words}: '{word}' is not a number from 0")
-    return numbers
-
-
-def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> list[int]:
-    named = {"first": 0, "mid": n_rows // 2, "last": n_rows - 1}
-    rows: list[int] = []
-    for word in words.split(","):
-        kind, _, count = word.partition(":")
-        if kind == "random" and count.isdecimal() and len(count) < MOST_DIGITS and 0 < int(count) <= n_rows:
-            rows += sorted(np.random.default_rng(seed).choice(n_rows, int(count), replace=False).tolist())
-        elif word in named:
-            rows.append(named[word])
-        elif word.strip().isdecimal() and len(word) < MOST_DIGITS and int(word) < n_rows:
-            rows.append(int(word))
-        else:
-            problems.append(
-                f"--row-idx {words}: '{word}' is not one of 0 to {n_rows - 1}, first, mid, last or random:K"
-            )
-    return rows
-
-
-def _find_linear(model: nn.Module, layer: int, suffix: str, problems: list[str]) -> nn.Module | None:
-    layers = layer_list(model)[1]
-    if not 0 <= layer < len(layers):
-        problems.append(f"--layer {layer}: the model has layers 0 to {len(layers) - 1}")
-        return None
-    available = linear_weights(layers[layer])
-    if suffix not in available:
-        problems.append(f"--param-suffix {suffix}: can't be a target; these can: {', '.join(available)}")
-    return available.get(suffix)
-
-
-def _resolve(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], tuple[nn.Module, list[int]]]:
-    """The linear map and the rows of each distinct weight among `targets`, in the order of first mention."""
-    problems: list[str] = [] if targets else ["no target row is asked for"]
-    weights: dict[tuple[int, str], tuple[nn.Module, list[int]]] = {}
-    for target in targets:
-        linear = _find_linear(model, target.layer, target.suffix, problems)
-        if linear is None:
-            continue
-        if not 0 <= target.row_idx < n_output_rows(linear):
-            problems.append(f"--row-idx {target.row_idx}: {target.suffix} has rows 0 to {n_output_rows(linear) - 1}")
-        weights.setdefault((target.layer, target.suffix), (linear, []))[1].append(target.row_idx)
-    raise_if_any(dict.fromkeys(problems))
-    return weights
 
 
 @contextmanager

@@ -1,23 +1,19 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
-import gc
 import re
 import sys
 import textwrap
-from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +28,6 @@ LOADING_ERRORS = (
 """What transformers is known to raise on files that are not what it expects."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SHOWN_WEIGHTS = 3
-LOGITS_PER_BLOCK = 1 << 25
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -55,15 +50,15 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU")
+        raise InputError(f"`device` {name}: torch {torch.__version__} sees no GPU")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name}: must be auto, cuda or cpu") from error
+        raise InputError(f"`device` {name}: must be auto, cuda or cpu") from error
     if device.type not in ("cuda", "cpu"):
-        raise InputError(f"--device {name}: must be auto, cuda or cpu")
+        raise InputError(f"`device` {name}: must be auto, cuda or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+        raise InputError(f"`device` {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     return device
 
 
@@ -77,7 +72,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Which checkpoint: `--model-path` and what goes with it.
+    """Which checkpoint: `model_path` and what goes with it.
 
     Attributes:
         path: a local directory, or a name on the Hub.
@@ -120,7 +115,7 @@ def load_checkpoint(
     """
     source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
     if placement is not None and source.adapter is not None:
-        raise InputError(f"--adapter {source.adapter}: can't go with --device-map; merge it into a checkpoint first")
+        raise InputError(f"`adapter` {source.adapter}: can't go with `device_map`; merge it into a checkpoint first")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     tokenizer = load_tokenizer(source)
@@ -166,7 +161,7 @@ def load_tokenizer(source: CheckpointSource) -> Any:
     except LOADING_ERRORS as error:
         raise _cannot_load(source.path, error) from error
     if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
-        raise InputError(f"--model-path {source.path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
+        raise InputError(f"`model_path` {source.path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
     return tokenizer
 
 
@@ -195,17 +190,17 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise InputError(f"--adapter {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
+        raise InputError(f"`adapter` {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
     directory = Path(adapter)
     is_local = directory.exists()
     if is_local and not (directory / "adapter_model.safetensors").is_file():
-        raise InputError(f"--adapter {adapter}: no adapter_model.safetensors in it; other formats are not read")
+        raise InputError(f"`adapter` {adapter}: no adapter_model.safetensors in it; other formats are not read")
     try:
         return PeftModel.from_pretrained(
             model, adapter, use_safetensors=True, local_files_only=is_local
         ).merge_and_unload()
     except LOADING_ERRORS as error:
-        raise InputError(f"--adapter {adapter}: can't be merged: {_reason(error)}") from error
+        raise InputError(f"`adapter` {adapter}: can't be merged: {_reason(error)}") from error
 
 
 def resolve_attention(name: str, model: nn.Module) -> str:
@@ -217,7 +212,7 @@ def resolve_attention(name: str, model: nn.Module) -> str:
 
 def _cannot_load(path: str, error: Exception) -> InputError:
     where = path if Path(path).exists() else f"{path}: no such directory, and as a name on the Hub"
-    return InputError(f"--model-path {where}: can't be loaded: {_reason(error)}")
+    return InputError(f"`model_path` {where}: can't be loaded: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -231,17 +226,17 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
     directory = Path(path)
     if not directory.exists():
         if not HUB_NAME.fullmatch(path):
-            raise InputError(f"--model-path {path}: no such directory")
+            raise InputError(f"`model_path` {path}: no such directory")
         return
     if source.revision is not None:
-        raise InputError(f"--revision {source.revision}: only names on the Hub have revisions, {path} is a directory")
+        raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {path} is a directory")
     if not directory.is_dir():
-        raise InputError(f"--model-path {path}: is a file; a checkpoint is a directory")
+        raise InputError(f"`model_path` {path}: is a file; a checkpoint is a directory")
     faults = []
     if not (directory / "config.json").is_file():
-        faults.append(f"--model-path {path}: no config.json in it")
+        faults.append(f"`model_path` {path}: no config.json in it")
     if not any(directory.glob("*.safetensors")):
-        faults.append(f"--model-path {path}: no *.safetensors in it; other formats, which can hold code, are not read")
+        faults.append(f"`model_path` {path}: no *.safetensors in it; other formats, which can hold code, are not read")
     raise_if_any(faults)
     generation_config = directory / "generation_config.json"
     if generation_config.is_file():
@@ -257,7 +252,7 @@ def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
     for fault, names in faults:
         if names:
             shown = ", ".join(names[:SHOWN_WEIGHTS]) + (", ..." if len(names) > SHOWN_WEIGHTS else "")
-            yield f"--model-path {path}: {fault}: {shown}"
+            yield f"`model_path` {path}: {fault}: {shown}"
 
 
 def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str, str]:
@@ -293,172 +288,5 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
         found.update(listed)
     if not found:
         name = getattr(model.config, "name_or_path", "") or type(model).__name__
-        raise InputError(f"--model-path {name}: neither its configs nor its tokenizer name an end-of-sequence token")
+        raise InputError(f"`model_path` {name}: neither its configs nor its tokenizer name an end-of-sequence token")
     return frozenset(found)
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens the model takes, or None where its config sets no bound."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and module of the decoder's layers, found from the module tree.
-
-    Raises:
-        InputError: no module list has as many entries as the config has layers.
-    """
-    n_layers = model.config.get_text_config().num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    if not lists:
-        raise InputError(f"{type(model).__name__}: no list of {n_layers} layers in the module tree")
-    return min(lists, key=lambda named: named[0].count("."))
-
-
-def linear_weights(layer: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps of a layer by their weight's name inside it, e.g. `mlp.down_proj.weight`."""
-    return {f"{n}.weight": m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-
-
-def n_output_rows(linear: nn.Module) -> int:
-    """The number of rows of W in y = W x; GPT-2's `Conv1D` stores the transpose."""
-    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
-
-
-def n_inputs(linear: nn.Module) -> int:
-    """The length of a row of W in y = W x."""
-    return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
-
-
-def decoder_hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """The decoder's last hidden states, final norm included.
-
-    No attention mask: under causal attention the padding at a row's right end is never seen by its own tokens.
-
-    Args:
-        input_ids: [batch, length], padded on the right.
-
-    Returns:
-        [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
-    """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.to(input_ids.device)
-
-
-def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of chosen hidden states through the model's own head.
-
-    The whole model is called with its decoder standing still, so that whatever else the head does (logit
-    soft-capping, scaling) is done here too.
-
-    Args:
-        hidden: [n, hidden].
-
-    Returns:
-        [n, vocab], float32 at least.
-    """
-    with _decoder_returning(model, hidden[None]):
-        dummy_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)
-        logits = model(input_ids=dummy_ids, use_cache=False).logits[0]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def positions_per_head_block(model: nn.Module) -> int:
-    """How many positions go through the head at once, so that their float32 logits take about 128 MiB."""
-    return max(1, LOGITS_PER_BLOCK // model.config.get_text_config().vocab_size)
-
-
-class _DecoderOutput(BaseModelOutputWithPast):
-    """Hidden states alone; what else a model's forward hands on of its decoder's output is None."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-
-@contextmanager
-def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    attributes = vars(model.base_model)
-    of_its_own = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate puts one there
-    attributes["forward"] = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
-    try:
-        yield
-    finally:
-        del attributes["forward"]  # uncovers the class's
-        attributes.update(of_its_own)
-
-
-def pad_right(sequences: list[list[int]], device: torch.device, length: int | None = None) -> torch.Tensor:
-    """Token ids as one [batch, length] tensor, zeros behind each row's own tokens."""
-    length = length or max(len(sequence) for sequence in sequences)
-    padded = torch.zeros((len(sequences), length), dtype=torch.long)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    return padded.to(device)
-
-
-Result = TypeVar("Result")
-Report = Callable[[str], None]
-
-
-@dataclass
-class Budget:
-    """How much goes through the model at once: padded tokens, or rows. Halved for good where memory runs out."""
-
-    tokens: int
-
-
-def run_in_batches(
-    lengths: list[int],
-    batch_tokens: int | Budget,
-    run: Callable[[list[int]], Result],
-    report: Report | None = None,
-    done: Collection[int] = (),
-) -> Iterator[tuple[list[int], Result]]:
-    """Run sequences of similar length together, longest first, at most `batch_tokens` padded tokens at a time.
-
-    The longest come first so that what does not fit into memory shows at once. Where memory runs out, the batch is
-    halved, once and for all, and run again; what was yielded before stays. A sequence longer than the budget is a
-    batch of its own.
-
-    Args:
-        lengths: of each sequence, in tokens.
-        batch_tokens: the budget; a `Budget` is changed in place, so that it outlives the call.
-        run: takes the indices of one batch; has no effect when it fails.
-        report: is told, once, that the batch was halved.
-        done: indices left out: the first batches of an earlier call, so that the others come as they would have.
-
-    Yields:
-        (indices of a batch, what `run` returned for it).
-
-    Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: a single sequence does not fit.
-    """
-    budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
-    left = set(range(len(lengths))) - set(done)
-    waiting = deque(sorted(left, key=lambda i: (-lengths[i], i)))
-    while waiting:
-        n_rows = max(1, min(len(waiting), budget.tokens // max(1, lengths[waiting[0]])))
-        batch = [waiting[k] for k in range(n_rows)]
-        try:
-            result = run(batch)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if n_rows == 1 or not _is_out_of_memory(error):
-                raise
-            result = None
-        if result is None:
-            # Outside the except block: the exception's traceback would keep the batch's tensors alive.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            budget.tokens = n_rows * lengths[waiting[0]] // 2
-            if report is not None:
-                report(f"out of memory with {n_rows} sequences of {lengths[waiting[0]]} tokens: halving the batch")
-                report = None
-            continue
-        for _ in batch:
-            waiting.popleft()
-        yield batch, result
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises a plain RuntimeError where the CPU's allocator fails."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

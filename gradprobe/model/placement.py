@@ -53,7 +53,7 @@ class Placement:
 
 
 def read_placement(device_map: str, max_memory: str | None, offload_dir: Path | None, skeleton: nn.Module) -> Placement:
-    """The placement that `--device-map`, `--max-memory` and `--offload-dir` ask for.
+    """The placement that `device_map`, `max_memory` and `offload_dir` ask for.
 
     Args:
         device_map: `auto`, or a JSON file of module → number of a GPU, `cpu` or `disk`.
@@ -64,15 +64,15 @@ def read_placement(device_map: str, max_memory: str | None, offload_dir: Path | 
         InputError: accelerate is not installed, or a flag or the file asks for what can't be; all problems are named.
     """
     if not is_accelerate_available():
-        raise InputError(f"--device-map {device_map}: needs the library accelerate; install gradprobe[accelerate]")
+        raise InputError(f"`device_map` {device_map}: needs the library accelerate; install gradprobe[accelerate]")
     if device_map == "auto":
         limits = None if max_memory is None else _read_limits(max_memory)
         return Placement("auto", limits, offload_dir)
     placed = read_json(Path(device_map))
     problems = list(_faults_of_map(placed, skeleton))
     if max_memory is not None:
-        problems.append(f"--max-memory {max_memory}: only --device-map auto asks how much there is room for")
-    raise_if_any(f"--device-map {device_map}: {p}" if not p.startswith("--") else p for p in problems)
+        problems.append(f"`max_memory` {max_memory}: only `device_map` auto asks how much there is room for")
+    raise_if_any(f"`device_map` {device_map}: {p}" if not p.startswith("`") else p for p in problems)
     return Placement(placed, None, offload_dir)
 
 
@@ -82,13 +82,13 @@ def _read_limits(words: str) -> dict[int | str, int]:
     for word in words.split(","):
         found = LIMIT.fullmatch(word.strip())
         if found is None:
-            problems.append(f"--max-memory {words}: '{word}' is not like 0=70GiB or cpu=200GiB ({', '.join(UNITS)})")
+            problems.append(f"`max_memory` {words}: '{word}' is not like 0=70GiB or cpu=200GiB ({', '.join(UNITS)})")
             continue
         name, number, unit = found.groups()
         device = name if name == "cpu" else int(name)
         limits[device] = int(float(number) * UNITS[unit])
         if not _is_there(device):
-            problems.append(f"--max-memory {words}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+            problems.append(f"`max_memory` {words}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     raise_if_any(dict.fromkeys(problems))
     return limits
 

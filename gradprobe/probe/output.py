@@ -4,6 +4,7 @@ While a probe is at work its directory holds `settings.json`, `progress.jsonl` (
 whose names end in `.partial`. The manifest, written last, ends that.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import say
 from ..common.errors import InputError
 from ..common.files import aside, make_directory, read_json, write_json
 from ..dump import format as contract
 from ..dump.check import first_of, problems_of
-from ..dump.format import Rollout
 from ..dump.growing import GrowingLines, GrowingRows, Piece, Record, crc32_of
+from ..dump.records import Rollout
+
+log = logging.getLogger(__name__)
 
 ROLLOUTS, GRADIENTS = "rollouts", "gradients"
 KINDS = ("nonfinite_rows", "zero_rows")
@@ -45,10 +47,10 @@ def prepare(output_dir: Path, directories: list[Path], settings: dict[str, Any],
             if not problems:
                 (output_dir / contract.RECORD).unlink(missing_ok=True)
                 return False
-            say(f"warning: {output_dir}: finished but not sound ({'; '.join(problems)}); made anew")
+            log.warning(f"{output_dir}: finished but not sound ({'; '.join(problems)}); made anew")
             _clear(output_dir, directories)
         else:
-            say(f"{output_dir}: unfinished dump of the same settings, continuing")
+            log.info(f"{output_dir}: unfinished dump of the same settings, continuing")
     else:
         refuse_foreign_dump(output_dir)
     write_json(output_dir / contract.SETTINGS, settings)
@@ -64,7 +66,7 @@ def refuse_other_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     if found:
         raise InputError(
             f"{output_dir}: holds a dump of other settings ({'; '.join(found)}); "
-            "choose another --output-dir, or --overwrite"
+            "choose another `output_dir`, or `overwrite`"
         )
 
 
@@ -73,7 +75,7 @@ def refuse_foreign_dump(output_dir: Path) -> None:
     names = (contract.MANIFEST, contract.GRADS, contract.ROLLOUTS)
     if not (output_dir / contract.SETTINGS).exists() and any((output_dir / name).exists() for name in names):
         raise InputError(
-            f"{output_dir}: holds a dump that this probe did not make; choose another --output-dir, or --overwrite"
+            f"{output_dir}: holds a dump that this probe did not make; choose another `output_dir`, or `overwrite`"
         )
 
 
@@ -115,7 +117,7 @@ class GrowingRollouts:
         self._lines = GrowingLines(file, [Piece(entry["end"], entry["crc32"]) for entry in entries])
         self.n_chunks_kept = self._lines.n_kept
         if self.n_chunks_kept < len(entries):
-            say(f"{file}: {len(entries) - self.n_chunks_kept} batches are torn or changed, they are sampled again")
+            log.info(f"{file}: {len(entries) - self.n_chunks_kept} batches are torn or changed, they are sampled again")
             record.keep(entries[: self.n_chunks_kept])
         self.notes = [entry["notes"] for entry in entries[: self.n_chunks_kept]]
 
@@ -189,7 +191,8 @@ class GrowingGradients:
                 break
             self._entries.append(entry)
         if len(self._entries) < len(before):
-            say(f"{directories[0]}: {len(before) - len(self._entries)} batches of gradients are torn, they are redone")
+            n_torn = len(before) - len(self._entries)
+            log.info(f"{directories[0]}: {n_torn} batches of gradients are torn, they are redone")
             record.keep([*(e for e in record.entries if e["kind"] != GRADIENTS), *self._entries])
         self.items_kept = [item for entry in self._entries for item in entry["items"]]
         self.seconds_kept = sum(entry["seconds"] for entry in self._entries)

@@ -113,7 +113,7 @@ def load_problems(
     faults = [*table.faults, *faults]
     if not problems and not faults:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        faults.append(f"--dataset {source}: no problems in it" + (f"; dropped: {reasons}" if reasons else ""))
+        faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {reasons}" if reasons else ""))
     _raise_some(faults)
     return ProblemSet(
         source=str(source),
@@ -146,7 +146,7 @@ def _choose_columns(table: Table, given: dict[str, str | None]) -> dict[str, str
         InputError: there is no field of the name, or of any of the common names.
     """
     if not table.keys:
-        _raise_some(table.faults or [f"--dataset {table.source}: no problems in it"])
+        _raise_some(table.faults or [f"`dataset` {table.source}: no problems in it"])
     columns: dict[str, str] = {}
     faults: list[str] = []
     for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
@@ -217,7 +217,7 @@ def _read_rows(
         if problem.id in first_place_of:
             faults.append(
                 f"{row.place}: id '{problem.id}' was used in {first_place_of[problem.id]}"
-                + ("" if is_strict else "; --id-key none numbers the rows instead")
+                + ("" if is_strict else "; `id_key` none numbers the rows instead")
             )
         where = row.place.rpartition(":")[2].strip()
         first_place_of.setdefault(problem.id, f"line {where}" if where.isdecimal() else where)
@@ -340,11 +340,11 @@ def shard_of_study(
     """
     faults = []
     if num_prompts > n_problems:
-        faults.append(f"--num-prompts {num_prompts}: the data set has {n_problems} problems")
+        faults.append(f"`num_prompts` {num_prompts}: the data set has {n_problems} problems")
     if num_shards > num_prompts:
-        faults.append(f"--num-shards {num_shards}: more shards than the study's {num_prompts} prompts")
+        faults.append(f"`num_shards` {num_shards}: more shards than the study's {num_prompts} prompts")
     if not 0 <= shard_index < num_shards:
-        faults.append(f"--shard-index {shard_index}: must be 0 to {num_shards - 1} (--num-shards {num_shards})")
+        faults.append(f"`shard_index` {shard_index}: must be 0 to {num_shards - 1} (`num_shards` {num_shards})")
     raise_if_any(faults)
     study = np.random.default_rng(seed).permutation(n_problems)[:num_prompts]
     return np.array_split(study, num_shards)[shard_index]

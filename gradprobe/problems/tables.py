@@ -66,7 +66,7 @@ def open_table(source: str) -> Table:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"--dataset {source}: {error.strerror}") from error
+        raise InputError(f"`dataset` {source}: {error.strerror}") from error
     if path.suffix == ".parquet" or content.startswith(PARQUET_MAGIC):
         return _open_parquet(source, content)
     return _open_text(source, path.suffix, content)
@@ -97,7 +97,7 @@ def _open_text(source: str, suffix: str, content: bytes) -> Table:
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise InputError(f"--dataset {source}: not UTF-8 at byte {error.start}") from error
+        raise InputError(f"`dataset` {source}: not UTF-8 at byte {error.start}") from error
     sha256 = hashlib.sha256(content).hexdigest()
     first = text.lstrip()[:1]
     if suffix == ".jsonl" or first in ("{", ""):
@@ -105,7 +105,7 @@ def _open_text(source: str, suffix: str, content: bytes) -> Table:
     if first == "[" or suffix == ".json":
         return _json_list(source, text, sha256)
     raise InputError(
-        f"--dataset {source}: neither JSON lines, JSON nor parquet, by its ending and its first character "
+        f"`dataset` {source}: neither JSON lines, JSON nor parquet, by its ending and its first character "
         f"'{first}'; other formats are to be converted"
     )
 
@@ -122,16 +122,16 @@ def _json_lines(source: str, suffix: str, text: str, sha256: str) -> Table:
             rows.append(Row(f"{source}:{number}", len(rows), record))
     if suffix == ".json" and not rows and faults:
         # An object over many lines: its faults line by line would say nothing.
-        raise InputError(f"--dataset {source}: not a list of JSON objects, nor one JSON object a line")
+        raise InputError(f"`dataset` {source}: not a list of JSON objects, nor one JSON object a line")
     return Table(source, JSONL, sha256, _keys_of(row.fields for row in rows), lambda keys: rows, faults)
 
 
 def _json_list(source: str, text: str, sha256: str) -> Table:
     records, fault = _parse_json(text)
     if fault:
-        raise InputError(f"--dataset {source}: {fault}")
+        raise InputError(f"`dataset` {source}: {fault}")
     if not isinstance(records, list):
-        raise InputError(f"--dataset {source}: not a list of JSON objects but of type {type(records).__name__}")
+        raise InputError(f"`dataset` {source}: not a list of JSON objects but of type {type(records).__name__}")
     rows = _numbered(source, records)
     faults = [f"{row.place}: not a JSON object" for row in rows if not isinstance(row.fields, dict)]
     rows = [row for row in rows if isinstance(row.fields, dict)]
@@ -168,14 +168,14 @@ def _open_parquet(source: str, content: bytes) -> Table:
     try:
         file = parquet.ParquetFile(arrow.BufferReader(content))
     except (arrow.ArrowException, OSError) as error:
-        raise InputError(f"--dataset {source}: not readable as parquet ({_first_line(error)})") from error
+        raise InputError(f"`dataset` {source}: not readable as parquet ({_first_line(error)})") from error
 
     def read(keys: Sequence[str]) -> list[Row]:
         columns = _top_level(keys, file.schema_arrow.names)
         try:
             records = file.read(columns=columns).to_pylist()
         except (arrow.ArrowException, OSError) as error:
-            raise InputError(f"--dataset {source}: not readable as parquet ({_first_line(error)})") from error
+            raise InputError(f"`dataset` {source}: not readable as parquet ({_first_line(error)})") from error
         return _numbered(source, records)
 
     return Table(source, PARQUET, hashlib.sha256(content).hexdigest(), _arrow_keys(file.schema_arrow), read)
@@ -187,27 +187,27 @@ def _open_directory(path: Path) -> Table:
         found, fault = _parse_json(splits_file.read_text(encoding="utf-8", errors="replace"))
         splits = found.get("splits") if isinstance(found, dict) else None
         if not splits or not isinstance(splits, list):
-            raise InputError(f"--dataset {splits_file}: {fault or 'names no splits'}")
+            raise InputError(f"`dataset` {splits_file}: {fault or 'names no splits'}")
         if len(splits) != 1:
-            raise InputError(f"--dataset {path}: has the splits {', '.join(splits)}; name one: {path / 'SPLIT'}")
+            raise InputError(f"`dataset` {path}: has the splits {', '.join(splits)}; name one: {path / 'SPLIT'}")
         path = path / splits[0]
     if not (path / "state.json").is_file():
         raise InputError(
-            f"--dataset {path}: a directory, but not one that datasets.save_to_disk wrote; "
+            f"`dataset` {path}: a directory, but not one that datasets.save_to_disk wrote; "
             f"name a file in it, or give {HUB}{path} for a directory of data files"
         )
     datasets, arrow = _library("datasets", str(path)), _library("pyarrow", str(path))
     try:
         dataset = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, arrow.ArrowException) as error:
-        raise InputError(f"--dataset {path}: not readable as a datasets directory ({_first_line(error)})") from error
+        raise InputError(f"`dataset` {path}: not readable as a datasets directory ({_first_line(error)})") from error
     return _table_of_dataset(str(path), DIRECTORY, dataset)
 
 
 def _open_hub(source: str) -> Table:
     name, *rest = source.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
-        raise InputError(f"--dataset {source}: not of the form {HUB}NAME[:CONFIG][:SPLIT]")
+        raise InputError(f"`dataset` {source}: not of the form {HUB}NAME[:CONFIG][:SPLIT]")
     datasets = _library("datasets", source)
     try:
         config, split = _config_and_split(datasets, source, name, rest)
@@ -216,7 +216,7 @@ def _open_hub(source: str) -> Table:
         raise
     # What the library is known to raise: no connection, no such data set, a broken one, one that is a script.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--dataset {source}: {_first_line(error)}") from error
+        raise InputError(f"`dataset` {source}: {_first_line(error)}") from error
     return _table_of_dataset(source, HUB_DATASET, dataset)
 
 
@@ -227,17 +227,17 @@ def _config_and_split(datasets: ModuleType, source: str, name: str, rest: list[s
     split = rest[-1] if rest and (len(rest) == 2 or not config) else ""
     if not config and len(configs) > 1:
         there = ", ".join(configs)
-        raise InputError(f"--dataset {source}: has the configurations {there}; name one: {HUB}{name}:CONFIG")
+        raise InputError(f"`dataset` {source}: has the configurations {there}; name one: {HUB}{name}:CONFIG")
     config = config or configs[0]
     if config not in configs:
-        raise InputError(f"--dataset {source}: no configuration '{config}' (there: {', '.join(configs)})")
+        raise InputError(f"`dataset` {source}: no configuration '{config}' (there: {', '.join(configs)})")
     splits = datasets.get_dataset_split_names(name, config)
     if not split and len(splits) > 1:
         there = ", ".join(splits)
-        raise InputError(f"--dataset {source}: has the splits {there}; name one: {HUB}{name}:{config}:SPLIT")
+        raise InputError(f"`dataset` {source}: has the splits {there}; name one: {HUB}{name}:{config}:SPLIT")
     split = split or splits[0]
     if split not in splits:
-        raise InputError(f"--dataset {source}: no configuration or split '{split}' (splits: {', '.join(splits)})")
+        raise InputError(f"`dataset` {source}: no configuration or split '{split}' (splits: {', '.join(splits)})")
     return config, split
 
 
@@ -273,7 +273,7 @@ def _library(name: str, source: str) -> ModuleType:
     except ImportError as error:
         package = name.partition(".")[0]
         raise InputError(
-            f"--dataset {source}: reading it takes the library '{package}'; pip install 'gradprobe[data]'"
+            f"`dataset` {source}: reading it takes the library '{package}'; pip install 'gradprobe[data]'"
         ) from error
 
 

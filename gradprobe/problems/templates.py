@@ -16,7 +16,7 @@ PREVIEW_CHARACTERS = 600
 
 
 def read_template(given: str) -> str:
-    """The text of `--prompt-template`: `given` itself if it holds `{problem}`, else that of the file it names.
+    """The text of `prompt_template`: `given` itself if it holds `{problem}`, else that of the file it names.
 
     A file's text is taken as it is, its last newline included.
 
@@ -28,13 +28,13 @@ def read_template(given: str) -> str:
     try:
         text = Path(given).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"--prompt-template {given}: not UTF-8 at byte {error.start}") from error
+        raise InputError(f"`prompt_template` {given}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
         raise InputError(
-            f"--prompt-template {given}: no {PLACEHOLDER} in it, so a file's name; {error.strerror}"
+            f"`prompt_template` {given}: no {PLACEHOLDER} in it, so a file's name; {error.strerror}"
         ) from error
     if PLACEHOLDER not in text:
-        raise InputError(f"--prompt-template {given}: the file has no {PLACEHOLDER} in it")
+        raise InputError(f"`prompt_template` {given}: the file has no {PLACEHOLDER} in it")
     return text
 
 
@@ -59,19 +59,19 @@ def render_prompts(
             tokenizer without a chat template, or one that refuses a problem.
     """
     if template is not None and PLACEHOLDER not in template:
-        raise InputError(f"--prompt-template: no {PLACEHOLDER} in it")
+        raise InputError(f"`prompt_template`: no {PLACEHOLDER} in it")
     if system_prompt is not None and not chat:
-        raise InputError("--system-prompt: only a chat template has a place for it; add --chat-template")
+        raise InputError("`system_prompt`: only a chat template has a place for it; add `chat_template`")
     in_messages = next((problem for problem in problem_set.problems if problem.messages), None)
     if in_messages and not chat:
         raise InputError(
-            f"--dataset {problem_set.source}: prompts are lists of chat messages (problem '{in_messages.id}'); "
-            "add --chat-template to render them, or name another field with --problem-key"
+            f"`dataset` {problem_set.source}: prompts are lists of chat messages (problem '{in_messages.id}'); "
+            "add `chat_template` to render them, or name another field with `problem_key`"
         )
     if in_messages and template is not None:
         raise InputError(
-            f"--prompt-template: prompts of {problem_set.source} are lists of chat messages "
-            f"(problem '{in_messages.id}'); leave it out, or name another field with --problem-key"
+            f"`prompt_template`: prompts of {problem_set.source} are lists of chat messages "
+            f"(problem '{in_messages.id}'); leave it out, or name another field with `problem_key`"
         )
     if template is None and not chat:
         return problem_set
@@ -120,21 +120,21 @@ def _chat_template(tokenizer: Any) -> str:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise InputError(
-            "--chat-template: this checkpoint's tokenizer has none; give the whole prompt with --prompt-template"
+            "`chat_template`: this checkpoint's tokenizer has none; give the whole prompt with `prompt_template`"
         ) from error
 
 
 def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, tokenizer: Any) -> str:
     given = problem.messages or (("user", prompt),)
     if system_prompt is not None and any(role == "system" for role, _ in given):
-        raise InputError(f"--system-prompt: problem '{problem.id}' brings a system message of its own; leave it out")
+        raise InputError(f"`system_prompt`: problem '{problem.id}' brings a system message of its own; leave it out")
     if system_prompt is not None:
         given = (("system", system_prompt), *given)
     messages = [{"role": role, "content": content} for role, content in given]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
-        raise InputError(f"--chat-template: the tokenizer's refuses problem '{problem.id}' ({error})") from error
+        raise InputError(f"`chat_template`: the tokenizer's refuses problem '{problem.id}' ({error})") from error
 
 
 def _notes(problems: list[Problem], prompts: list[str], tokenizer: Any, chat_template: str) -> list[str]:
@@ -150,9 +150,9 @@ def _notes(problems: list[Problem], prompts: list[str], tokenizer: Any, chat_tem
     if suspects:
         n_problems = len({problem_id for problem_id, _ in suspects})
         notes.append(
-            f"--chat-template: {n_problems} problems hold special tokens before it is applied "
+            f"`chat_template`: {n_problems} problems hold special tokens before it is applied "
             f"(problem '{suspects[0][0]}': {suspects[0][1]}); are they rendered already?"
         )
     if "strftime_now" in chat_template:
-        notes.append("--chat-template: the tokenizer's prints today's date, so prompts change from day to day")
+        notes.append("`chat_template`: the tokenizer's prints today's date, so prompts change from day to day")
     return notes

@@ -101,7 +101,7 @@ def load_verifier(name: str) -> Verifier:
         return Verifier(name, {"name": name})
     if name != MATH_VERIFY and not FUNCTION_NAME.fullmatch(name):
         known = ", ".join([*IN_THIS_PROCESS, MATH_VERIFY])
-        raise InputError(f"--verifier {name}: not one of {known}, nor of the form module:function")
+        raise InputError(f"`verifier` {name}: not one of {known}, nor of the form module:function")
     with VerifierProcess(name, SECONDS_PER_ANSWER) as process:
         return Verifier(name, process.description)
 

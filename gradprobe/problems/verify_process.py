@@ -71,7 +71,7 @@ class VerifierProcess:
             raise
         if "description" not in greeting:
             self.end()
-            raise InputError(f"--verifier {name}: {greeting['error']}")
+            raise InputError(f"`verifier` {name}: {greeting['error']}")
         self.description: dict[str, str] = greeting["description"]
 
     def __enter__(self) -> "VerifierProcess":

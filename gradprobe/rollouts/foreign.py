@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..common.errors import InputError
-from ..dump.format import MOST, PromptKey, Rollout, prompt_key_from_json
+from ..dump.records import MOST, PromptKey, Rollout, prompt_key_from_json
 from ..problems.load import Problem
 from .server import are_token_ids
 from .shapes import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
@@ -95,7 +95,7 @@ def read_rollouts(
     """
     found_format, completions, report = completions_of(file, file_format)
     if found_format == "gradprobe" and problems is not None:
-        raise InputError(f"--rollouts {file}: rollouts of our own bring their problems; leave --dataset out")
+        raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
     judge = _Judge(found_format, correct_from, correct_above)
     resolve = _Resolver(tokenizer, vocab_size, end_ids, found_format, report, problems, context)
     rollouts: list[Rollout] = []
@@ -111,9 +111,9 @@ def read_rollouts(
             rollouts.append(rollout)
     raise_folded(faults)
     if correct_above is not None and not judge.n_rewards:
-        raise InputError(f"--correct-above {correct_above:g}: {file} has no reward to hold against it")
+        raise InputError(f"`correct_above` {correct_above:g}: {file} has no reward to hold against it")
     if not rollouts:
-        raise InputError("; ".join((f"--rollouts {file}: no rollouts left", *report.lines()[1:])))
+        raise InputError("; ".join((f"`rollouts` {file}: no rollouts left", *report.lines()[1:])))
     report.n_rollouts = len(rollouts)
     report.n_prompts = len({rollout.prompt_idx for rollout in rollouts})
     report.n_to_verify = sum(rollout.correct is None for rollout in rollouts)
@@ -141,22 +141,22 @@ class _Judge:
         self.n_rewards += 1
         if self.correct_above is None:
             raise ValueError(
-                f"'{key}' is a number: --correct-above THRESHOLD says which rewards are correct answers, "
-                "--correct-from verifier judges them anew"
+                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, "
+                "`correct_from` verifier judges them anew"
             )
         return None if value != value else value > self.correct_above  # NaN is no verdict
 
     def _key(self, fields: dict[str, Any]) -> str | None:
         if self.correct_from != "auto":
             if self.correct_from not in fields:
-                raise ValueError(f"--correct-from {self.correct_from}: key '{self.correct_from}' is missing")
+                raise ValueError(f"`correct_from` {self.correct_from}: key '{self.correct_from}' is missing")
             return self.correct_from
         for key in ("correct", "acc"):
             if isinstance(fields.get(key), bool):
                 return key
         rewards = [key for key in self._reward_keys(fields) if _is_number(fields.get(key))]
         if len(rewards) > 1:
-            raise ValueError(f"several rewards; --correct-from names one of {', '.join(rewards)}, or verifier")
+            raise ValueError(f"several rewards; `correct_from` names one of {', '.join(rewards)}, or verifier")
         return rewards[0] if rewards else None
 
     def _reward_keys(self, fields: dict[str, Any]) -> Sequence[str]:
@@ -270,11 +270,11 @@ class _Resolver:
         if problem is not None and (text is None or text == self.problems.readable_prompt_of(problem)):
             return self.codec.encode(problem.prompt)
         if text is None:
-            raise ValueError("neither text nor token ids of the prompt; --dataset brings them where ids match")
+            raise ValueError("neither text nor token ids of the prompt; `dataset` brings them where ids match")
         if self.strips_specials and not any(token in text for token in self.tokenizer.all_special_tokens):
             raise ValueError(
                 "verl writes prompts without their special tokens, so this is not what the model saw; "
-                "--dataset FILE with the rendered prompts brings them back"
+                "`dataset` FILE with the rendered prompts brings them back"
             )
         if not self.codec.comes_back(text):
             raise ValueError("its prompt does not come back from its token ids; hand over prompt ids")
@@ -387,7 +387,7 @@ def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool
         raise ValueError(f"its ground truth is of type {type(given).__name__}, a text or number is needed")
     if problem is None:
         if given is None and correct is None:
-            raise ValueError("neither a verdict ('correct') nor a 'ground_truth'; --dataset FILE brings ground truths")
+            raise ValueError("neither a verdict ('correct') nor a 'ground_truth'; `dataset` FILE brings ground truths")
         return "" if given is None else str(given)
     if given is not None and str(given).split() != problem.ground_truth.split():
         raise ValueError(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")

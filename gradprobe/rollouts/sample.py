@@ -8,15 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..common.errors import InputError
-from ..model.checkpoint import (
-    Budget,
-    Report,
-    decoder_hidden,
-    head_logits,
-    pad_right,
-    positions_per_head_block,
-    run_in_batches,
-)
+from ..model.batches import Budget, run_in_batches
 from ..model.placement import input_device
 
 COMPACT_BELOW = 0.75
@@ -75,7 +67,6 @@ def sample_responses(
     end_ids: frozenset[int],
     max_rows: int | Budget = 256,
     context: int | None = None,
-    report: Report | None = None,
 ) -> Iterator[list[list[list[int]]]]:
     """Sample `n_samples` responses to each prompt from the model's full softmax.
 
@@ -88,7 +79,6 @@ def sample_responses(
         uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
         max_rows: how many responses are sampled at once.
         context: the most tokens of prompt and response together; None for no bound.
-        report: is told, once, if memory ran out and batches were halved.
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
@@ -101,7 +91,7 @@ def sample_responses(
         return _sample_batch(model, [prompts[p] for p in batch], n_samples, steps, limits, temperature, end_ids)
 
     # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
-    for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run, report):
+    for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run):
         yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
 
 
@@ -163,9 +153,7 @@ def _sample_batch(
         if n_live <= COMPACT_BELOW * len(live):
             kept = live.nonzero()[:, 0]
             cache.batch_select_indices(kept.cpu())  # layers may lie on several devices
-            drawn, mask, next_position, row_of, live = (
-                x[kept] for x in (drawn, mask, next_position, row_of, live)
-            )
+            drawn, mask, next_position, row_of, live = (x[kept] for x in (drawn, mask, next_position, row_of, live))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         logits = model(
             input_ids=drawn[:, None],
@@ -177,48 +165,3 @@ def _sample_batch(
         ).logits[:, -1]
         next_position = next_position + 1
     return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
-
-
-def score_responses(
-    model: nn.Module,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    batch_tokens: int | Budget,
-    report: Report | None = None,
-) -> Iterator[dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """Entropy and log-prob of every response token by one teacher-forced pass, full softmax, temperature 1.
-
-    Args:
-        prompts, responses: token ids; prompts not empty.
-        batch_tokens: padded tokens in one forward pass.
-        report: is told, once, if memory ran out and batches were halved.
-
-    Yields:
-        For one batch: {index: (entropies, logprobs)}, float32 [n_tokens] each, in nats.
-    """
-    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
-    device = input_device(model)
-
-    @torch.inference_mode()
-    def run(batch: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        hidden = decoder_hidden(model, pad_right([sequences[i] for i in batch], device))
-        # The token at index q of a sequence is predicted at index q - 1.
-        predicting = [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
-        token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
-        return _score(model, torch.cat(predicting), token_ids.to(device))
-
-    for batch, scores in run_in_batches([len(sequence) for sequence in sequences], batch_tokens, run, report):
-        cuts = np.cumsum([len(responses[i]) for i in batch])[:-1]
-        yield dict(zip(batch, zip(*(np.split(score, cuts) for score in scores), strict=True), strict=True))
-
-
-def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """[n, hidden], [n] -> entropies [n], logprobs [n]; the vocabulary is never unfolded for all n at once."""
-    step = positions_per_head_block(model)
-    entropies, logprobs = [torch.zeros(0)], [torch.zeros(0)]
-    for start in range(0, len(hidden), step):
-        log_probs = torch.log_softmax(head_logits(model, hidden[start : start + step]), dim=-1)
-        # clamped: -0.0 or a rounding below it is no entropy
-        entropies.append(-(log_probs.exp() * log_probs).sum(-1).clamp_(max=0).cpu())
-        logprobs.append(log_probs.gather(-1, token_ids[start : start + step, None])[:, 0].cpu())
-    return torch.cat(entropies).numpy(), torch.cat(logprobs).numpy()

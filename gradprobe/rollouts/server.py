@@ -77,14 +77,14 @@ def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> 
     """
     url = base_url.rstrip("/")
     if not url.startswith(("http://", "https://")):
-        raise InputError(f"--base-url {base_url}: must start with http:// or https://")
+        raise InputError(f"`base_url` {base_url}: must start with http:// or https://")
     url = url if url.endswith("/v1") else f"{url}/v1"
     listed = _answer(f"{url}/models", timeout).get("data")
     names = [entry.get("id") for entry in listed or [] if isinstance(entry, dict)]
     if model is None and len(names) != 1:
-        raise InputError(f"--base-url {base_url}: serves {', '.join(map(str, names)) or 'no model'}; name one of them")
+        raise InputError(f"`base_url` {base_url}: serves {', '.join(map(str, names)) or 'no model'}; name one of them")
     if model is not None and model not in names:
-        raise InputError(f"--base-url {base_url}: does not serve '{model}' but {', '.join(map(str, names))}")
+        raise InputError(f"`base_url` {base_url}: does not serve '{model}' but {', '.join(map(str, names))}")
     return CompletionsServer(url, model or names[0], timeout)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError, raise_if_any
-from ..dump.format import prompt_key_from_json
+from ..dump.records import prompt_key_from_json
 from .server import logprob_entries, object_at, token_ids_of
 
 FORMATS = ("gradprobe", "vllm", "openai", "trl", "verl")
@@ -105,7 +105,7 @@ def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion],
     """The file's format, its completions in order, and a report that has counted them."""
     records = list(_records(file))
     if not records:
-        raise InputError(f"--rollouts {file}: no rollouts in it")
+        raise InputError(f"`rollouts` {file}: no rollouts in it")
     if file_format == "auto":
         file_format = _recognise(*records[0])
     report = RolloutReport(file_format)
@@ -142,9 +142,9 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             else:
                 faults.append((where, f"not a JSON object{f' ({record})' if isinstance(record, ValueError) else ''}"))
     except OSError as error:
-        raise InputError(f"--rollouts {file}: {error.strerror or error}") from error
+        raise InputError(f"`rollouts` {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--rollouts {file}: not UTF-8 at byte {error.start}") from error
+        raise InputError(f"`rollouts` {file}: not UTF-8 at byte {error.start}") from error
     raise_folded(faults)
 
 
@@ -172,11 +172,11 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise InputError(f"--rollouts {file}: parquet needs pyarrow: pip install 'gradprobe[data]'") from error
+        raise InputError(f"`rollouts` {file}: parquet needs pyarrow: pip install 'gradprobe[data]'") from error
     try:
         table = pyarrow.parquet.read_table(file)
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"--rollouts {file}: not a parquet file ({error})") from error
+        raise InputError(f"`rollouts` {file}: not a parquet file ({error})") from error
     for number, row in enumerate(table.to_pylist(), 1):
         yield f"{file}: row {number}", row
 
@@ -202,7 +202,7 @@ def _recognise(where: str, record: dict[str, Any]) -> str:
     found = [name for name, is_shape in IS_SHAPE.items() if is_shape(record)]
     if len(found) != 1:
         what = f"of several shapes ({', '.join(found)})" if found else f"of no known shape: {_keys_of(record)}"
-        raise InputError(f"{where}: {what}; --rollouts-format names one of {', '.join(FORMATS)}")
+        raise InputError(f"{where}: {what}; `rollouts_format` names one of {', '.join(FORMATS)}")
     return found[0]
 
 

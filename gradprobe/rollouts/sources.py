@@ -1,16 +1,21 @@
 """Where rollouts come from: sampled here, asked of a server, or read; each stretch of prompts at a time, judged."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..common.errors import InputError, raise_if_any
-from ..dump.format import PromptKey, Rollout
-from ..model.checkpoint import Budget, Checkpoint, Report, context_length
+from ..dump.records import PromptKey, Rollout
+from ..model.batches import Budget
+from ..model.checkpoint import Checkpoint
+from ..model.decoder import context_length
 from ..problems.load import Problem
 from ..problems.verify import RunningVerifier
 from .sample import rollout_uniforms, sample_responses
 from .server import CompletionsServer, ServerResponse, request_seed, sample_completions
+
+log = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 5
 
@@ -34,7 +39,7 @@ class Source(Protocol):
     n_tokens_at_most: int
     """The most response tokens that all of them can have."""
 
-    def opened(self, checkpoint: Checkpoint, sample_rows: int, report: Report) -> Callable[[range], list[Rollout]]:
+    def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """What gives the rollouts of a stretch of prompts."""
 
 
@@ -49,7 +54,7 @@ class GivenRollouts:
         self.rows_per_prompt = list(map(len, self._groups))
         self.n_tokens_at_most = sum(len(rollout.response_ids) for rollout in rollouts)
 
-    def opened(self, checkpoint: Checkpoint, sample_rows: int, report: Report) -> Callable[[range], list[Rollout]]:
+    def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """See `Source`."""
         return lambda chunk: [rollout for index in chunk for rollout in self._groups[index]]
 
@@ -81,7 +86,7 @@ class SampledRollouts:
         """See `Source`."""
         return sum(self.rows_per_prompt) * self.settings.max_new_tokens
 
-    def opened(self, checkpoint: Checkpoint, sample_rows: int, report: Report) -> Callable[[range], list[Rollout]]:
+    def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """See `Source`.
 
         Raises:
@@ -89,13 +94,13 @@ class SampledRollouts:
         """
         prompts, context = self._encoded(checkpoint), context_length(checkpoint.model)
         if context is not None and max(map(len, prompts)) + self.settings.max_new_tokens > context:
-            report(f"note: responses end at the model's context of {context} tokens")
+            log.info(f"note: responses end at the model's context of {context} tokens")
         rows = Budget(sample_rows)
 
         def sample(chunk: range) -> list[Rollout]:
             prompts_of_chunk = [prompts[i] for i in chunk]
             if self.server is None:
-                responses = self._sampled(checkpoint, chunk, prompts_of_chunk, context, rows, report)
+                responses = self._sampled(checkpoint, chunk, prompts_of_chunk, context, rows)
             else:
                 responses = self._asked(self.server, checkpoint, chunk, prompts_of_chunk, context)
             return [
@@ -125,7 +130,6 @@ class SampledRollouts:
         prompts: list[list[int]],
         context: int | None,
         rows: Budget,
-        report: Report,
     ) -> list[list[list[int]]]:
         settings = self.settings
         n_steps = settings.max_new_tokens if context is None else min(settings.max_new_tokens, context)
@@ -139,7 +143,6 @@ class SampledRollouts:
             checkpoint.end_ids,
             max_rows=rows,
             context=context,
-            report=report,
         )
         return [of_prompt for batch in batches for of_prompt in batch]
 
@@ -186,7 +189,7 @@ class SampledRollouts:
         )
 
 
-def judged(rollouts: Sequence[Rollout], running: RunningVerifier, report: Report) -> list[Rollout]:
+def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollout]:
     """The rollouts with a verdict each; those on which the verifier fails are left out, and said so.
 
     Raises:
@@ -196,11 +199,11 @@ def judged(rollouts: Sequence[Rollout], running: RunningVerifier, report: Report
     pairs = list(zip(rollouts, verdicts, strict=True))
     failed = [(r, verdict.error) for r, verdict in pairs if verdict is not None and verdict.correct is None]
     for r, error in failed[:SHOWN_FAILURES]:
-        report(f"warning: prompt {r.prompt_idx} sample {r.sample_idx} is left out, the verifier failed on it: {error}")
+        log.warning(f"prompt {r.prompt_idx} sample {r.sample_idx} is left out, the verifier failed on it: {error}")
     if len(failed) > SHOWN_FAILURES:
-        report(f"warning: it failed on {len(failed) - SHOWN_FAILURES} more of these {len(rollouts)}")
+        log.warning(f"it failed on {len(failed) - SHOWN_FAILURES} more of these {len(rollouts)}")
     if len(failed) == len(rollouts) > 1:
-        raise InputError(f"--verifier {running.verifier.name}: failed on every answer, first with: {failed[0][1]}")
+        raise InputError(f"`verifier` {running.verifier.name}: failed on every answer, first with: {failed[0][1]}")
     return [
         r if verdict is None else replace(r, correct=verdict.correct)
         for r, verdict in pairs

@@ -31,7 +31,8 @@ from gradprobe.common.console import printable
 from gradprobe.common.errors import InputError
 from gradprobe.common.files import json_line
 from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import iter_rollouts, load_dump, load_manifest
+from gradprobe.dump.format import load_dump, load_manifest
+from gradprobe.dump.records import iter_rollouts
 from gradprobe.problems.load import load_problems
 
 SLOW_SECONDS = 5.0

@@ -7,9 +7,11 @@ from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
 from tiny import relative_error
 from transformers.pytorch_utils import Conv1D
 
-from gradprobe.gradients.engine import RowGradients, Target
-from gradprobe.model.checkpoint import layer_list, linear_weights
-from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses, score_responses
+from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.targets import Target
+from gradprobe.model.decoder import layer_list, linear_weights
+from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses
+from gradprobe.rollouts.score import score_responses
 
 families = pytest.mark.parametrize("family", FAMILIES)
 

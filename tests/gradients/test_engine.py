@@ -6,7 +6,8 @@ import torch
 from tiny import VOCAB_SIZE, oracle_gradient, relative_error, tiny_model
 
 from gradprobe.common.errors import InputError
-from gradprobe.gradients.engine import RowGradients, Target, expand_targets
+from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.targets import Target, expand_targets
 
 DOWN = "mlp.down_proj.weight"
 TARGETS = [Target(0, DOWN, 3), Target(0, DOWN, 15), Target(1, DOWN, 3), Target(1, "self_attn.k_proj.weight", 2)]

@@ -13,19 +13,14 @@ from test_engine import engine_rows
 from tiny import END_OF_TEXT, IM_END, oracle_gradient, relative_error, tiny_checkpoint, tiny_model
 
 from gradprobe.common.errors import InputError
-from gradprobe.gradients.engine import RowGradients, Target
+from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.targets import Target
 from gradprobe.model import placement as placement_module
-from gradprobe.model.checkpoint import (
-    CheckpointSource,
-    decoder_hidden,
-    head_logits,
-    layer_list,
-    load_checkpoint,
-    load_skeleton,
-    resolve_attention,
-)
+from gradprobe.model.checkpoint import CheckpointSource, load_checkpoint, load_skeleton, resolve_attention
+from gradprobe.model.decoder import decoder_hidden, head_logits, layer_list
 from gradprobe.model.placement import Placement, input_device, read_placement
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses, score_responses
+from gradprobe.rollouts.sample import rollout_uniforms, sample_responses
+from gradprobe.rollouts.score import score_responses
 
 CPU = torch.device("cpu")
 DOWN = "mlp.down_proj.weight"

@@ -10,7 +10,7 @@ import torch
 from test_engine import TARGETS, engine_rows, random_rollouts
 from tiny import relative_error, tiny_model
 
-from gradprobe.model.checkpoint import run_in_batches
+from gradprobe.model.batches import run_in_batches
 from gradprobe.rollouts.sample import rollout_uniforms, sample_responses
 
 ROOT = Path(__file__).parents[2]

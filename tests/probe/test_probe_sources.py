@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import iter_rollouts, load_dump
+from gradprobe.dump.format import load_dump
+from gradprobe.dump.records import iter_rollouts
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "data"

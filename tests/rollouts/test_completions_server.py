@@ -17,7 +17,7 @@ import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint
 from gradprobe.rollouts import server as completions
-from gradprobe.rollouts.sample import score_responses
+from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.server import (
     CompletionsServer,
     ServerResponse,

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoTokenizer
 
 from gradprobe.common.errors import InputError
-from gradprobe.dump.format import iter_rollouts
+from gradprobe.dump.records import iter_rollouts
 from gradprobe.model.checkpoint import load_checkpoint
 from gradprobe.problems.load import Problem
 from gradprobe.problems.verify import is_correct
 from gradprobe.rollouts import foreign as rollout_files
 from gradprobe.rollouts import shapes as rollout_shapes
 from gradprobe.rollouts.foreign import ForeignRollouts, read_rollouts
-from gradprobe.rollouts.sample import score_responses
+from gradprobe.rollouts.score import score_responses
 
 HERE = Path(__file__).parents[1]
 DATA = HERE / "data" / "rollouts"

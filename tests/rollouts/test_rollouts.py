@@ -8,7 +8,8 @@ from tiny import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_model
 
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import load_checkpoint
-from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses, score_responses
+from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses
+from gradprobe.rollouts.score import score_responses
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,102 @@
+"""A model's layers and linear weights, and its two halves: decoder and head."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+from ..common.errors import InputError
+
+LOGITS_PER_BLOCK = 1 << 25
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model takes, or None where its config sets no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and module of the decoder's layers, found from the module tree.
+
+    Raises:
+        InputError: no module list has as many entries as the config has layers.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of {n_layers} layers in the module tree")
+    return min(lists, key=lambda named: named[0].count("."))
+
+
+def linear_weights(layer: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a layer by their weight's name inside it, e.g. `mlp.down_proj.weight`."""
+    return {f"{n}.weight": m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def n_output_rows(linear: nn.Module) -> int:
+    """The number of rows of W in y = W x; GPT-2's `Conv1D` stores the transpose."""
+    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def n_inputs(linear: nn.Module) -> int:
+    """The length of a row of W in y = W x."""
+    return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+
+
+def decoder_hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The decoder's last hidden states, final norm included.
+
+    No attention mask: under causal attention the padding at a row's right end is never seen by its own tokens.
+
+    Args:
+        input_ids: [batch, length], padded on the right.
+
+    Returns:
+        [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.to(input_ids.device)
+
+
+def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of chosen hidden states through the model's own head.
+
+    The whole model is called with its decoder standing still, so that whatever else the head does (logit
+    soft-capping, scaling) is done here too.
+
+    Args:
+        hidden: [n, hidden].
+
+    Returns:
+        [n, vocab], float32 at least.
+    """
+    with _decoder_returning(model, hidden[None]):
+        dummy_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)
+        logits = model(input_ids=dummy_ids, use_cache=False).logits[0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def positions_per_head_block(model: nn.Module) -> int:
+    """How many positions go through the head at once, so that their float32 logits take about 128 MiB."""
+    return max(1, LOGITS_PER_BLOCK // model.config.get_text_config().vocab_size)
+
+
+class _DecoderOutput(BaseModelOutputWithPast):
+    """Hidden states alone; what else a model's forward hands on of its decoder's output is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    attributes = vars(model.base_model)
+    of_its_own = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate puts one there
+    attributes["forward"] = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del attributes["forward"]  # uncovers the class's
+        attributes.update(of_its_own)
