@@ -29,7 +29,7 @@ from gradprobe.dump.buckets import bucket_of, fit_edges
 from gradprobe.dump.check import checksum_problems, checksums_of, read_content
 from gradprobe.dump.format import Dump
 from gradprobe.dump.growing import new_rows
-from gradprobe.dump.records import PromptKey, Rollout
+from gradprobe.dump.records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json, write_records
 
 SAME_IN_ALL = (
     "target",
@@ -171,7 +171,7 @@ def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[s
     if rollout_files is None:
         entropies, over = np.concatenate([shard.entropy for shard in shards]), "dumped_positions"
     else:
-        parts = [np.array(r.entropies) for file in rollout_files for r in contract.iter_rollouts(file)]
+        parts = [np.array(r.entropies) for file in rollout_files for r in iter_rollouts(file)]
         entropies, over = np.concatenate(parts), "response_tokens"
     if entropies.size == 0:
         raise InputError("the shards hold no positions")
@@ -196,7 +196,7 @@ def merged_meta(shards: list[Dump], spaces: list[int | None], edges: np.ndarray)
         buckets = bucket_of(shard.entropy, edges)
         for record in shard.meta_records():
             row = record["row"]
-            key = merged_key(contract.prompt_key_from_json(record["prompt_idx"]), space)
+            key = merged_key(prompt_key_from_json(record["prompt_idx"]), space)
             yield {**record, "row": start + row, "prompt_idx": key, "bin": int(buckets[row])}
         start += len(shard.grads)
 
@@ -204,7 +204,7 @@ def merged_meta(shards: list[Dump], spaces: list[int | None], edges: np.ndarray)
 def merged_rollouts(files: list[Path], spaces: list[int | None]) -> Iterator[Rollout]:
     """Yield all shards' rollouts, prompts namespaced."""
     for file, space in zip(files, spaces, strict=True):
-        for rollout in contract.iter_rollouts(file):
+        for rollout in iter_rollouts(file):
             yield replace(rollout, prompt_idx=merged_key(rollout.prompt_idx, space))
 
 
@@ -227,7 +227,7 @@ def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[st
             merged[key] = sum(manifest[key] for manifest in manifests)
     if all("prompt_idxs" in manifest for manifest in manifests):
         merged["prompt_idxs"] = sorted(
-            merged_key(contract.prompt_key_from_json(key), space)
+            merged_key(prompt_key_from_json(key), space)
             for manifest, space in zip(manifests, spaces, strict=True)
             for key in manifest["prompt_idxs"]
         )
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     with locked(args.out_dir):
         clear(args.out_dir, list(targets))
         if rollout_files is not None:
-            contract.write_records(args.out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
+            write_records(args.out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
         for name, shards in targets.items():
             merge_target(args.out_dir / (name or ""), shards, rollout_files)
     return 0

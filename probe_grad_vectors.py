@@ -44,7 +44,7 @@ from gradprobe.dump import format as contract
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges
 from gradprobe.dump.check import checksums_of
 from gradprobe.dump.growing import Record
-from gradprobe.dump.records import Position, Rollout
+from gradprobe.dump.records import Position, Rollout, write_records
 from gradprobe.gradients.engine import RowGradients
 from gradprobe.gradients.targets import Target, expand_targets
 from gradprobe.model.batches import Budget
@@ -843,7 +843,7 @@ def probe(args: argparse.Namespace, plan: Plan, watch: Stopwatch) -> None:
     lines = positions_of(rollouts, chosen, edges["entropy_edges"])
     common = manifest_of(args, plan, checkpoint, edges, rollouts)
     for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
-        contract.write_records(directory / contract.META, lines)
+        write_records(directory / contract.META, lines)
         weight = engine.weight_name(target)
         manifest = {
             "target": weight,

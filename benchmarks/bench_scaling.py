@@ -46,7 +46,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from bench_probe import matmul_rate, peak_memory, reset_peak_memory  # noqa: E402
 
-from gradprobe.dump import format as contract  # noqa: E402
+from gradprobe.dump.records import Position, Rollout, write_records  # noqa: E402
 from gradprobe.gradients.engine import RowGradients  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
@@ -421,13 +421,13 @@ def record_bytes() -> tuple[float, float, float]:
     rng, n = np.random.default_rng(0), 4096
     ids = rng.integers(QWEN_1_5B.vocab, size=n).tolist()
     numbers = rng.random((2, n), dtype=np.float32).tolist()
-    prompt = contract.Rollout(0, 0, "", ids, [], [], [], "", "", True)
-    rollout = contract.Rollout(0, 0, "", [], ids, *numbers, "word" * n, "", True)
-    lines = [contract.Position(i, 100, 4, 512, 3, numbers[0][i], False, ids[i], numbers[1][i]) for i in range(n)]
+    prompt = Rollout(0, 0, "", ids, [], [], [], "", "", True)
+    rollout = Rollout(0, 0, "", [], ids, *numbers, "word" * n, "", True)
+    lines = [Position(i, 100, 4, 512, 3, numbers[0][i], False, ids[i], numbers[1][i]) for i in range(n)]
     sizes = []
     with tempfile.TemporaryDirectory() as directory:
         for records in ([prompt], [rollout], lines):
-            contract.write_records(Path(directory) / "records.jsonl", records)
+            write_records(Path(directory) / "records.jsonl", records)
             sizes.append((Path(directory) / "records.jsonl").stat().st_size / n)
     return sizes[0], sizes[1], sizes[2]
 

@@ -21,7 +21,7 @@ from ..common.files import sha256_of
 from . import format as contract
 from .blocks import iter_row_blocks
 from .format import Dump
-from .records import Rollout
+from .records import Rollout, iter_rollouts
 
 SHOWN_ROWS = 10
 
@@ -140,7 +140,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     rows_of = _rows_by_rollout(dump)
     seen: set[tuple[Any, int]] = set()
     counts = {"num_rollouts": 0, "num_correct_rollouts": 0, "num_response_tokens": 0}
-    for rollout in contract.iter_rollouts(file):
+    for rollout in iter_rollouts(file):
         key = (rollout.prompt_idx, rollout.sample_idx)
         if key in seen:
             problems.append(f"{file}: prompt {key[0]} sample {key[1]} stands twice")

@@ -17,7 +17,6 @@ import numpy as np
 from ..analysis.gram import HOST, Arithmetic, eigen_of_gram
 from ..dump.blocks import block_slices, copy_rows, read_rows
 
-BLOCK_BYTES = 64 << 20
 MAX_PLANE_GRAM = 256
 PLANE_STEPS, PLANE_TOLERANCE = 10, 1e-3
 MAX_POINTS = 5000

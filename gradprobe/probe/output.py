@@ -18,7 +18,7 @@ from ..common.files import aside, make_directory, read_json, write_json
 from ..dump import format as contract
 from ..dump.check import first_of, problems_of
 from ..dump.growing import GrowingLines, GrowingRows, Piece, Record, crc32_of
-from ..dump.records import Rollout
+from ..dump.records import Rollout, iter_rollouts
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class GrowingRollouts:
     def finish(self) -> list[Rollout]:
         """Give the file its name; all of its rollouts."""
         self._lines.finish()
-        return list(contract.iter_rollouts(self._file))
+        return list(iter_rollouts(self._file))
 
 
 @dataclass(frozen=True)

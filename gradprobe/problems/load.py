@@ -157,7 +157,7 @@ def _choose_columns(table: Table, given: dict[str, str | None]) -> dict[str, str
         elif what == "id" and key in (None, NO_ID):
             columns[what] = NO_ID
         elif key:
-            faults.append(f"--{what}-key {key}: not in {table.source} ({_those_there(table)})")
+            faults.append(f"`{what}_key` {key}: not in {table.source} ({_those_there(table)})")
         else:
             others = ", ".join(f"'{name}'" for name in common[1:])
             faults.append(

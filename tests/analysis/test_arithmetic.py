@@ -26,7 +26,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
 
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (30, 9), (9, 30), (50, 50)])
 def test_products_and_decompositions_are_the_same(monkeypatch: pytest.MonkeyPatch, n: int, dim: int):
-    monkeypatch.setattr(spectrum, "BLOCK_BYTES", 800)
+    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 800)
     grads = np.random.default_rng(n).standard_normal((n, dim)).astype(np.float32)
     grams = [spectrum.smaller_gram(grads, np.arange(n), where) for where in (HOST, TORCH)]
     assert grams[0].dtype == grams[1].dtype == np.float64

@@ -42,7 +42,7 @@ def test_every_script_tells_its_version_and_its_flags(script, capsys):
 def test_colours_are_for_terminals_and_not_where_nobody_wants_them(monkeypatch, stream, no_colour, coloured):
     monkeypatch.setattr(sys, "stderr", stream())
     monkeypatch.setenv("NO_COLOR", no_colour)
-    console.say("warning: odd \x1b[2J rows")
+    console.script_main(lambda argv: console.log.warning("odd \x1b[2J rows") or 0)([])
     said = sys.stderr.getvalue()
     assert ("\x1b[33mwarning\x1b[0m: odd" in said) == coloured
     assert "\x1b[2J" not in said
@@ -56,8 +56,8 @@ def test_quiet_leaves_warnings_and_errors(capsys):
         console.add_common_flags(parser)
         parser.parse_args(argv)
         assert list(console.progress(range(3), "steps", 3, "steps")) == [0, 1, 2]
-        console.say("a note")
-        console.say("warning: mind this")
+        console.log.info("a note")
+        console.log.warning("mind this")
         return 0
 
     assert main(["--quiet"]) == 0

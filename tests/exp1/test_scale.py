@@ -8,7 +8,7 @@ import pytest
 
 from gradprobe.analysis.gram import HOST
 from gradprobe.dump.blocks import SelectedRows
-from gradprobe.exp1 import compression, spectrum, subspaces
+from gradprobe.exp1 import compression, subspaces
 from gradprobe.exp1.compression import (
     AdditiveDots,
     Sums,
@@ -42,7 +42,7 @@ def planted_rows(n_prompts: int, dim: int, seed: int = 0, n_buckets: int = 1, sa
 def both_kinds_of_sums(monkeypatch: pytest.MonkeyPatch, grads, rows, rollout, prompt, **keywords) -> tuple[Sums, Sums]:
     exact = sums_of_rows(grads, rows, rollout[rows], prompt[rows])
     monkeypatch.setattr(compression, "MAX_EXACT_ROLLOUTS", 2)
-    monkeypatch.setattr(spectrum, "BLOCK_BYTES", 5000)  # several panels, and prompts that don't fit one
+    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 5000)  # several panels, and prompts that don't fit one
     found = sums_of_rows(grads, rows, rollout[rows], prompt[rows], **keywords)
     assert isinstance(found.dots, AdditiveDots)
     assert not isinstance(exact.dots, AdditiveDots)
@@ -212,7 +212,7 @@ def test_some_rows_of_a_dump_are_analysed_like_an_array_of_them(dim: int):
 
 def test_memory_does_not_grow_with_the_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """Twice the positions of 512 numbers each (2 KiB): both experiments and the projection keep less than a tenth."""
-    monkeypatch.setattr(spectrum, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(compression, "MAX_EXACT_ROLLOUTS", 100)
     monkeypatch.setattr(subspaces, "MAX_HELD_BYTES", 8 << 20)
     peaks = []

@@ -14,6 +14,8 @@ from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_resp
 from gradprobe.rollouts.score import score_responses
 
 families = pytest.mark.parametrize("family", FAMILIES)
+TOLERANCE = {"gemma2_softcap": 2e-6}
+"""Its eager attention takes the softmax in float32, so a float64 model rounds; by how much hangs on the processor."""
 
 
 def plain_row_gradient(model, tokens: list[int], at: int, layer: int, suffix: str, row: int) -> torch.Tensor:
@@ -48,7 +50,7 @@ def test_every_row_equals_the_oracle(family):
                 expected = plain_row_gradient(
                     model, prompts[i] + responses[i], at, target.layer, target.suffix, target.row_idx
                 )
-                assert relative_error(found[n], expected) < 1e-10
+                assert relative_error(found[n], expected) < TOLERANCE.get(family, 1e-10)
                 n_rows += 1
     assert n_rows == len(targets) * sum(map(len, responses))
     assert engine._can_thin  # else the last block's shortcut was never put to the test

@@ -3,34 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB_SIZE, oracle_gradient, relative_error, tiny_model
+from engine_runs import DOWN, TARGETS, engine_rows, random_rollouts
+from tiny import oracle_gradient, relative_error, tiny_model
 
 from gradprobe.common.errors import InputError
 from gradprobe.gradients.engine import RowGradients
 from gradprobe.gradients.targets import Target, expand_targets
-
-DOWN = "mlp.down_proj.weight"
-TARGETS = [Target(0, DOWN, 3), Target(0, DOWN, 15), Target(1, DOWN, 3), Target(1, "self_attn.k_proj.weight", 2)]
-
-
-def random_rollouts(n: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    rng = np.random.default_rng(seed)
-    # Two tokens at least: with a single key, attention does not depend on it and k_proj's gradient vanishes.
-    prompts = [rng.integers(VOCAB_SIZE, size=rng.integers(2, 9)).tolist() for _ in range(n)]
-    responses = [rng.integers(VOCAB_SIZE, size=rng.integers(1, 14)).tolist() for _ in range(n)]
-    return prompts, responses
-
-
-def engine_rows(model, targets, prompts, responses, positions, batch_tokens) -> dict[tuple, torch.Tensor]:
-    """Rows by (target number, rollout, position)."""
-    found = {}
-    engine = RowGradients(model, targets)
-    for rollouts, ks, rows in engine.batches(prompts, responses, positions, batch_tokens):
-        for n, (i, k) in enumerate(zip(rollouts, ks, strict=True)):
-            for t in range(len(targets)):
-                assert (t, i, positions[i][k]) not in found
-                found[t, i, positions[i][k]] = rows[t][n]
-    return found
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -149,8 +127,8 @@ def test_targets_from_words():
 @pytest.mark.parametrize(
     ("layer", "suffix", "row", "complaint"),
     [
-        ("9", DOWN, "0", "--layer 9: the model has layers 0 to 2"),
-        ("-1", DOWN, "0", "--layer -1"),
+        ("9", DOWN, "0", "`layer` 9: the model has layers 0 to 2"),
+        ("-1", DOWN, "0", "`layer` -1"),
         ("0", "input_layernorm.weight", "0", "these can: self_attn.q_proj.weight"),
         ("0", DOWN, "16", "is not one of 0 to 15"),
         ("0", DOWN, "random:99", "random:99"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
-from test_engine import engine_rows
+from engine_runs import engine_rows
 from tiny import END_OF_TEXT, IM_END, oracle_gradient, relative_error, tiny_checkpoint, tiny_model
 
 from gradprobe.common.errors import InputError
@@ -261,13 +261,13 @@ def test_limits_that_can_not_be(words, complaint, tmp_path):
         read_placement("auto", words, None, skeleton)
     file = tmp_path / "map.json"
     file.write_text(json.dumps({"model": "disk", "lm_head": "cpu"}))
-    with pytest.raises(InputError, match="only --device-map auto"):
+    with pytest.raises(InputError, match="only `device_map` auto"):
         read_placement(str(file), "cpu=1GB", None, skeleton)
 
 
 def test_no_accelerate_no_adapter(tmp_path, monkeypatch):
     directory = str(tiny_checkpoint(tmp_path, seed=0))
-    with pytest.raises(InputError, match="--adapter some: can't go with --device-map"):
+    with pytest.raises(InputError, match="`adapter` some: can't go with `device_map`"):
         load_checkpoint(CheckpointSource(directory, adapter="some"), CPU, torch.float32, placement=Placement("auto"))
     skeleton = load_skeleton(CheckpointSource(directory))
     monkeypatch.setattr(placement_module, "is_accelerate_available", lambda: False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import TARGETS, engine_rows, random_rollouts
+from engine_runs import TARGETS, engine_rows, random_rollouts
 from tiny import relative_error, tiny_model
 
 from gradprobe.model.batches import run_in_batches
@@ -28,8 +28,9 @@ def test_batches_hold_the_budget_and_cover_everything():
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory"), MemoryError()]
 )
-def test_a_batch_that_does_not_fit_is_halved_and_said_once(error):
-    reports, sizes = [], []
+def test_a_batch_that_does_not_fit_is_halved_and_said_once(error, caplog):
+    caplog.set_level("INFO", "gradprobe.model.batches")
+    sizes = []
 
     def run(batch):
         sizes.append(len(batch))
@@ -37,13 +38,13 @@ def test_a_batch_that_does_not_fit_is_halved_and_said_once(error):
             raise error
         return batch
 
-    found = list(run_in_batches([10] * 16, 160, run, reports.append))
+    found = list(run_in_batches([10] * 16, 160, run))
     assert sorted(i for batch, _ in found for i in batch) == list(range(16))
     assert all(batch == result for batch, result in found)
     assert sizes[:4] == [16, 8, 4, 2]
     assert max(sizes[3:]) == 2
-    assert len(reports) == 1
-    assert "halving" in reports[0]
+    (record,) = [r for r in caplog.records if r.levelname == "INFO"]
+    assert "halving" in record.getMessage()
 
 
 def test_other_errors_and_single_sequences_are_not_retried():
@@ -81,8 +82,9 @@ def test_one_rollout_of_4096_tokens_on_the_demo_model_fits_in_4_gib():
     program = """
 import resource, torch, numpy as np
 from gradprobe.model.checkpoint import load_checkpoint
-from gradprobe.rollouts.sample import score_responses
-from gradprobe.gradients.engine import RowGradients, Target
+from gradprobe.rollouts.score import score_responses
+from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.targets import Target
 torch.set_num_threads(1)
 model = load_checkpoint("demo/base", torch.device("cpu"), torch.float32).model
 response = np.random.default_rng(0).integers(256, size=4096).tolist()

@@ -134,7 +134,7 @@ def test_verl_has_messages_and_nested_answers():
 def test_fields_can_be_named():
     found = read("verl.parquet", problem_key="extra_info.question", answer_key="data_source", id_key="none")
     assert found[1] == (1, "1", "What is 1+1?", "openai/gsm8k")
-    with pytest.raises(InputError, match=r"--answer-key nix: not in .* \(there: .*reward_model.ground_truth"):
+    with pytest.raises(InputError, match=r"`answer_key` nix: not in .* \(there: .*reward_model.ground_truth"):
         read("verl.parquet", answer_key="nix")
 
 
@@ -164,7 +164,7 @@ def test_hub_data_sets_that_are_not_there(rest, complaint):
 
 
 def test_without_a_network_a_hub_data_set_is_an_input_error():
-    with pytest.raises(InputError, match="--dataset hf:nobody/no-such-data-set: "):
+    with pytest.raises(InputError, match="`dataset` hf:nobody/no-such-data-set: "):
         load_problems("hf:nobody/no-such-data-set")
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_datasets_directory_is_an_input_error(tmp_path, name, content)
     (directory / name).unlink(missing_ok=True)
     if content is not None:
         (directory / name).write_bytes(content)
-    with pytest.raises(InputError, match="--dataset .*saved"):
+    with pytest.raises(InputError, match="`dataset` .*saved"):
         load_problems(directory)
 
 
@@ -252,7 +252,7 @@ def test_text_needs_no_library(monkeypatch):
         (
             "a.jsonl",
             b'{"problem": "?", "answer": 1, "id": 1}\n{"problem": "?", "answer": 1, "id": "1"}',
-            ":2: id '1' was used in line 1; --id-key none",
+            ":2: id '1' was used in line 1; `id_key` none",
         ),
         ("a.jsonl", b"x\n" * 50, "and 30 more"),
     ],

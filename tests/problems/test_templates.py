@@ -63,9 +63,9 @@ def test_messages_go_through_the_chat_template(tokenizer):
         "<|im_start|>user\nWhat is 2+1? Answer in \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert all(problem.messages == () for problem in rendered.problems)
-    with pytest.raises(InputError, match=r"lists of chat messages \(problem '10'\); add --chat-template"):
+    with pytest.raises(InputError, match=r"lists of chat messages \(problem '10'\); add `chat_template`"):
         render_prompts(messages)
-    with pytest.raises(InputError, match="--prompt-template: prompts of .* are lists of chat messages"):
+    with pytest.raises(InputError, match="`prompt_template`: prompts of .* are lists of chat messages"):
         render_prompts(messages, "{problem}", True, None, tokenizer)
 
 
@@ -84,7 +84,7 @@ def test_all_that_changes_a_prompt_changes_the_description(tokenizer):
 
 def test_a_tokenizer_without_a_chat_template(checkpoint_dir):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
-    with pytest.raises(InputError, match="--chat-template: this checkpoint's tokenizer has none"):
+    with pytest.raises(InputError, match="`chat_template`: this checkpoint's tokenizer has none"):
         render_prompts(load_problems(DATA / "plain.jsonl"), chat=True, tokenizer=tokenizer)
 
 
@@ -103,12 +103,12 @@ def test_a_second_system_message_is_an_error(tokenizer, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "?"}], "answer": 1}')
     assert render_prompts(load_problems(file), chat=True, tokenizer=tokenizer).problems[0].prompt.count("system") == 1
-    with pytest.raises(InputError, match="--system-prompt: problem '0' brings a system message"):
+    with pytest.raises(InputError, match="`system_prompt`: problem '0' brings a system message"):
         render_prompts(load_problems(file), None, True, "s", tokenizer)
 
 
 def test_a_system_prompt_needs_the_chat_template():
-    with pytest.raises(InputError, match="--system-prompt: .*add --chat-template"):
+    with pytest.raises(InputError, match="`system_prompt`: .*add `chat_template`"):
         render_prompts(load_problems(DATA / "plain.jsonl"), system_prompt="s")
 
 

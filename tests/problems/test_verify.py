@@ -355,7 +355,10 @@ def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how
         "    open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid.txt')\n"
         "    return sum(range(10**12)) > 0\n"
     )
-    script = "from gradprobe.verify import Verifier, verify_all; verify_all(Verifier('stuck:f', {}), [('', '')], 600)"
+    script = (
+        "from gradprobe.problems.verify import Verifier, verify_all; "
+        "verify_all(Verifier('stuck:f', {}), [('', '')], 600)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         deadline = time.monotonic() + 30
@@ -397,12 +400,12 @@ def test_the_clock_in_the_child_ends_it_if_nobody_else_does(own_verifiers):
 def test_verifiers_that_are_none(own_verifiers, name, complaint):
     with pytest.raises(InputError) as error:
         load_verifier(name)
-    assert str(error.value).startswith(f"--verifier {name}: {complaint}")
+    assert str(error.value).startswith(f"`verifier` {name}: {complaint}")
 
 
 def test_without_its_library_math_verify_names_the_extra(own_verifiers):
     (own_verifiers / "math_verify.py").write_text("raise ImportError('as if it were not installed')\n")
-    with pytest.raises(InputError, match=r"--verifier math-verify: .*pip install 'gradprobe\[math\]'"):
+    with pytest.raises(InputError, match=r"`verifier` math-verify: .*pip install 'gradprobe\[math\]'"):
         load_verifier("math-verify")
 
 

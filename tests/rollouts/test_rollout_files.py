@@ -133,7 +133,7 @@ def test_openai_batch_drops_failed_requests_and_appends_ends(tokenizer, problems
 
 
 def test_openai_batch_without_prompts_needs_the_data_set(tokenizer):
-    with pytest.raises(InputError, match=r"openai_batch.jsonl:1: .*--dataset"):
+    with pytest.raises(InputError, match=r"openai_batch.jsonl:1: .*`dataset`"):
         read(DATA / "openai_batch.jsonl", tokenizer, correct_from="verifier")
 
 
@@ -317,7 +317,7 @@ def test_verdicts_fall_to_those_without_one_and_none_leaves_a_rollout_out(tokeni
 
 def test_rewards_need_a_threshold(tokenizer, tmp_path):
     file = written(tmp_path, vllm_line("1+2", {"text": "3", "reward": 0.5}, {"text": "4", "reward": 1.0}))
-    with pytest.raises(InputError, match=r"rollouts.jsonl:1: 'reward' is a number: --correct-above THRESHOLD"):
+    with pytest.raises(InputError, match=r"rollouts.jsonl:1: 'reward' is a number: `correct_above` THRESHOLD"):
         read(file, tokenizer)
     assert [r.correct for r in read(file, tokenizer, correct_above=0.5).rollouts] == [False, True]
 
@@ -328,7 +328,7 @@ def test_several_rewards_must_be_told_apart(tokenizer):
 
 
 def test_threshold_without_rewards_is_refused(tokenizer):
-    with pytest.raises(InputError, match=r"--correct-above 0.5: .*vllm.jsonl has no reward"):
+    with pytest.raises(InputError, match=r"`correct_above` 0.5: .*vllm.jsonl has no reward"):
         read(DATA / "vllm.jsonl", tokenizer, correct_above=0.5)
 
 
@@ -403,7 +403,7 @@ def test_whatever_stands_in_a_file_it_is_read_or_refused(tokenizer, problems, tm
         (["{broken"], r"rollouts.jsonl:1: not a JSON object \(Expecting"),
         ([vllm_line(), "[1]"], r"rollouts.jsonl:2: not a JSON object"),
         ([], r"no rollouts in it"),
-        ([{"a": 1}], r"rollouts.jsonl:1: of no known shape: its keys are a; --rollouts-format"),
+        ([{"a": 1}], r"rollouts.jsonl:1: of no known shape: its keys are a; `rollouts_format`"),
         ([vllm_line(), {"input": "1", "output": "2"}], r"rollouts.jsonl:2: not of the shape vllm"),
         ([vllm_line("1+2", {"token_ids": [VOCAB_SIZE]})], r":1: its response ids have 350, the model's are 0 to 349"),
         ([vllm_line("1+2", {"token_ids": [-1]})], r":1: its response ids have -1"),
@@ -452,7 +452,7 @@ def test_named_format_is_held_against_the_file(tokenizer):
 
 
 def test_own_rollouts_take_no_data_set(tokenizer, problems):
-    with pytest.raises(InputError, match="leave --dataset out"):
+    with pytest.raises(InputError, match="leave `dataset` out"):
         read(DATA / "gradprobe.jsonl", tokenizer, problems=problems)
 
 
