@@ -58,7 +58,7 @@ def row_gradients(
     Raises:
         InputError: a layer, weight, row or position that there is not.
     """
-    from .gradients.engine import RowGradients
+    from .gradients.engine import GradientEngine
     from .gradients.targets import Target
     from .model.decoder import layer_list
 
@@ -67,12 +67,12 @@ def row_gradients(
         raise InputError(f"positions must be distinct and from 0 to {len(response_ids) - 1}")
     model.eval().requires_grad_(False)
     target = Target(len(layer_list(model)[1]) // 2 if layer is None else layer, param_suffix, row_idx)
-    engine = RowGradients(model, [target])
+    engine = GradientEngine(model, [target])
     found: dict[int, np.ndarray] = {}
     order = np.sort(wanted)
     for _, ks, (rows,) in engine.batches([prompt_ids], [response_ids], [order], BATCH_TOKENS):
         found.update(zip(order[ks].tolist(), rows.cpu().numpy(), strict=True))
-    return np.stack([found[t] for t in wanted.tolist()]) if found else np.zeros((0, engine.row_dims[0]), np.float32)
+    return np.stack([found[t] for t in wanted.tolist()]) if found else np.zeros((0, target.row_dim(model)), np.float32)
 
 
 def participation_ratio(gradients: np.ndarray, *, unit_norm: bool = False) -> float | None:

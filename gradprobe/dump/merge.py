@@ -261,9 +261,9 @@ def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[st
 
 
 def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | None) -> tuple[Path, dict[str, Any]]:
-    """Write one target's merged `grads.npy`, `meta.jsonl` and, last, `manifest.json`; the directory and the manifest."""
-    spaces = namespaces(shards)
     """Write one target's merged `grads.npy`, `meta.jsonl` and, last, `manifest.json`. Gives directory and manifest."""
+    spaces = namespaces(shards)
+    edges = merged_edges(shards, rollout_files)
     make_directory(out_dir)
     write_merged_grads(out_dir / contract.GRADS, shards)
     write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))

@@ -96,7 +96,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
     """
     # 1. Which weights' rows.
     skeleton = load_skeleton(settings.checkpoint)
-    targets, row_dims = expand_targets(skeleton, settings.layer, settings.param_suffix, settings.row_idx, settings.seed)
+    targets = expand_targets(skeleton, settings.layer, settings.param_suffix, settings.row_idx, settings.seed)
     # 2. Whose tokens, judged by whom, in which buckets.
     edges, verifier = given_edges(settings), load_verifier(settings.verifier)
     read = read_problem_source if settings.rollouts is None else read_rollout_source
@@ -126,7 +126,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
     return Plan(
         settings=settings,
         targets=targets,
-        row_dims=row_dims,
+        row_dims=[target.row_dim(skeleton) for target in targets],
         directories=[output] if len(targets) == 1 else [output / target.directory for target in targets],
         source=source,
         description=description,

@@ -20,7 +20,8 @@ from ..dump.buckets import bucket_of, choose_positions, fit_edges
 from ..dump.check import checksums_of
 from ..dump.growing import Record
 from ..dump.records import Position, Rollout, write_records
-from ..gradients.engine import RowGradients
+from ..gradients.chosen import Chosen
+from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.placement import input_device
@@ -71,15 +72,14 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
         edges = plan.edges or edges_of(rollouts, settings.bins)
         chosen = choose(plan, rollouts, edges["entropy_edges"])
-        engine = RowGradients(checkpoint.model, plan.targets)
+        engine = GradientEngine(checkpoint.model, plan.targets)
         faulty = write_gradients(plan, engine, rollouts, chosen, record, watch)
     lines = positions_of(rollouts, chosen, edges["entropy_edges"])
     common = manifest_of(plan, checkpoint, edges, rollouts)
     for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
         write_records(directory / contract.META, lines)
         manifest = {
-            "target": engine.weight_name(target),
-            "row_idx": target.row_idx,
+            **target.described(checkpoint.model),
             "row_dim": row_dim,
             "num_positions": len(lines),
             **common,
@@ -191,7 +191,7 @@ def edges_of(rollouts: list[Rollout], bins: int) -> dict[str, Any]:
     return {"entropy_edges": fit_edges(entropies, bins).tolist(), "entropy_edges_over": "response_tokens"}
 
 
-def choose(plan: Plan, rollouts: list[Rollout], edges: list[float]) -> list[np.ndarray]:
+def choose(plan: Plan, rollouts: list[Rollout], edges: list[float]) -> list[Chosen]:
     """The positions to differentiate of each rollout: a pure function of rollout, edges and seed."""
     settings = plan.settings
     chosen = []
@@ -199,15 +199,16 @@ def choose(plan: Plan, rollouts: list[Rollout], edges: list[float]) -> list[np.n
         key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
         rng = np.random.default_rng([settings.seed, *key, rollout.sample_idx])
         buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
-        chosen.append(choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng))
+        picked = choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng)
+        chosen.append(Chosen.each(picked))
     return chosen
 
 
 def write_gradients(
     plan: Plan,
-    engine: RowGradients,
+    engine: GradientEngine,
     rollouts: list[Rollout],
-    chosen: list[np.ndarray],
+    chosen: list[Chosen],
     record: Record,
     watch: Stopwatch,
 ) -> list[FaultyRows]:
@@ -216,10 +217,10 @@ def write_gradients(
     Returns:
         For each target, the gradients that no analysis can use.
     """
-    starts = np.concatenate([[0], np.cumsum([len(positions) for positions in chosen])])
+    starts = np.concatenate([[0], np.cumsum([of.n_gradients for of in chosen])])
     rows_of_items = [range(starts[i] + ks.start, starts[i] + ks.stop) for i, ks in engine.work_items(chosen)]
     item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
-    growing = GrowingGradients(plan.directories, engine.row_dims, int(starts[-1]), rows_of_items, record)
+    growing = GrowingGradients(plan.directories, plan.row_dims, int(starts[-1]), rows_of_items, record)
     budget = Budget(growing.batch_tokens_kept or plan.batch_tokens)
     batches = engine.batches(
         [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, budget, done=growing.items_kept
@@ -236,10 +237,10 @@ def write_gradients(
     return growing.finish()
 
 
-def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[float]) -> list[Position]:
+def positions_of(rollouts: list[Rollout], chosen: list[Chosen], edges: list[float]) -> list[Position]:
     """The lines of `meta.jsonl`, in the order of the gradients."""
     lines: list[Position] = []
-    for rollout, positions in zip(rollouts, chosen, strict=True):
+    for rollout, of_rollout in zip(rollouts, chosen, strict=True):
         buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
         lines += [
             Position(
@@ -253,7 +254,7 @@ def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[
                 token_id=rollout.response_ids[p],
                 logprob=rollout.logprobs[p],
             )
-            for k, p in enumerate(positions.tolist())
+            for k, p in enumerate(of_rollout.positions.tolist())
         ]
     return lines
 
