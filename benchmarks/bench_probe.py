@@ -42,10 +42,10 @@ from gradprobe.gradients.engine import RowGradients  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
+from gradprobe.probe.settings import BATCH_TOKENS  # noqa: E402
 from gradprobe.problems.load import load_problems, shard_of_study  # noqa: E402
 from gradprobe.rollouts.sample import rollout_uniforms, sample_responses  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
-from probe_grad_vectors import BATCH_TOKENS  # noqa: E402
 
 SHAPES = {
     "qwen2.5-1.5b": {

@@ -58,7 +58,6 @@ def _speak() -> None:
     log.setLevel(logging.INFO)
     if not log.handlers:
         log.addHandler(_StderrHandler())
-        log.propagate = False
 
 
 def with_flags(message: str) -> str:
@@ -125,7 +124,7 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
 
 def _refuse_undecodable(arguments: Iterable[str]) -> None:
     """Raise `InputError` for names that are not UTF-8: no JSON file could hold them."""
-    raise_if_any(f"argument '{a}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a))
+    raise_if_any(f"argument '{printable(a)}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a))
 
 
 class _Terminated(BaseException):

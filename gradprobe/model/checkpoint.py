@@ -217,7 +217,7 @@ def _cannot_load(path: str, error: Exception) -> InputError:
 
 def _reason(error: Exception) -> str:
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    return kind + textwrap.shorten(str(error) or "no reason given", 300, placeholder=" ...")
+    return kind + textwrap.shorten(str(error) or "no reason given", 400, placeholder=" ...")
 
 
 def _refuse_incomplete(source: CheckpointSource) -> None:

@@ -1,0 +1,274 @@
+"""What a probe will do, decided before a weight is loaded: targets, whose rollouts, buckets, device, identity."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..common.errors import InputError
+from ..common.files import read_json, sha256_of
+from ..dump import format as contract
+from ..gradients.targets import Target, expand_targets
+from ..model.checkpoint import (
+    checkpoint_identity,
+    end_token_ids,
+    load_skeleton,
+    load_tokenizer,
+    resolve_attention,
+    resolve_device,
+    resolve_dtype,
+)
+from ..model.decoder import context_length
+from ..model.placement import Placement, read_placement
+from ..problems.load import ProblemSet, load_problems, shard_of_study
+from ..problems.templates import preview, read_template, render_prompts
+from ..problems.verify import Verifier, load_verifier
+from ..rollouts.foreign import read_rollouts
+from ..rollouts.server import connect
+from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
+from .settings import BATCH_TOKENS, DEFAULT_VERIFIER, ProbeSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before a weight is loaded.
+
+    Attributes:
+        settings: as they were given, filled in.
+        targets: whose gradients are taken.
+        row_dims: the length of each target's gradient.
+        directories: where each target's dump goes; the output directory itself where there is one target.
+        source: gives this shard's rollouts.
+        description: what the manifest says of them.
+        verifier: judges them.
+        edges: those that were asked for; None: they are fitted.
+        device: takes the model, unless there is a placement.
+        placement: spreads the weights.
+        dtype: of the weights.
+        attention: its implementation.
+        batch_tokens: padded tokens in one pass.
+        identity: all that changes the dump's bytes, paths left out: a moved file is the same file.
+    """
+
+    settings: ProbeSettings
+    targets: list[Target]
+    row_dims: list[int]
+    directories: list[Path]
+    source: Source
+    description: dict[str, Any]
+    verifier: Verifier
+    edges: dict[str, Any] | None
+    device: torch.device
+    placement: Placement | None
+    dtype: torch.dtype
+    attention: str
+    batch_tokens: int
+    identity: dict[str, Any]
+
+    @property
+    def positions_at_most(self) -> int:
+        """The most gradients that the dump of one target can have."""
+        n_tokens, per_bucket = self.source.n_tokens_at_most, self.settings.pos_per_bin_per_rollout
+        of_buckets = sum(self.source.rows_per_prompt) * self.settings.bins * per_bucket
+        return n_tokens if per_bucket == 0 else min(of_buckets, n_tokens)
+
+    def in_numbers(self) -> dict[str, Any]:
+        """What the launcher asks for: how much there will be at most."""
+        return {
+            "bytes_at_most": self.positions_at_most * 4 * sum(self.row_dims),
+            "positions_at_most": self.positions_at_most,
+            "row_dims": self.row_dims,
+            "targets": len(self.targets),
+        }
+
+
+def make_plan(settings: ProbeSettings) -> Plan:
+    """Resolve and check everything that can be known without the weights; nothing is written.
+
+    Raises:
+        InputError: something is not there, or can't be read, or does not fit.
+    """
+    # 1. Which weights' rows.
+    skeleton = load_skeleton(settings.checkpoint)
+    targets, row_dims = expand_targets(skeleton, settings.layer, settings.param_suffix, settings.row_idx, settings.seed)
+    # 2. Whose tokens, judged by whom, in which buckets.
+    edges, verifier = given_edges(settings), load_verifier(settings.verifier)
+    read = read_problem_source if settings.rollouts is None else read_rollout_source
+    source, description = read(settings, skeleton, verifier)
+    # 3. Where and how it is computed.
+    placement = None
+    if settings.device_map is not None:
+        placement = read_placement(settings.device_map, settings.max_memory, settings.offload_dir, skeleton)
+    device = resolve_device(settings.device) if placement is None else placement.main_device
+    dtype, attention = resolve_dtype(settings.dtype, device), resolve_attention(settings.attention, skeleton)
+    # 4. What makes the dump this one and no other.
+    identity = {
+        "format_version": contract.FORMAT_VERSION,
+        "model": checkpoint_identity(settings.checkpoint, skeleton),
+        "targets": [target.directory for target in targets],
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
+        "device": device.type,
+        "shard": {"index": settings.shard_index, "num_shards": settings.num_shards},
+        "bins": settings.bins,
+        "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
+        "seed": settings.seed,
+        "entropy_edges": edges and edges["entropy_edges"],
+        **{key: _without_path(value) for key, value in description.items()},
+    }
+    output = settings.output_dir
+    return Plan(
+        settings=settings,
+        targets=targets,
+        row_dims=row_dims,
+        directories=[output] if len(targets) == 1 else [output / target.directory for target in targets],
+        source=source,
+        description=description,
+        verifier=verifier,
+        edges=edges,
+        device=device,
+        placement=placement,
+        dtype=dtype,
+        attention=attention,
+        batch_tokens=settings.batch_tokens or BATCH_TOKENS[device.type],
+        identity=identity,
+    )
+
+
+def _without_path(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
+
+
+def given_edges(settings: ProbeSettings) -> dict[str, Any] | None:
+    """Edges, and over what they were fitted, from the manifest that `entropy_edges` names; None where it names none."""
+    if settings.entropy_edges is None:
+        return None
+    file = settings.entropy_edges
+    file = file / contract.MANIFEST if file.is_dir() else file
+    manifest, bins = read_json(file), settings.bins
+    edges = manifest.get("entropy_edges")
+    if not isinstance(edges, list) or len(edges) != bins + 1 or not contract.are_edges(edges):
+        raise InputError(f"`entropy_edges` {file}: no {bins + 1} increasing entropy_edges (`bins` {bins})")
+    return {
+        "entropy_edges": edges,
+        "entropy_edges_over": manifest.get("entropy_edges_over", "dumped_positions"),
+        "entropy_edges_from": str(file),
+    }
+
+
+def read_problem_source(
+    settings: ProbeSettings, skeleton: nn.Module, verifier: Verifier
+) -> tuple[Source, dict[str, Any]]:
+    """This shard's problems, to be sampled; and what identity and manifest say of the sampling."""
+    problem_set = read_problems(settings)
+    shard = shard_of_study(
+        len(problem_set.problems), settings.num_prompts, settings.seed, settings.shard_index, settings.num_shards
+    )
+    problems = [problem_set.problems[i] for i in shard]
+    log.info(f"for example {preview(problems[0])}")
+    sampling = SamplingSettings(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed)
+    server = connect(settings.base_url, settings.server_model) if settings.sampler == "openai" else None
+    method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
+    description = {
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "num_samples_per_prompt": settings.num_samples,
+        "dataset": problem_set.description,
+        **({"prompts": problem_set.rendering} if problem_set.rendering else {}),
+        "sampling": {
+            "distribution": "full softmax",
+            **(method if server is None else described_server(server)),
+            "temperature": settings.temperature,
+            "max_new_tokens": settings.max_new_tokens,
+            "num_samples_per_prompt": settings.num_samples,
+            "seed": settings.seed,
+            "num_prompts_of_study": settings.num_prompts,
+            "verifier": described_verifier(settings, verifier),
+        },
+    }
+    return SampledRollouts(problems, sampling, server, settings.server_requests), description
+
+
+def read_problems(settings: ProbeSettings) -> ProblemSet:
+    """The data set with its prompts rendered; what was read is said."""
+    problem_set = load_problems(settings.dataset, settings.problem_key, settings.answer_key, settings.id_key)
+    template = None if settings.prompt_template is None else read_template(settings.prompt_template)
+    tokenizer = load_tokenizer(settings.checkpoint) if settings.chat_template else None
+    problem_set = render_prompts(problem_set, template, settings.chat_template, settings.system_prompt, tokenizer)
+    log.info(problem_set.summary)
+    for note in problem_set.notes:
+        log.info(f"note: {note}")
+    return problem_set
+
+
+def described_verifier(settings: ProbeSettings, verifier: Verifier) -> str | dict[str, Any]:
+    """What identity and manifest say of the verifier."""
+    if verifier.name == DEFAULT_VERIFIER:
+        return verifier.name
+    return {**verifier.description, "seconds": settings.verifier_seconds}
+
+
+def read_rollout_source(
+    settings: ProbeSettings, skeleton: nn.Module, verifier: Verifier
+) -> tuple[Source, dict[str, Any]]:
+    """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
+    file = _rollout_file(settings)
+    tokenizer = load_tokenizer(settings.checkpoint)
+    found = read_rollouts(
+        file,
+        tokenizer,
+        skeleton.config.get_text_config().vocab_size,
+        end_token_ids(skeleton, tokenizer),
+        file_format=settings.rollouts_format,
+        problems=None if settings.dataset is None else read_problems(settings).problems,
+        correct_from=settings.correct_from,
+        correct_above=settings.correct_above,
+        context=context_length(skeleton),
+    )
+    for line in found.report.lines():
+        log.info(line)
+    prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
+    if len(prompts) < settings.num_shards:
+        raise InputError(f"`num_shards` {settings.num_shards}: {file} has {len(prompts)} prompts")
+    places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
+    mine = {prompts[i] for i in places}
+    source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
+    # The manifest beside it says how they were sampled; without one that stays unknown.
+    manifest_file = file.with_name(contract.MANIFEST)
+    origin = read_json(manifest_file) if manifest_file.is_file() else {}
+    judge = {} if found.report.n_to_verify == 0 else {"verifier": described_verifier(settings, verifier)}
+    description = {
+        "max_new_tokens": origin.get("max_new_tokens"),
+        "temperature": origin.get("temperature"),
+        "num_samples_per_prompt": origin.get("num_samples_per_prompt", max(source.rows_per_prompt)),
+        "dataset": origin.get("dataset"),
+        "sampling": origin.get("sampling"),
+        "rollouts_from": {
+            "path": str(file),
+            "sha256": sha256_of(file),
+            "model_path": origin.get("model_path"),
+            "identity": origin.get("model_identity"),
+            **found.report.as_dict(),
+            "correct_from": settings.correct_from,
+            "correct_above": settings.correct_above,
+            **judge,
+        },
+    }
+    return source, description
+
+
+def _rollout_file(settings: ProbeSettings) -> Path:
+    """The file that `rollouts` names, itself or the dump that it is of."""
+    given = settings.rollouts
+    file = given if given.is_file() else contract.find_rollouts(given)
+    if file is None:
+        raise InputError(f"`rollouts` {given}: no {contract.ROLLOUTS} there")
+    if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
+        raise InputError(f"`rollouts` {given}: is the output directory's own; choose another `output_dir`")
+    return file

@@ -1,0 +1,293 @@
+"""The probe at work: sample, score, choose, differentiate and write, from wherever an earlier run ended."""
+
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from .. import __version__
+from ..common.console import progress
+from ..common.errors import InputError
+from ..common.files import write_json
+from ..dump import format as contract
+from ..dump.buckets import bucket_of, choose_positions, fit_edges
+from ..dump.check import checksums_of
+from ..dump.growing import Record
+from ..dump.records import Position, Rollout, write_records
+from ..gradients.engine import RowGradients
+from ..model.batches import Budget
+from ..model.checkpoint import Checkpoint, load_checkpoint
+from ..model.placement import input_device
+from ..problems.verify import RunningVerifier
+from ..rollouts.sample import chunks_of
+from ..rollouts.score import score_responses
+from ..rollouts.server import mean_logprob_gap
+from ..rollouts.sources import SampledRollouts, Source, judged
+from .output import FaultyRows, GrowingGradients, GrowingRollouts
+from .plan import Plan
+from .stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
+LARGEST_LOGPROB_GAP = 0.1
+"""Nats per token between a server's log-probs and ours: rounding gives hundredths at most, another model more."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One target's finished dump.
+
+    Attributes:
+        directory: its place.
+        weight: the weight's full name.
+        row_idx: the weight row.
+        num_positions: gradients in it.
+        num_correct_rollouts, num_rollouts: of its rollouts.
+    """
+
+    directory: str
+    weight: str
+    row_idx: int
+    num_positions: int
+    num_correct_rollouts: int
+    num_rollouts: int
+
+
+def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
+    """Do what is planned; yields each target's dump when its manifest is written.
+
+    The output directory must be locked and prepared (`output.prepare`).
+    """
+    settings = plan.settings
+    with watch.phase("load"):
+        checkpoint = load_checkpoint(settings.checkpoint, plan.device, plan.dtype, plan.attention, plan.placement)
+    record_file = settings.output_dir / contract.RECORD
+    with closing(Record(record_file)) as record:
+        rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
+        edges = plan.edges or edges_of(rollouts, settings.bins)
+        chosen = choose(plan, rollouts, edges["entropy_edges"])
+        engine = RowGradients(checkpoint.model, plan.targets)
+        faulty = write_gradients(plan, engine, rollouts, chosen, record, watch)
+    lines = positions_of(rollouts, chosen, edges["entropy_edges"])
+    common = manifest_of(plan, checkpoint, edges, rollouts)
+    for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
+        write_records(directory / contract.META, lines)
+        manifest = {
+            "target": engine.weight_name(target),
+            "row_idx": target.row_idx,
+            "row_dim": row_dim,
+            "num_positions": len(lines),
+            **common,
+            **asdict(rows),
+            **rows.counts(),
+            **notes,
+            "checksums": checksums_of(directory),
+            "seconds": watch.total(),
+        }
+        write_json(directory / contract.MANIFEST, manifest)
+        for warning in rows.warnings():
+            log.warning(f"{directory}: {warning}")
+        yield Written(
+            str(directory),
+            manifest["target"],
+            target.row_idx,
+            len(lines),
+            manifest["num_correct_rollouts"],
+            manifest["num_rollouts"],
+        )
+    record_file.unlink()
+
+
+def collect_rollouts(
+    plan: Plan, checkpoint: Checkpoint, record: Record, watch: Stopwatch
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """All of this shard's rollouts, sampled (or taken from elsewhere), judged and scored, written chunk by chunk.
+
+    Returns:
+        The rollouts, and what the manifest says of how it went.
+    """
+    settings = plan.settings
+    growing = GrowingRollouts(settings.output_dir / contract.ROLLOUTS, record)
+    for notes in growing.notes:
+        watch.add(notes["seconds"])
+    chunks = list(chunks_of(plan.source.rows_per_prompt, settings.sample_rows))
+    if growing.n_chunks_kept:
+        log.info(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
+    left = chunks[growing.n_chunks_kept :]
+    if left:
+        rollouts_of = plan.source.opened(checkpoint, settings.sample_rows)
+        tokens = Budget(plan.batch_tokens)
+        with RunningVerifier(plan.verifier, settings.verifier_seconds) as running:
+            for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
+                before = dict(watch.seconds)
+                with watch.phase("sample"):
+                    sampled = rollouts_of(chunk)
+                    rollouts = judged(sampled, running)
+                with watch.phase("score"):
+                    rollouts = score(checkpoint, rollouts, tokens)
+                notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
+                growing.append(rollouts, notes | server_gap(plan.source, sampled, rollouts))
+    rollouts = growing.finish()
+    if not rollouts:
+        raise InputError(f"`verifier` {settings.verifier}: no rollout is left")
+    return rollouts, summed(growing.notes)
+
+
+def server_gap(source: Source, sampled: list[Rollout], scored: list[Rollout]) -> dict[str, float]:
+    """How far a server's log-probs are from ours, in nats per token; nothing where no server told any."""
+    answers = source.answers if isinstance(source, SampledRollouts) else []
+    logprobs = {(r.prompt_idx, r.sample_idx): r.logprobs for r in scored}
+    pairs = [
+        (answer, logprobs[key])
+        for answer, r in zip(answers, sampled, strict=False)
+        if (key := (r.prompt_idx, r.sample_idx)) in logprobs
+    ]
+    gap = mean_logprob_gap([a for a, _ in pairs], [ours for _, ours in pairs]) if pairs else None
+    if gap is not None and gap > LARGEST_LOGPROB_GAP:
+        log.warning(f"the server's log-probs are {gap:.2f} nats per token from this checkpoint's: another model's?")
+    return {} if gap is None else {"logprob_gap": gap}
+
+
+def summed(notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of all chunks together."""
+    gaps = [note["logprob_gap"] for note in notes if "logprob_gap" in note]
+    return {
+        "num_unverified_rollouts": sum(note["unverified"] for note in notes),
+        **({"server_logprob_gap": float(np.mean(gaps))} if gaps else {}),
+    }
+
+
+def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
+    """The rollouts with entropy and log-prob of every response token under `checkpoint`.
+
+    Raises:
+        InputError: the model gives one that is not finite.
+    """
+    batches = score_responses(
+        checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
+    )
+    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for batch in batches:
+        scores.update(batch)
+    if not all(np.isfinite(values).all() for of_rollout in scores.values() for values in of_rollout):
+        raise InputError("the model gives log-probs that are not finite: is the checkpoint sound?")
+    return [replace(r, entropies=scores[i][0].tolist(), logprobs=scores[i][1].tolist()) for i, r in enumerate(rollouts)]
+
+
+def edges_of(rollouts: list[Rollout], bins: int) -> dict[str, Any]:
+    """Edges fitted over all response tokens of these rollouts.
+
+    Raises:
+        InputError: there are fewer response tokens than buckets.
+    """
+    entropies = np.concatenate([np.asarray(r.entropies, dtype=np.float64) for r in rollouts])
+    if len(entropies) < bins:
+        raise InputError(f"`bins` {bins}: the rollouts have {len(entropies)} response tokens in all")
+    return {"entropy_edges": fit_edges(entropies, bins).tolist(), "entropy_edges_over": "response_tokens"}
+
+
+def choose(plan: Plan, rollouts: list[Rollout], edges: list[float]) -> list[np.ndarray]:
+    """The positions to differentiate of each rollout: a pure function of rollout, edges and seed."""
+    settings = plan.settings
+    chosen = []
+    for rollout in rollouts:
+        key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
+        rng = np.random.default_rng([settings.seed, *key, rollout.sample_idx])
+        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+        chosen.append(choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng))
+    return chosen
+
+
+def write_gradients(
+    plan: Plan,
+    engine: RowGradients,
+    rollouts: list[Rollout],
+    chosen: list[np.ndarray],
+    record: Record,
+    watch: Stopwatch,
+) -> list[FaultyRows]:
+    """Differentiate and write `grads.npy` of every target, gradients in the order of rollouts and positions.
+
+    Returns:
+        For each target, the gradients that no analysis can use.
+    """
+    starts = np.concatenate([[0], np.cumsum([len(positions) for positions in chosen])])
+    rows_of_items = [range(starts[i] + ks.start, starts[i] + ks.stop) for i, ks in engine.work_items(chosen)]
+    item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
+    growing = GrowingGradients(plan.directories, engine.row_dims, int(starts[-1]), rows_of_items, record)
+    budget = Budget(growing.batch_tokens_kept or plan.batch_tokens)
+    batches = engine.batches(
+        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, budget, done=growing.items_kept
+    )
+    n_left = int(starts[-1]) - sum(len(rows_of_items[item]) for item in growing.items_kept)
+    if growing.items_kept:
+        log.info(f"continuing: {int(starts[-1]) - n_left} of {int(starts[-1])} gradient rows are there")
+    watch.add({"gradients": growing.seconds_kept})
+    with watch.phase("gradients"):
+        for members, passes, gradients in progress(batches, "gradients", n_left, "rows", lambda batch: len(batch[0])):
+            rows = starts[members] + passes
+            items = np.unique(item_of_row[rows]).tolist()
+            growing.append(items, rows, [g.cpu().numpy() for g in gradients], budget.tokens)
+    return growing.finish()
+
+
+def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[float]) -> list[Position]:
+    """The lines of `meta.jsonl`, in the order of the gradients."""
+    lines: list[Position] = []
+    for rollout, positions in zip(rollouts, chosen, strict=True):
+        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+        lines += [
+            Position(
+                row=len(lines) + k,
+                prompt_idx=rollout.prompt_idx,
+                sample_idx=rollout.sample_idx,
+                pos=p,
+                bin=int(buckets[p]),
+                entropy=rollout.entropies[p],
+                correct=rollout.correct,
+                token_id=rollout.response_ids[p],
+                logprob=rollout.logprobs[p],
+            )
+            for k, p in enumerate(positions.tolist())
+        ]
+    return lines
+
+
+def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollouts: list[Rollout]) -> dict[str, Any]:
+    """What all targets' manifests have in common."""
+    settings, identity = plan.settings, plan.identity
+    prompt_idxs = sorted({r.prompt_idx for r in rollouts})
+    device = input_device(checkpoint.model)
+    return {
+        "model_path": settings.model_path,
+        "num_prompts": len(prompt_idxs),
+        "num_rollouts": len(rollouts),
+        **plan.description,
+        **edges,
+        "bins": settings.bins,
+        "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
+        "seed": settings.seed,
+        "num_correct_rollouts": sum(r.correct for r in rollouts),
+        "prompt_idxs": prompt_idxs,
+        "num_response_tokens": sum(len(r.response_ids) for r in rollouts),
+        "format_version": contract.FORMAT_VERSION,
+        "model_identity": identity["model"],
+        **{key: identity[key] for key in ("dtype", "attention")},
+        "end_ids": sorted(checkpoint.end_ids),
+        "shard": identity["shard"],
+        "batch_tokens": plan.batch_tokens,
+        "sample_rows": settings.sample_rows,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "gradprobe": __version__,
+        },
+        "device_map": getattr(checkpoint.model, "hf_device_map", None) if plan.placement else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+    }
