@@ -1,6 +1,7 @@
 """The exceptions that mean "the input is at fault, not the program", and how many faults are said at once."""
 
 import itertools
+import textwrap
 from collections.abc import Iterable, Sequence
 
 MOST_SHOWN = 20
@@ -45,3 +46,10 @@ def first_few(
 def first_of(items: Sequence[object], most: int = 10) -> str:
     """The first few of `items` between commas, "..." where there are others."""
     return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """What another library's exception says, on one line; its backticks mean nothing of ours."""
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    text = str(error).replace("`", "'").strip() or type(error).__name__
+    return kind + textwrap.shorten(text, most, placeholder=" ...")
