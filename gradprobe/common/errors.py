@@ -1,12 +1,17 @@
-"""The one exception that means "the input is at fault, not the program"."""
+"""The exceptions that mean "the input is at fault, not the program", and how many faults are said at once."""
 
-from collections.abc import Iterable
+import itertools
+import textwrap
+from collections.abc import Iterable, Sequence
+
+MOST_SHOWN = 20
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad usage or bad input: the scripts print it on one line and exit with status 2.
 
-    Validators collect every problem they find and raise once.
+    Validators collect every problem they find and raise once. It is no `ValueError`: where code of ours catches one
+    from a library, neither must pass for the other.
     """
 
     def __init__(self, *problems: str):
@@ -14,8 +19,37 @@ class InputError(ValueError):
         super().__init__("; ".join(problems))
 
 
+class FaultyRecord(Exception):  # noqa: N818 it is about the record, which whoever reads the file collects
+    """One record of a file can't be used; the message says why, whoever reads the file knows where it stands."""
+
+
 def raise_if_any(problems: Iterable[str]) -> None:
     """Raise one `InputError` naming all `problems`, or return if there are none."""
     found = tuple(problems)
     if found:
         raise InputError(*found)
+
+
+def first_few(
+    problems: Iterable[str], what: str = "problems", most: int = MOST_SHOWN, n_all: int | None = None
+) -> list[str]:
+    """The first `most` problems and, where there are others, "and N more" of `what`.
+
+    Args:
+        n_all: how many problems there are, where they are too many to be made.
+    """
+    found = list(problems if n_all is None else itertools.islice(problems, most))
+    n_more = (len(found) if n_all is None else n_all) - most
+    return [*found[:most], *([f"and {n_more} more {what}"] if n_more > 0 else [])]
+
+
+def first_of(items: Sequence[object], most: int = 10) -> str:
+    """The first few of `items` between commas, "..." where there are others."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """What another library's exception says, on one line; its backticks mean nothing of ours."""
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    text = str(error).replace("`", "'").strip() or type(error).__name__
+    return kind + textwrap.shorten(text, most, placeholder=" ...")

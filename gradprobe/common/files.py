@@ -1,17 +1,16 @@
 """Files, whatever is in them: JSON in, written whole or not at all, hashed, and directories made and locked."""
 
-import errno
-import fcntl
 import hashlib
 import json
 import math
 import os
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
 
 from .errors import InputError
 
@@ -111,34 +110,22 @@ def locked(directory: Path, patience: float = 0.0) -> Iterator[None]:
         patience: how many seconds to wait for another process to let go.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or the directory takes no lock.
     """
-    deadline = time.monotonic() + patience
+    file = directory / LOCK
+    lock = FileLock(file, timeout=patience, poll_interval=min(1.0, patience / 2 + 0.01))
     try:
-        stream = (directory / LOCK).open("a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{directory / LOCK}: {error.strerror}") from error
-    with stream:
-        while not _is_ours_now(stream):
-            if time.monotonic() >= deadline:
-                stream.seek(0)
-                holder = stream.read().strip() or "unknown"
-                raise InputError(f"{directory}: in use by another process ({holder}); wait for it, or end it")
-            time.sleep(1.0)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
+        lock.acquire()
+    except Timeout as error:
+        holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+        raise InputError(f"{directory}: in use by another process ({holder}); wait for it, or end it") from error
+    except OSError as error:  # a link is not followed
+        raise InputError(f"{file}: can't be locked: {error.strerror or error}") from error
+    try:
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
-
-
-def _is_ours_now(stream: TextIO) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(f"{stream.name}: can't be locked: {error.strerror}") from error
-        return False
-    return True
+    finally:
+        lock.release()
 
 
 def aside(file: Path) -> Path:

@@ -1,20 +1,24 @@
 """Gradient rows in: a `.npy` opened without trusting it, and read in blocks that leave no pages behind."""
 
-import ast
 import mmap
 import os
+import tokenize
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from ..common.errors import InputError
 
 BLOCK_BYTES = 64 << 20
-MAGIC = b"\x93NUMPY"
 LONGEST_HEADER = 1 << 16
+BAD_HEADER = (ValueError, TypeError, SyntaxError, ArithmeticError, EOFError, MemoryError, RecursionError)
+"""What numpy raises on headers that are none, or lie about the size of what follows."""
+BAD_HEADER += (tokenize.TokenError,)
 
 
 @dataclass(frozen=True)
@@ -59,58 +63,47 @@ class SelectedRows:
 def open_rows(file: Path) -> np.ndarray:
     """The array of a `.npy` as a read-only memory map, [n_rows, row_dim] float32.
 
-    The header is read here rather than by numpy, and believed only where the file's length agrees: no pickle is ever
-    loaded, and nothing is allocated on a header's word.
+    No pickle is ever loaded, and nothing is allocated on a header's word: what is mapped is held against the file's
+    length.
 
     Raises:
         InputError: no such file, or not just such an array.
     """
     try:
         with file.open("rb") as stream:
-            length = os.fstat(stream.fileno()).st_size
-            shape, start = _read_header(file, stream.read(LONGEST_HEADER))
-            expected = start + 4 * shape[0] * shape[1]
-            if length != expected:
-                fault = "cut short" if length < expected else "longer than its header says"
-                raise InputError(f"{file}: {fault}: {length} bytes, {expected} for {shape[0]} x {shape[1]} numbers")
-            if shape[0] * shape[1] == 0:  # an empty file can't be mapped
-                return np.zeros(shape, np.float32)
-            return np.memmap(stream, dtype="<f4", mode="r", offset=start, shape=shape)
+            length, beginning = os.fstat(stream.fileno()).st_size, stream.read(LONGEST_HEADER)
+        rows = _mapped(file, beginning)
     except FileNotFoundError as error:
         raise InputError(f"{file}: no such file") from error
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-
-
-def _read_header(file: Path, beginning: bytes) -> tuple[tuple[int, int], int]:
-    """Shape of the array, and where its numbers start."""
-    version = beginning[6:8]
-    size_bytes = {b"\x01\x00": 2, b"\x02\x00": 4, b"\x03\x00": 4}.get(version)
-    if beginning[:6] != MAGIC or size_bytes is None:
-        raise InputError(f"{file}: not a readable .npy array")
-    start = 8 + size_bytes + int.from_bytes(beginning[8 : 8 + size_bytes], "little")
-    text = beginning[8 + size_bytes : start]
-    if len(beginning) < start:
-        raise InputError(f"{file}: not a readable .npy array (its header is cut short, or too long)")
-    try:
-        header = ast.literal_eval(text.decode("latin-1").strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise InputError(f"{file}: not a readable .npy array (its header can't be parsed)") from error
-    return _checked_shape(file, header), start
-
-
-def _checked_shape(file: Path, header: Any) -> tuple[int, int]:
-    if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
-        raise InputError(f"{file}: not a readable .npy array (its header lacks keys or has others)")
-    shape = header["shape"]
-    is_shape = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
-    if not is_shape or len(shape) != 2 or shape[1] == 0 or header["descr"] != "<f4":
+    except BAD_HEADER as error:
+        fault = "its header can't be parsed, or promises more"
         raise InputError(
-            f"{file}: must be little-endian float32 ('<f4') of two dimensions, is {header['descr']!r} {shape!r}"
-        )
-    if header["fortran_order"] is not False and shape[0] > 1:
+            f"{file}: not a readable .npy array of numbers, or cut short: {length} bytes, {fault}"
+        ) from error
+    if rows.dtype != np.dtype("<f4") or rows.ndim != 2 or rows.shape[1] == 0:
+        shown = f"{rows.dtype.str!r} {rows.shape!r}"
+        raise InputError(f"{file}: must be little-endian float32 ('<f4') of two dimensions, is {shown}")
+    if not rows.flags.c_contiguous:
         raise InputError(f"{file}: must be in C order (row by row), is in Fortran order")
-    return shape
+    expected = rows.offset + rows.nbytes
+    if length != expected:
+        numbers = " x ".join(map(str, rows.shape))
+        raise InputError(f"{file}: longer than its header says: {length} bytes, {expected} for {numbers} numbers")
+    return rows
+
+
+def _mapped(file: Path, beginning: bytes) -> np.memmap:
+    """What numpy makes of the file, once its beginning says that it is an array with a short header."""
+    if not beginning.startswith(npy.MAGIC_PREFIX):
+        raise ValueError("it does not begin like one")
+    size_bytes = 2 if beginning[6:7] == b"\x01" else 4
+    if int.from_bytes(beginning[8 : 8 + size_bytes], "little") > len(beginning) - 8 - size_bytes:
+        raise ValueError("its header is cut short, or too long")
+    with np.errstate(over="raise"), warnings.catch_warnings():  # of sizes beyond all integers; of Python 2's headers
+        warnings.simplefilter("ignore")
+        return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def iter_row_blocks(grads: np.ndarray | SelectedRows, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:

@@ -1,13 +1,6 @@
-"""Is a dump sound? Everything in it is read and held against everything else.
+"""Is a dump sound? Everything in it is read and held against everything else."""
 
-    python -m gradprobe.check DUMP [DUMP ...]
-
-Exit status 0: sound. 2: all problems of all dumps are named on stderr, one a line.
-"""
-
-import argparse
 import hashlib
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import log, printable, script_main
-from ..common.errors import InputError
+from ..common.errors import InputError, first_few, first_of
 from ..common.files import sha256_of
 from . import format as contract
 from .blocks import iter_row_blocks
 from .format import Dump
 from .records import Rollout, iter_rollouts
-
-SHOWN_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -128,11 +118,6 @@ def _rows_left_out(dump: Dump, content: Content) -> Iterator[str]:
             yield f"{dump.path}: {len(rows)} rows are {fault} ({first_of(rows)}); analyses leave them out"
 
 
-def first_of(rows: list[int]) -> str:
-    """The first few row numbers, for a message."""
-    return ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
-
-
 def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     """`rollouts.jsonl` against the manifest's counts and against the tokens of `meta.jsonl`."""
     problems: list[str] = []
@@ -161,7 +146,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
         for key, count in counts.items()
         if dump.manifest.get(key, count) != count
     ]
-    return contract.shown([*found, *problems])
+    return first_few([*found, *problems])
 
 
 def _rows_by_rollout(dump: Dump) -> dict[tuple[int, int], np.ndarray]:
@@ -186,29 +171,3 @@ def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterable[s
             yield f"{where}: logprob is {dump.logprob[row]}, in {contract.ROLLOUTS} {rollout.logprobs[pos]}"
         elif rollout.correct != dump.correct[row]:
             yield f"{where}: correct differs from {contract.ROLLOUTS}"
-
-
-@script_main
-def main(argv: list[str] | None = None) -> int:
-    """Check every dump named what is wrong with each."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gradprobe.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "dumps", type=Path, nargs="+", metavar="DUMP", help="a dump's directory, or of several targets'"
-    )
-    status = 0
-    for path in parser.parse_args(argv).dumps:
-        problems, notes = problems_of(path)
-        for note in notes:
-            log.info(f"note: {note}")
-        for problem in problems:
-            log.error(problem)
-        status = 2 if problems else status
-        if not problems:
-            print(printable(f"{path}: sound"))
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

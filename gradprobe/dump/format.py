@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import FaultyRecord, InputError, first_few, first_of, raise_if_any
+from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, faults_of, is_finite, is_index
 from ..common.files import iter_jsonl, read_json
 from .blocks import SelectedRows, open_rows
 from .buckets import bucket_of
-from .records import PromptKey, _is_finite, _is_int, _is_of_kind, _rollout_key_fault, prompt_key_from_json
+from .records import PROMPT_KEY, PromptKey, prompt_key_from_json
 
 GRADS = "grads.npy"
 META = "meta.jsonl"
@@ -29,29 +30,27 @@ SETTINGS = "settings.json"
 RECORD = "progress.jsonl"
 FORMAT_VERSION = 1
 EDGE_TOLERANCE = 1e-6
-SHOWN_PROBLEMS = 20
 
-REQUIRED_MANIFEST_KEYS = {
-    "model_path": str,
-    "target": str,
-    "row_idx": int,
-    "row_dim": int,
-    "num_prompts": int,
-    "num_samples_per_prompt": int,
-    "num_rollouts": int,
-    "num_positions": int,
-    "entropy_edges": list,
-    "bins": int,
+MANIFEST_KINDS = {
+    **dict.fromkeys(("model_path", "target"), TEXT),
+    **dict.fromkeys(("row_idx", "row_dim", "num_prompts", "num_samples_per_prompt"), INDEX),
+    **dict.fromkeys(("num_rollouts", "num_positions"), INDEX),
+    "entropy_edges": LIST,
+    "bins": INDEX,
+    **dict.fromkeys(("num_correct_rollouts", "num_response_tokens"), INDEX.optional()),
+    **dict.fromkeys(("num_nonfinite_rows", "num_zero_rows"), INDEX.optional()),
+    **dict.fromkeys(("prompt_idxs", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
+    **dict.fromkeys(("checksums", "shard"), OBJECT.optional()),
+    **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
+    **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), TEXT.optional()),
 }
-
-OPTIONAL_MANIFEST_KEYS = {
-    **dict.fromkeys(("num_correct_rollouts", "num_response_tokens", "num_nonfinite_rows", "num_zero_rows"), int),
-    **dict.fromkeys(("prompt_idxs", "shards", "nonfinite_rows", "zero_rows"), list),
-    **dict.fromkeys(("checksums", "shard", "sampling", "dataset"), dict),
-    **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), str),
+META_KINDS = {
+    **dict.fromkeys(("row", "pos", "bin", "sample_idx"), INDEX),
+    "prompt_idx": PROMPT_KEY,
+    "entropy": NUMBER,
+    "logprob": NUMBER.optional(),
+    "correct": TRUE_OR_FALSE,
 }
-NULLABLE_MANIFEST_KEYS = ("sampling", "dataset")
-"""Null where rollouts were taken from a file that doesn't say how they were sampled."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +197,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
 
 
 def _manifest_faults(manifest: dict[str, Any]) -> list[str]:
-    faults = [f"'{key}' is missing" for key in REQUIRED_MANIFEST_KEYS if key not in manifest]
-    for key, kind in (REQUIRED_MANIFEST_KEYS | OPTIONAL_MANIFEST_KEYS).items():
-        is_null = key in NULLABLE_MANIFEST_KEYS and manifest.get(key) is None
-        if key in manifest and not is_null and not _is_of_kind(manifest[key], kind):
-            faults.append(f"'{key}' is not of type {kind.__name__}" + (" from 0" if kind is int else ""))
+    faults = list(faults_of(manifest, MANIFEST_KINDS))
     if faults:
         return faults
     edges, bins = manifest["entropy_edges"], manifest["bins"]
@@ -214,25 +209,25 @@ def _manifest_faults(manifest: dict[str, Any]) -> list[str]:
         faults.append("'entropy_edges_over' is missing")
     try:
         kinds = {type(prompt_key_from_json(key)) for key in manifest.get("prompt_idxs", [])}
-    except ValueError as error:
+    except FaultyRecord as error:
         faults.append(f"prompt_idxs: {error}")
     else:
         faults += ["prompt_idxs: some are integers, others [shard, integer]"] if len(kinds) > 1 else []
     for key in ("nonfinite_rows", "zero_rows"):
-        if not all(_is_of_kind(row, int) and row < manifest["num_positions"] for row in manifest.get(key, [])):
+        if not all(is_index(row) and row < manifest["num_positions"] for row in manifest.get(key, [])):
             faults.append(f"{key} are not row numbers below {manifest['num_positions']}")
     return faults + _shard_faults(manifest.get("shard", {}))
 
 
 def _shard_faults(shard: dict[str, Any]) -> list[str]:
     index, count = shard.get("index", 0), shard.get("num_shards", 1)
-    is_sound = _is_of_kind(index, int) and _is_of_kind(count, int) and index < count
+    is_sound = is_index(index) and is_index(count) and index < count
     return [] if is_sound else [f"'shard' is not an index below num_shards: {reprlib.repr(shard)}"]
 
 
 def are_edges(edges: list[Any]) -> bool:
     """Whether these are finite numbers, each above the one before."""
-    return all(map(_is_finite, edges)) and all(a < b for a, b in itertools.pairwise(edges))
+    return all(map(is_finite, edges)) and all(a < b for a, b in itertools.pairwise(edges))
 
 
 def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list[PromptKey]]:
@@ -247,7 +242,7 @@ def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list
     in_order = True
     for number, record in iter_jsonl(file):
         n_lines += 1
-        fault = _meta_fault(record, n_rows, bins)
+        fault = next(_meta_faults(record, n_rows, bins), None)
         row = record.get("row")
         if fault is None and seen[row]:
             fault = f"row {row} stands twice"
@@ -267,19 +262,13 @@ def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list
         problems.append(f"{file}: {n_lines} lines for the {n_rows} rows of {GRADS}")
     if len({type(key) for key in code_of}) > 1:
         problems.append(f"{file}: prompt_idx is an integer in some lines and [shard, integer] in others")
-    raise_if_any(shown(problems))
+    raise_if_any(first_few(problems))
     keys = sorted(code_of)
     rank_of_code = np.zeros(len(keys), np.int64)
     rank_of_code[[code_of[key] for key in keys]] = np.arange(len(keys))
     columns = {"prompt": rank_of_code[prompt], **integers, "entropy": entropy, "correct": correct}
     columns["logprob"] = logprob if n_logprobs == n_rows else None
     return {**columns, "lines_in_row_order": in_order}, keys
-
-
-def shown(problems: list[str]) -> list[str]:
-    """The first of many problems, and how many more there are."""
-    n_more = len(problems) - SHOWN_PROBLEMS
-    return [*problems[:SHOWN_PROBLEMS], *([f"and {n_more} more problems"] if n_more > 0 else [])]
 
 
 def _bucket_problems(dump: Dump) -> list[str]:
@@ -291,8 +280,8 @@ def _bucket_problems(dump: Dump) -> list[str]:
     wrong = wrong[nearest > EDGE_TOLERANCE * np.maximum(1.0, np.abs(dump.entropy[wrong]))]
     if len(wrong) == 0:
         return []
-    rows = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-    return [f"{dump.path / META}: {len(wrong)} rows are not in the bin of their entropy's edges (rows {rows})"]
+    shown = first_of(wrong, 5)
+    return [f"{dump.path / META}: {len(wrong)} rows are not in the bin of their entropy's edges (rows {shown})"]
 
 
 def _repeated_tokens(dump: Dump) -> list[str]:
@@ -300,9 +289,9 @@ def _repeated_tokens(dump: Dump) -> list[str]:
     keys = (dump.pos, dump.sample_idx, dump.prompt)
     order = np.lexsort(keys)
     same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
-    pairs = list(zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True))
-    rows = ", ".join(f"{a} and {b}" for a, b in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
-    return [f"{dump.path / META}: a token stands in two rows {len(pairs)} times (rows {rows})"] if pairs else []
+    pairs = [f"{a} and {b}" for a, b in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True)]
+    where = f"{dump.path / META}: a token stands in two rows {len(pairs)} times"
+    return [f"{where} (rows {first_of(pairs, 3)})"] if pairs else []
 
 
 def _count_problems(dump: Dump) -> list[str]:
@@ -322,26 +311,16 @@ def _count_problems(dump: Dump) -> list[str]:
     problems += [
         f"{file}: {key} is {dump.manifest[key]}, but {META} has rows of {count}"
         for key, count in counts.items()
-        if _is_int(dump.manifest.get(key)) and count > dump.manifest[key]
+        if count > dump.manifest.get(key, count)
     ]
-    return shown(problems)
+    return first_few(problems)
 
 
-def _meta_fault(record: dict[str, Any], n_rows: int, bins: int) -> str | None:
-    for key in ("row", "pos", "bin"):
-        if not _is_of_kind(record.get(key), int):
-            return f"'{key}' is missing or not an integer from 0"
-    if record["row"] >= n_rows:
-        return f"row {record['row']} is outside 0..{n_rows - 1}"
-    if record["bin"] >= bins:
-        return f"bin {record['bin']} is outside 0..{bins - 1}"
-    if not _is_finite(record.get("entropy")):
-        return "'entropy' is missing or not a finite number"
-    if "logprob" in record and not _is_finite(record["logprob"]):
-        return "'logprob' is not a finite number"
-    if not isinstance(record.get("correct"), bool):
-        return "'correct' is missing or not true or false"
-    return _rollout_key_fault(record)
+def _meta_faults(record: dict[str, Any], n_rows: int, bins: int) -> Iterator[str]:
+    yield from faults_of(record, META_KINDS)
+    for name, number, end in (("row", record["row"], n_rows), ("bin", record["bin"], bins)):
+        if number >= end:
+            yield f"{name} {number} is outside 0..{end - 1}"
 
 
 def _warnings(path: Path, manifest: dict[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """Shards of one study become one dump, entropy bucketed anew over their union."""
 
-import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import InputError, first_few, raise_if_any
 from ..common.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
 from . import format as contract
 from .blocks import iter_row_blocks
@@ -118,8 +117,7 @@ def missing_shards(shards: list[Dump]) -> list[str]:
     missing = (
         f"shard {index} of {count} is missing (they count from 0)" for index in range(count) if index not in present
     )
-    n_more = count - len(present) - SHOWN_MISSING
-    return [*itertools.islice(missing, SHOWN_MISSING), *([f"and {n_more} more shards"] if n_more > 0 else [])]
+    return first_few(missing, "shards", SHOWN_MISSING, n_all=count - len(present))
 
 
 def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -163,8 +161,7 @@ def check_disjoint(shards: list[Dump], spaces: list[int | None]) -> None:
                     f"prompt {rollout[0]} sample {sample_idx} is in {owner[rollout]} and again in {shard.path}"
                 )
             owner[rollout] = shard.path
-    if problems:
-        raise InputError(problems[0], *([f"and {len(problems) - 1} more rollouts"] if problems[1:] else []))
+    raise_if_any(first_few(problems, "rollouts", 1))
 
 
 def refuse_copies(shards: list[Dump]) -> None:

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
+from ..common.errors import FaultyRecord, InputError
+from ..common.fields import INDEX, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index, list_of
 from ..common.files import iter_jsonl, write_jsonl
 
-MOST = 1 << 62
-"""What integers and numbers in a file stay below: more would not fit an array."""
 PromptKey = int | tuple[int, int]
 """A prompt's index in its data set, or (shard, index) where shards of unknown origin were merged."""
 
@@ -49,33 +48,36 @@ class Position:
     logprob: float
 
 
+def is_prompt_key(value: Any) -> bool:
+    """Whether JSON holds a `PromptKey`."""
+    return is_index(value) or (isinstance(value, list) and len(value) == 2 and all(map(is_index, value)))
+
+
 def prompt_key_from_json(value: Any) -> PromptKey:
     """`7` -> 7, `[1, 7]` -> (1, 7).
 
     Raises:
-        ValueError: neither of both.
+        FaultyRecord: neither of both.
     """
-    if _is_of_kind(value, int):
-        return value
-    if isinstance(value, list) and len(value) == 2 and all(_is_of_kind(part, int) for part in value):
-        return (value[0], value[1])
-    raise ValueError(f"prompt_idx is neither an integer from 0 nor [shard, integer]: {reprlib.repr(value)}")
+    if not is_prompt_key(value):
+        raise FaultyRecord(f"prompt_idx is not {PROMPT_KEY.words}: {reprlib.repr(value)}")
+    return value if isinstance(value, int) else (value[0], value[1])
 
 
-def _is_of_kind(value: Any, kind: type) -> bool:
-    return _is_int(value) and 0 <= value < MOST if kind is int else isinstance(value, kind)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_token_id(value: Any) -> bool:
-    return _is_of_kind(value, int)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST
+PROMPT_KEY = Kind(is_prompt_key, "an integer from 0 or [shard, integer]")
+TOKEN_IDS, PER_TOKEN = list_of(is_index, "token ids"), list_of(is_finite, "finite numbers")
+ROLLOUT_KINDS = {
+    "prompt_idx": PROMPT_KEY,
+    "sample_idx": INDEX,
+    "problem_id": TEXT,
+    "prompt_ids": TOKEN_IDS,
+    "response_ids": TOKEN_IDS,
+    "entropies": PER_TOKEN,
+    "logprobs": PER_TOKEN,
+    "response": TEXT,
+    "ground_truth": TEXT,
+    "correct": TRUE_OR_FALSE,
+}
 
 
 def iter_rollouts(file: Path) -> Iterator[Rollout]:
@@ -85,43 +87,18 @@ def iter_rollouts(file: Path) -> Iterator[Rollout]:
         InputError: a line is malformed, or the numbers per token don't match the tokens.
     """
     for number, record in iter_jsonl(file):
-        fault = _rollout_fault(record)
-        if fault is not None:
+        for fault in _rollout_faults(record):
             raise InputError(f"{file}:{number}: {fault}")
-        values = {name: record[name] for name in Rollout.__dataclass_fields__}
+        values = {name: record[name] for name in ROLLOUT_KINDS if name in record}
         yield Rollout(**values | {"prompt_idx": prompt_key_from_json(record["prompt_idx"])})
 
 
-def _rollout_fault(record: dict[str, Any]) -> str | None:
-    for name in Rollout.__dataclass_fields__:
-        if name not in record:
-            return f"key '{name}' is missing"
-    for name, kind in (("problem_id", str), ("response", str), ("ground_truth", str), ("correct", bool)):
-        if not isinstance(record[name], kind):
-            return f"'{name}' is not of type {kind.__name__}"
-    for name, is_right in (
-        ("prompt_ids", _is_token_id),
-        ("response_ids", _is_token_id),
-        ("entropies", _is_finite),
-        ("logprobs", _is_finite),
-    ):
-        if not isinstance(record[name], list) or not all(map(is_right, record[name])):
-            return f"'{name}' is not a list of " + ("token ids" if is_right is _is_token_id else "finite numbers")
+def _rollout_faults(record: dict[str, Any]) -> Iterator[str]:
+    yield from faults_of(record, ROLLOUT_KINDS)
     if not len(record["response_ids"]) == len(record["entropies"]) == len(record["logprobs"]):
-        return "response_ids, entropies and logprobs differ in length"
+        yield "response_ids, entropies and logprobs differ in length"
     if not record["prompt_ids"]:
-        return "'prompt_ids' is empty"
-    return _rollout_key_fault(record)
-
-
-def _rollout_key_fault(record: dict[str, Any]) -> str | None:
-    if not _is_of_kind(record.get("sample_idx"), int):
-        return "'sample_idx' is missing or not an integer from 0"
-    try:
-        prompt_key_from_json(record.get("prompt_idx"))
-    except ValueError as error:
-        return str(error)
-    return None
+        yield "'prompt_ids' is empty"
 
 
 def write_records(file: Path, records: Iterable[Rollout | Position]) -> None:

@@ -1,10 +1,10 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
+import errno
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import InputError, first_of, raise_if_any, reason_of
 from ..common.files import read_json, sha256_of
+from .batches import is_out_of_memory
 from .placement import Placement
 
-LOADING_ERRORS = (
-    *(OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError),
-    *(SafetensorError, StrictDataclassError),
+WEIGHTS_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+"""What loaders raise on weights that are torn or missing, and on libraries that a checkpoint or an attention needs."""
+READING_ERRORS = (
+    *WEIGHTS_ERRORS,
+    *(StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
 )
-"""What transformers is known to raise on files that are not what it expects."""
+"""What transformers raises besides on a tokenizer's or a configuration's JSON that says something impossible."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SHOWN_WEIGHTS = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -119,7 +122,8 @@ def load_checkpoint(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     tokenizer = load_tokenizer(source)
-    try:
+    options = _where_weights_go(source, device, placement) | source.options
+    with _blaming(source, WEIGHTS_ERRORS):
         model, found = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype if source.adapter is None else torch.float32,
@@ -127,11 +131,8 @@ def load_checkpoint(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            **_where_weights_go(source, device, placement),
-            **source.options,
+            **options,
         )
-    except LOADING_ERRORS as error:
-        raise _cannot_load(source.path, error) from error
     raise_if_any(_faults_of_weights(source.path, found))
     if source.adapter is not None:
         model = _with_adapter(model, source.adapter).to(dtype)
@@ -156,10 +157,8 @@ def load_tokenizer(source: CheckpointSource) -> Any:
         InputError: there is none, or it has no vocabulary.
     """
     _refuse_incomplete(source)
-    try:
+    with _blaming(source, READING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
-    except LOADING_ERRORS as error:
-        raise _cannot_load(source.path, error) from error
     if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
         raise InputError(f"`model_path` {source.path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
     return tokenizer
@@ -172,12 +171,9 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
         InputError: there is no such checkpoint, or no causal language model in it.
     """
     _refuse_incomplete(source)
-    try:
+    with _blaming(source, READING_ERRORS), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.path, **source.options)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
-    except LOADING_ERRORS as error:
-        raise _cannot_load(source.path, error) from error
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     with suppress(OSError):  # many checkpoints have none
         skeleton.generation_config = GenerationConfig.from_pretrained(
             source.path, **{key: value for key, value in source.options.items() if key != "trust_remote_code"}
@@ -188,19 +184,21 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
 def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     """The model with a PEFT adapter's change of its weights added to them."""
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise InputError(f"`adapter` {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
     directory = Path(adapter)
     is_local = directory.exists()
     if is_local and not (directory / "adapter_model.safetensors").is_file():
         raise InputError(f"`adapter` {adapter}: no adapter_model.safetensors in it; other formats are not read")
-    try:
-        return PeftModel.from_pretrained(
-            model, adapter, use_safetensors=True, local_files_only=is_local
-        ).merge_and_unload()
-    except LOADING_ERRORS as error:
-        raise InputError(f"`adapter` {adapter}: can't be merged: {_reason(error)}") from error
+    fault = f"`adapter` {adapter}: can't be merged"
+    with faults_as_input(fault, READING_ERRORS):
+        config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
+    with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)):  # the last where shapes are others
+        adapted = PeftModel.from_pretrained(
+            model, adapter, config=config, use_safetensors=True, local_files_only=is_local
+        )
+        return adapted.merge_and_unload()
 
 
 def resolve_attention(name: str, model: nn.Module) -> str:
@@ -210,14 +208,23 @@ def resolve_attention(name: str, model: nn.Module) -> str:
     return name
 
 
-def _cannot_load(path: str, error: Exception) -> InputError:
-    where = path if Path(path).exists() else f"{path}: no such directory, and as a name on the Hub"
-    return InputError(f"`model_path` {where}: can't be loaded: {_reason(error)}")
+def _blaming(source: CheckpointSource, kinds: tuple[type[Exception], ...]) -> AbstractContextManager[None]:
+    where = source.path if Path(source.path).exists() else f"{source.path}: no such directory, and as a name on the Hub"
+    return faults_as_input(f"`model_path` {where}: can't be loaded", kinds)
 
 
-def _reason(error: Exception) -> str:
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    return kind + textwrap.shorten(str(error) or "no reason given", 400, placeholder=" ...")
+@contextmanager
+def faults_as_input(what: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Exceptions of `kinds` that another library raises here are the input's fault; memory that runs out is not.
+
+    Nothing of ours is to be called inside: its bugs would pass for bad input.
+    """
+    try:
+        yield
+    except kinds as error:
+        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
+            raise
+        raise InputError(f"{what}: {reason_of(error)}") from error
 
 
 def _refuse_incomplete(source: CheckpointSource) -> None:
@@ -251,8 +258,7 @@ def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
     )
     for fault, names in faults:
         if names:
-            shown = ", ".join(names[:SHOWN_WEIGHTS]) + (", ..." if len(names) > SHOWN_WEIGHTS else "")
-            yield f"`model_path` {path}: {fault}: {shown}"
+            yield f"`model_path` {path}: {fault}: {first_of(names, SHOWN_WEIGHTS)}"
 
 
 def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Where a model's weights live: on one device, or spread over GPUs, the CPU's memory and the disk by accelerate."""
 
-import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +10,8 @@ import torch
 from torch import nn
 from transformers.utils import is_accelerate_available
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import InputError, raise_if_any, reason_of
 from ..common.files import read_json
-
-UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
-LIMIT = re.compile(rf"(\d+|cpu)=(\d+(?:\.\d+)?)({'|'.join(UNITS)})")
 
 
 @dataclass(frozen=True)
@@ -77,18 +74,21 @@ def read_placement(device_map: str, max_memory: str | None, offload_dir: Path | 
 
 
 def _read_limits(words: str) -> dict[int | str, int]:
+    """`0=70GiB,cpu=200GiB` -> {0: bytes, "cpu": bytes}."""
+    from accelerate.utils import convert_file_size_to_int
+
     limits: dict[int | str, int] = {}
     problems = []
     for word in words.split(","):
-        found = LIMIT.fullmatch(word.strip())
-        if found is None:
-            problems.append(f"`max_memory` {words}: '{word}' is not like 0=70GiB or cpu=200GiB ({', '.join(UNITS)})")
+        name, _, size = word.strip().partition("=")
+        device = int(name) if name.isdecimal() else name
+        try:
+            limits[device] = convert_file_size_to_int(size)
+        except (ValueError, OverflowError):
+            problems.append(f"`max_memory` {words}: '{word}' is not like 0=70GiB or cpu=200GiB")
             continue
-        name, number, unit = found.groups()
-        device = name if name == "cpu" else int(name)
-        limits[device] = int(float(number) * UNITS[unit])
-        if not _is_there(device):
-            problems.append(f"`max_memory` {words}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+        if device == "disk" or not _is_there(device):
+            problems.append(f"`max_memory` {words}: '{name}' is not cpu or {_gpus()}")
     raise_if_any(dict.fromkeys(problems))
     return limits
 
@@ -97,25 +97,30 @@ def _is_there(device: int | str) -> bool:
     return device in ("cpu", "disk") or (type(device) is int and 0 <= device < torch.cuda.device_count())
 
 
+def _gpus() -> str:
+    return f"one of the {torch.cuda.device_count()} GPUs that torch sees, from 0"
+
+
 def _faults_of_map(placed: dict[str, Any], skeleton: nn.Module) -> Iterator[str]:
-    names = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
+    from accelerate.utils import check_device_map
+
+    known = {name for name, _ in (*skeleton.named_modules(), *skeleton.named_parameters(remove_duplicate=False))}
     for module, device in placed.items():
         if not _is_there(device):
-            yield f'{module!r}: {device!r} is not "cpu", "disk" or one of the {torch.cuda.device_count()} GPUs, from 0'
-        if not any(_covers(module, name) for name in names):
+            yield f'{module!r}: {device!r} is not "cpu", "disk" or {_gpus()}'
+        if module not in known:
             yield f"{module!r}: the model has no such module"
-    places = {name: [module for module in placed if _covers(module, name)] for name in names}
-    homeless = [name for name in names if not places[name]]
-    if homeless:
-        yield f"{len(homeless)} of the model's weights have no place, {homeless[0]} for one"
-    twice = [name for name in names if len(places[name]) > 1]
-    if twice:
-        modules = " and ".join(map(repr, places[twice[0]]))
-        yield f"{len(twice)} of the model's weights have several places, {twice[0]} by {modules} for one"
-
-
-def _covers(module: str, weight: str) -> bool:
-    return module in ("", weight) or weight.startswith(f"{module}.")
+        around = [
+            other for other in placed if other != module and f"{module}.".startswith(f"{other}." if other else "")
+        ]
+        if around:
+            yield f"{module!r}: has its place by {around[0]!r} already"
+    try:
+        with warnings.catch_warnings():  # of unknown modules, which are named above
+            warnings.simplefilter("ignore")
+            check_device_map(skeleton, placed)
+    except ValueError as error:
+        yield reason_of(error, 200)
 
 
 def input_device(model: nn.Module) -> torch.device:

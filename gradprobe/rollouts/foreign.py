@@ -14,8 +14,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..common.errors import InputError
-from ..dump.records import MOST, PromptKey, Rollout, prompt_key_from_json
+from ..common.errors import FaultyRecord, InputError
+from ..common.fields import is_index
+from ..dump.records import PromptKey, Rollout, prompt_key_from_json
 from ..problems.load import Problem
 from .server import are_token_ids
 from .shapes import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
@@ -104,7 +105,7 @@ def read_rollouts(
     for completion in completions:
         try:
             rollout = resolve.rollout(completion, judge.verdict(completion.fields), n_samples_of)
-        except ValueError as error:
+        except FaultyRecord as error:
             faults.append((completion.where, str(error)))
             continue
         if rollout is not None:
@@ -137,10 +138,10 @@ class _Judge:
         if value is None or isinstance(value, bool):
             return value
         if not isinstance(value, int | float):
-            raise ValueError(f"'{key}' is neither true or false nor a number")
+            raise FaultyRecord(f"'{key}' is neither true or false nor a number")
         self.n_rewards += 1
         if self.correct_above is None:
-            raise ValueError(
+            raise FaultyRecord(
                 f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, "
                 "`correct_from` verifier judges them anew"
             )
@@ -149,14 +150,14 @@ class _Judge:
     def _key(self, fields: dict[str, Any]) -> str | None:
         if self.correct_from != "auto":
             if self.correct_from not in fields:
-                raise ValueError(f"`correct_from` {self.correct_from}: key '{self.correct_from}' is missing")
+                raise FaultyRecord(f"`correct_from` {self.correct_from}: key '{self.correct_from}' is missing")
             return self.correct_from
         for key in ("correct", "acc"):
             if isinstance(fields.get(key), bool):
                 return key
         rewards = [key for key in self._reward_keys(fields) if _is_number(fields.get(key))]
         if len(rewards) > 1:
-            raise ValueError(f"several rewards; `correct_from` names one of {', '.join(rewards)}, or verifier")
+            raise FaultyRecord(f"several rewards; `correct_from` names one of {', '.join(rewards)}, or verifier")
         return rewards[0] if rewards else None
 
     def _reward_keys(self, fields: dict[str, Any]) -> Sequence[str]:
@@ -223,7 +224,7 @@ class _Resolver:
         """The completion's rollout, or None where it was dropped (and counted).
 
         Raises:
-            ValueError: the completion can't be used; says why.
+            FaultyRecord: the completion can't be used; says why.
         """
         prompt = self._prompt_text(completion)
         problem = None if self.problems is None else self.problems.of(completion, prompt)
@@ -257,10 +258,10 @@ class _Resolver:
 
     def _own_sample_idx(self, completion: Completion, prompt_idx: PromptKey) -> int:
         sample_idx = completion.fields.get("sample_idx")
-        if type(sample_idx) is not int or not 0 <= sample_idx < MOST:
-            raise ValueError("'sample_idx' is missing or not an integer from 0")
+        if not is_index(sample_idx):
+            raise FaultyRecord("'sample_idx' is missing or not an integer from 0")
         if (prompt_idx, sample_idx) in self.own_samples:
-            raise ValueError(f"prompt {prompt_idx} sample {sample_idx} stands twice")
+            raise FaultyRecord(f"prompt {prompt_idx} sample {sample_idx} stands twice")
         self.own_samples.add((prompt_idx, sample_idx))
         return sample_idx
 
@@ -270,14 +271,14 @@ class _Resolver:
         if problem is not None and (text is None or text == self.problems.readable_prompt_of(problem)):
             return self.codec.encode(problem.prompt)
         if text is None:
-            raise ValueError("neither text nor token ids of the prompt; `dataset` brings them where ids match")
+            raise FaultyRecord("neither text nor token ids of the prompt; `dataset` brings them where ids match")
         if self.strips_specials and not any(token in text for token in self.tokenizer.all_special_tokens):
-            raise ValueError(
+            raise FaultyRecord(
                 "verl writes prompts without their special tokens, so this is not what the model saw; "
                 "`dataset` FILE with the rendered prompts brings them back"
             )
         if not self.codec.comes_back(text):
-            raise ValueError("its prompt does not come back from its token ids; hand over prompt ids")
+            raise FaultyRecord("its prompt does not come back from its token ids; hand over prompt ids")
         return self.codec.encode(text)
 
     def _prompt_text(self, completion: Completion) -> str | None:
@@ -285,14 +286,14 @@ class _Resolver:
         if prompt is None or isinstance(prompt, str) or completion.prompt_ids is not None:
             return prompt if isinstance(prompt, str) else None
         if not is_list_of(dict, prompt):
-            raise ValueError("its prompt is neither a text nor a list of messages")
+            raise FaultyRecord("its prompt is neither a text nor a list of messages")
         if not self.tokenizer.chat_template:
-            raise ValueError("its prompt is a list of messages, and the tokenizer has no chat template")
+            raise FaultyRecord("its prompt is a list of messages, and the tokenizer has no chat template")
         messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError) as error:  # templates raise the first on purpose, the second by accident
-            raise ValueError(f"the tokenizer's chat template does not take its prompt ({error})") from error
+            raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
 
     def _prompt_idx(self, completion: Completion, problem: Problem | None, prompt_ids: list[int]) -> PromptKey:
         if self.format == "gradprobe":
@@ -321,19 +322,19 @@ class _Resolver:
 
     def _checked(self, ids: Any, what: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise ValueError(f"its {what} are not a list of integers")
+            raise FaultyRecord(f"its {what} are not a list of integers")
         if not are_token_ids(ids, self.vocab_size):
             odd = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"its {what} have {odd}, the model's are 0 to {self.vocab_size - 1}: another model's?")
+            raise FaultyRecord(f"its {what} have {odd}, the model's are 0 to {self.vocab_size - 1}: another model's?")
         if what == "prompt ids" and not ids:
-            raise ValueError("its prompt has no tokens, at least 1 is needed")
+            raise FaultyRecord("its prompt has no tokens, at least 1 is needed")
         return ids
 
     def _fault_of_text(self, completion: Completion) -> str | None:
         if completion.response_ids is not None:
             return None
         if not isinstance(completion.text, str):
-            raise ValueError("neither text nor token ids of the completion")
+            raise FaultyRecord("neither text nor token ids of the completion")
         is_whole = LOST_BYTES not in completion.text and self.codec.comes_back(completion.text)
         return None if is_whole else NOT_ROUND_TRIP
 
@@ -384,13 +385,13 @@ class _Resolver:
 def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:
     given = next((fields[key] for key in TRUTH_KEYS if fields.get(key) is not None), None)
     if given is not None and (not isinstance(given, str | int | float) or isinstance(given, bool)):
-        raise ValueError(f"its ground truth is of type {type(given).__name__}, a text or number is needed")
+        raise FaultyRecord(f"its ground truth is of type {type(given).__name__}, a text or number is needed")
     if problem is None:
         if given is None and correct is None:
-            raise ValueError("neither a verdict ('correct') nor a 'ground_truth'; `dataset` FILE brings ground truths")
+            raise FaultyRecord("neither a verdict ('correct') nor a 'ground_truth'; `dataset` FILE brings them")
         return "" if given is None else str(given)
     if given is not None and str(given).split() != problem.ground_truth.split():
-        raise ValueError(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
+        raise FaultyRecord(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
     return problem.ground_truth
 
 
@@ -423,7 +424,7 @@ class _ProblemIndex:
         """The problem that a completion answers; `prompt` is its prompt's text.
 
         Raises:
-            ValueError: none does, or several with different ground truths.
+            FaultyRecord: none does, or several with different ground truths.
         """
         given_id = completion.fields.get("problem_id")
         if given_id is not None and str(given_id) in self.by_id:
@@ -433,7 +434,7 @@ class _ProblemIndex:
         found = found or self.by_prompt.get(prompt, [])
         if not found:
             named = "" if given_id is None else f" and no problem has the id '{given_id}'"
-            raise ValueError(f"its prompt is none of the data set's{named}")
+            raise FaultyRecord(f"its prompt is none of the data set's{named}")
         if len({problem.ground_truth for problem in found}) > 1:
-            raise ValueError(f"its prompt is that of problems {found[0].id} and {found[1].id}; give 'problem_id'")
+            raise FaultyRecord(f"its prompt is that of problems {found[0].id} and {found[1].id}; give 'problem_id'")
         return found[0]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import FaultyRecord, InputError, raise_if_any
 from ..dump.records import prompt_key_from_json
 from .server import logprob_entries, object_at, token_ids_of
 
@@ -115,12 +115,12 @@ def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion],
     for where, record in records:
         try:
             if not IS_SHAPE[file_format](record):
-                raise ValueError(f"not of the shape {file_format}: {_keys_of(record)}")
+                raise FaultyRecord(f"not of the shape {file_format}: {_keys_of(record)}")
             found = PARSERS[file_format](where, record)
         except _UnusableRecordError as error:
             report.drop(error.reason, where)
             continue
-        except ValueError as error:
+        except FaultyRecord as error:
             faults.append((where, str(error)))
             continue
         if file_format in ("trl", "verl") and record.get("step") != first_step:
@@ -213,9 +213,9 @@ def _keys_of(record: dict[str, Any]) -> str:
 def _own(where: str, record: dict[str, Any]) -> list[Completion]:
     missing = [key for key in ("problem_id", "ground_truth", "correct") if key not in record]
     if missing:
-        raise ValueError(f"key '{missing[0]}' is missing")
+        raise FaultyRecord(f"key '{missing[0]}' is missing")
     if type(record["sample_idx"]) is not int:
-        raise ValueError("'sample_idx' is not an integer")
+        raise FaultyRecord("'sample_idx' is not an integer")
     prompt_key_from_json(record["prompt_idx"])
     return [Completion(where, None, record["prompt_ids"], None, record["response_ids"], "cut", record)]
 
@@ -225,7 +225,7 @@ def _vllm(where: str, record: dict[str, Any]) -> list[Completion]:
     for output in record["outputs"]:
         output = {"text": output} if isinstance(output, str) else output
         if not isinstance(output, dict):
-            raise ValueError("an entry of 'outputs' is neither an object nor a text")
+            raise FaultyRecord("an entry of 'outputs' is neither an object nor a text")
         fields = _fields(record, output, len(record["outputs"]))
         prompt_ids, ids = record.get("prompt_token_ids"), output.get("token_ids")
         found.append(
@@ -239,10 +239,10 @@ def _openai(where: str, record: dict[str, Any]) -> list[Completion]:
     prompt = request.get("prompt", request.get("messages"))
     prompt_is_ids = is_list_of(int, prompt)
     if is_list_of((str, list), prompt):
-        raise ValueError("several prompts in one line; write one request a line")
+        raise FaultyRecord("several prompts in one line; write one request a line")
     choices = response.get("choices")
     if not is_list_of(dict, choices):
-        raise ValueError("'choices' is not a list of objects")
+        raise FaultyRecord("'choices' is not a list of objects")
     return [
         Completion(
             where,
@@ -266,9 +266,9 @@ def _request_and_response(record: dict[str, Any]) -> tuple[dict[str, Any], dict[
         raise _UnusableRecordError(FAILED_REQUEST)
     request = record.get("request", record)
     if not isinstance(request, dict):
-        raise ValueError("'request' is not an object")
+        raise FaultyRecord("'request' is not an object")
     if request.get("echo"):
-        raise ValueError("asked for with 'echo': prompt and completion can't be told apart")
+        raise FaultyRecord("asked for with 'echo': prompt and completion can't be told apart")
     return request, response
 
 
@@ -287,7 +287,7 @@ def _trl(where: str, record: dict[str, Any]) -> list[Completion]:
     completion = record.get("completion")
     if isinstance(completion, list):
         if len(completion) != 1 or not isinstance(completion[0], dict) or not completion[0].get("content"):
-            raise ValueError("its completion is of several turns or without text; only one answer can be probed")
+            raise FaultyRecord("its completion is of several turns or without text; only one answer can be probed")
         completion = completion[0]["content"]
     prompt_ids, ids = record.get("prompt_ids"), record.get("completion_ids")
     return [Completion(where, record.get("prompt"), prompt_ids, completion, ids, None, record)]

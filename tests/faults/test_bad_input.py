@@ -26,8 +26,10 @@ import analyze_exp2_direction
 import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
-from gradprobe.dump import check
+from gradprobe import check
+from gradprobe.common.errors import InputError
 from gradprobe.dump.blocks import open_rows
+from gradprobe.dump.check import checksums_of
 from gradprobe.dump.format import load_dump
 
 ODD_NAME = "a b'c\"d$(touch pwned)\ne\x1b[31mf"
@@ -463,7 +465,7 @@ DUMPS = {
     "gradients 0-D": (save_grads(lambda g: g[0, 0]), GRADS, "two dimensions"),
     "gradients in Fortran order": (save_grads(np.asfortranarray), GRADS, "Fortran order"),
     "gradients of no length": (save_grads(lambda g: g[:, :0]), GRADS, "two dimensions"),
-    "gradients of objects": (save_grads(lambda g: np.array([{}] * 40, dtype=object)), GRADS, "float32", "|O"),
+    "gradients of objects": (save_grads(lambda g: np.array([{}] * 40, dtype=object)), GRADS, "array of numbers"),
     "gradients are a zip": (save_npz, GRADS, "not a readable .npy"),
     "gradients are a pickle": (
         lambda dump: (dump / "grads.npy").write_bytes(pickle.dumps(np.zeros((40, 6), "f4"))), GRADS, "not a readable",
@@ -514,11 +516,11 @@ DUMPS = {
     ),
     "manifest without edges": (edit_manifest(entropy_edges=None), MANIFEST, "'entropy_edges' is missing"),
     "manifest without two keys": (edit_manifest(bins=None, target=None), MANIFEST, "'target' is", "'bins' is missing"),
-    "bins a text": (edit_manifest(bins="5"), MANIFEST, "'bins' is not of type int"),
-    "row index negative": (edit_manifest(row_idx=-1), MANIFEST, "'row_idx' is not of type int from 0"),
-    "target a number": (edit_manifest(target=7), MANIFEST, "'target' is not of type str"),
-    "checksums a list": (edit_manifest(checksums=[]), MANIFEST, "'checksums' is not of type dict"),
-    "dataset a text": (edit_manifest(dataset="x"), MANIFEST, "'dataset' is not of type dict"),
+    "bins a text": (edit_manifest(bins="5"), MANIFEST, "'bins' is not an integer"),
+    "row index negative": (edit_manifest(row_idx=-1), MANIFEST, "'row_idx' is not an integer from 0"),
+    "target a number": (edit_manifest(target=7), MANIFEST, "'target' is not a text"),
+    "checksums a list": (edit_manifest(checksums=[]), MANIFEST, "'checksums' is not an object"),
+    "dataset a text": (edit_manifest(dataset="x"), MANIFEST, "'dataset' is not an object"),
     "positions miscounted": (edit_manifest(num_positions=41), MANIFEST, "num_positions is 41", "has 40"),
     "prompts miscounted": (edit_manifest(num_prompts=1), MANIFEST, "num_prompts is 1", "2"),
     "rollouts miscounted": (edit_manifest(num_rollouts=3), MANIFEST, "num_rollouts is 3", "4"),
@@ -571,7 +573,7 @@ READERS = {
 
 
 def with_checksums(dump: Path) -> None:
-    edit_json(dump / "manifest.json", checksums=check.checksums_of(dump))
+    edit_json(dump / "manifest.json", checksums=checksums_of(dump))
 
 
 def flip_bit(file: Path, offset: int, bit: int = 0) -> None:
@@ -604,7 +606,7 @@ def test_no_pickle_is_loaded(refuses, planted, tmp_path):
     dump, marker = Path(shutil.copytree(planted, tmp_path / "dump")), tmp_path / "pwned"
     np.save(dump / "grads.npy", np.array([[MakesFile(marker)] * DIM] * N_ROWS, dtype=object), allow_pickle=True)
     for main, arguments in READERS.values():
-        refuses(main, arguments(dump, planted), "grads.npy", "|O")
+        refuses(main, arguments(dump, planted), "grads.npy", "not a readable .npy array of numbers")
     assert not marker.exists()
     np.load(dump / "grads.npy", allow_pickle=True)
     assert marker.exists(), "the trap must work"
@@ -614,7 +616,7 @@ def test_a_header_that_lies_costs_no_memory(tmp_path):
     header = "{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999, 999999999999), }\n"
     content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
     (tmp_path / "grads.npy").write_bytes(content)
-    with pytest.raises(ValueError, match="cut short"):
+    with pytest.raises(InputError, match="cut short"):
         open_rows(tmp_path / "grads.npy")
 
 

@@ -234,9 +234,9 @@ def test_flags_into_a_placement(tmp_path):
 @pytest.mark.parametrize(
     ("placed", "complaint"),
     [
-        ({"model": "disk"}, "1 of the model's weights have no place, lm_head.weight for one"),
+        ({"model": "disk"}, "does not give any device for the following parameters: lm_head.weight"),
         ({"model": "disk", "lm_head": "cpu", "mdl": "cpu"}, "'mdl': the model has no such module"),
-        ({"": "disk", "lm_head": "cpu"}, "1 of the model's weights have several places, lm_head.weight by '' and"),
+        ({"": "disk", "lm_head": "cpu"}, "'lm_head': has its place by '' already"),
         ({"model": 7, "lm_head": "cpu"}, "'model': 7 is not"),
         ({"model": True, "lm_head": "cpu"}, "'model': True is not"),
         ({"model": "gpu", "lm_head": "tpu"}, "'model': 'gpu' is not .*; .*'lm_head': 'tpu' is not"),
@@ -252,7 +252,12 @@ def test_maps_that_can_not_be(placed, complaint, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
-    [("cpu", "'cpu' is not like"), ("cpu=3 apples,disk=1GB", "'cpu=3 apples' .*'disk=1GB'"), ("99=1GB", "torch sees")],
+    [
+        ("cpu", "'cpu' is not like"),
+        ("cpu=3 apples,disk=1GB", "'cpu=3 apples' .*'disk'"),
+        ("99=1GB", "torch sees"),
+        ("disk=1GB,cpu=infGB", "'disk' is not .*; .*'cpu=infGB'"),
+    ],
 )
 def test_limits_that_can_not_be(words, complaint, tmp_path):
     skeleton = load_skeleton(CheckpointSource(str(tiny_checkpoint(tmp_path, seed=0))))

@@ -1,0 +1,89 @@
+"""What is said of a checkpoint that can't be loaded: bad input where its files are at fault, else a traceback."""
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from faults.test_bad_input import edit_json
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradprobe.common.errors import InputError
+from gradprobe.model import checkpoint
+from gradprobe.model.checkpoint import CheckpointSource, load_checkpoint, load_skeleton, load_tokenizer
+
+CPU = torch.device("cpu")
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+def raising(error: Exception):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+LOADERS = {
+    "weights": (AutoModelForCausalLM, "from_pretrained"),
+    "tokenizer": (AutoTokenizer, "from_pretrained"),
+    "skeleton": (AutoModelForCausalLM, "from_config"),
+}
+
+
+def skeleton_and_all(path: Path) -> None:
+    load_skeleton(CheckpointSource(str(path)))
+    load_checkpoint(str(path), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_memory_that_runs_out_is_no_bad_input(checkpoint_dir, monkeypatch, error, loader):
+    monkeypatch.setattr(*LOADERS[loader], raising(error))
+    with pytest.raises(type(error)):
+        skeleton_and_all(checkpoint_dir)
+
+
+@pytest.mark.parametrize("error", [AttributeError("x"), TypeError("x"), KeyError("x"), ValueError("x"), OSError("x")])
+@pytest.mark.parametrize("name", ["_faults_of_weights", "end_token_ids", "_where_weights_go"])
+def test_bugs_of_ours_come_through(checkpoint_dir, monkeypatch, name, error):
+    monkeypatch.setattr(checkpoint, name, raising(error))
+    with pytest.raises(type(error)):
+        load_checkpoint(str(checkpoint_dir), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("error", [AttributeError("x"), TypeError("x"), RuntimeError("x")])
+def test_faults_of_the_library_while_it_reads_weights_come_through(checkpoint_dir, monkeypatch, error):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", raising(error))
+    with pytest.raises(type(error)):
+        load_checkpoint(str(checkpoint_dir), CPU, torch.float32)
+
+
+LYING_CONFIGS = [
+    *({"vocab_size": -1}, {"hidden_size": 0}, {"hidden_size": -4}, {"num_attention_heads": -1}, {"pad_token_id": 9999}),
+    *({"num_key_value_heads": 0}, {"hidden_act": "zzz"}, {"rope_parameters": {"rope_theta": "a"}}, {"dtype": "foo"}),
+    *({"layer_types": ["x"]}, {"model_type": ["a"]}, {"model_type": "t5"}, {"quantization_config": 5}, {"dtype": 7}),
+]
+
+
+@pytest.mark.parametrize("changes", LYING_CONFIGS, ids=str)
+def test_configs_that_lie_are_bad_input(checkpoint_dir, tmp_path, changes):
+    model = Path(shutil.copytree(checkpoint_dir, tmp_path / "model"))
+    edit_json(model / "config.json", **changes)
+    with pytest.raises(InputError, match="`model_path` .*can't be loaded: ") as caught:
+        load_skeleton(CheckpointSource(str(model)))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("`") == 2  # transformers' own would pass for parameters
+
+
+@pytest.mark.parametrize("content", ['{"version": "1.0"}', "[]", "5", "{", '{"added_tokens": 5}'])
+def test_tokenizers_that_are_none_are_bad_input(checkpoint_dir, tmp_path, content):
+    model = Path(shutil.copytree(checkpoint_dir, tmp_path / "model"))
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match="can't be loaded"):
+        load_tokenizer(CheckpointSource(str(model)))
