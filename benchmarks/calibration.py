@@ -33,7 +33,10 @@ import numpy as np  # noqa: E402
 import scipy  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import calibration_exp3  # noqa: E402
+from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, markdown, mean_of, number, percent  # noqa: E402
 
 import gradprobe  # noqa: E402
 from gradprobe.exp1.spectrum import participation_ratio, spectrum_of_rows  # noqa: E402
@@ -49,11 +52,9 @@ from gradprobe.exp2.direction import (  # noqa: E402
 )
 
 VERDICTS = (ALIGNED, ORTHOGONAL, OPPOSED, UNDERPOWERED)
-COVERAGE_BAND = (0.90, 0.99)
 LEVEL, LEVEL_BAND = 0.05, (0.02, 0.08)
 PR_TOLERANCE, UNIT_NORM_TOLERANCE = 0.10, 0.05
 N_SPECTRUM_DRAWS = 10
-OUTSIDE = "**NO**"
 
 
 @dataclass(frozen=True)
@@ -192,29 +193,6 @@ def null_rows() -> list[Planted]:
     ]
 
 
-def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
-    """For a table; a dash where there is none."""
-    if value is None or np.isnan(value):
-        return "–"
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-
-
-def percent(share: float) -> str:
-    """0.055 -> 5.5%."""
-    return f"{100 * share:.1f}%"
-
-
-def mean_of(values: list[float | None]) -> float | None:
-    """Of those there are."""
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def in_band(value: float, band: tuple[float, float]) -> str:
-    """A word for the table; the loud one stands out."""
-    return "yes" if band[0] <= value <= band[1] else OUTSIDE
-
-
 def original_columns(row: Row) -> list[str]:
     """Mean over draws of the original's mean cosine and token-split control, and of the split by rollout."""
     draws = row.draws
@@ -343,12 +321,6 @@ def norm_table(rng: np.random.Generator) -> list[list[str]]:
             ]
         )
     return table
-
-
-def markdown(table: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; all columns but words are right-aligned by the renderer."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    return [lines[0], "|" + " ---: |" * len(table[0]), *lines[1:]]
 
 
 WHAT_WAS_PLANTED = f"""
