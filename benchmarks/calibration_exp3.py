@@ -160,7 +160,7 @@ def truth_of(planted: PlantedPooled, rng: np.random.Generator) -> Truth:
 
 
 def leave_one_out_products(pooled: Pooled) -> float:
-    """What looks unbiased and is not where the score's mean is not 0: ⟨A_r G_r, A_s G_s⟩ over r ≠ s, A against others."""
+    """Mean ⟨A_r G_r, A_s G_s⟩ over r ≠ s, A_r against the other rollouts: unbiased only if the score's mean is 0."""
     found = []
     for rollouts in iter_prompts(pooled):
         n = len(rollouts.outcome)
@@ -175,11 +175,11 @@ def draw_row(task: tuple[int, int, PlantedPooled, int]) -> Draw:
     """One draw of one row, from a stream of its own: the result doesn't hang on the number of processes."""
     row, draw, planted, seed = task
     pooled = plant(planted, np.random.default_rng([seed, STREAM + row, draw]))
-    within = within_mean = 0.0
+    within = leave_one_out = 0.0
     if planted.mean:
         within = float(prompt_tables(pooled, planted.objective).within.sum(axis=1).mean())
-        within_mean = leave_one_out_products(pooled)
-    return Draw(signal_of_pooled(pooled, planted.objective), rho_over_sums(pooled), within, within_mean)
+        leave_one_out = leave_one_out_products(pooled)
+    return Draw(signal_of_pooled(pooled, planted.objective), rho_over_sums(pooled), within, leave_one_out)
 
 
 def coverage_rows() -> list[PlantedPooled]:
@@ -256,11 +256,8 @@ def coverage_table(rows: list[Row]) -> list[list[str]]:
         spread = f"{number(shares[:, 3].mean(), 3)} ± {number(shares[:, 3].std(), 3)}" if len(seen) else "–"
         adds_up = np.all(np.abs(shares.sum(axis=1) - 1) < ROUNDING) if len(seen) else True
         scale = row.truth.noise.sum() / row.truth.signal.sum()
-        table.append(
-            [name_of(row.planted), number(row.planted.signal), number(scale, 0)]
-            + [percent(len(seen) / len(results)), spread, *interval_columns(row, scale)]
-            + ["yes" if adds_up else OUTSIDE]
-        )
+        cells = [name_of(row.planted), number(row.planted.signal), number(scale, 0), percent(len(seen) / len(results))]
+        table.append([*cells, spread, *interval_columns(row, scale), "yes" if adds_up else OUTSIDE])
     return table
 
 
@@ -269,11 +266,12 @@ def interval_columns(row: Row, scale: float) -> list[str]:
     results, truth = [draw.exp3 for draw in row.draws], row.truth
     buckets = range(N_BUCKETS)
     kept = range(N_BUCKETS - 1)  # the last entry keeps all: exactly 1
-    of_bucket = [truth.kept(np.eye(N_BUCKETS)[b]) for b in buckets]
-    of_kept = [truth.kept((np.arange(N_BUCKETS) >= N_BUCKETS - 1 - i).astype(float)) for i in kept]
     with_signal = [b for b in buckets if truth.signal[b, b] > 0]
+    of_bucket = {b: truth.kept(np.eye(N_BUCKETS)[b]) for b in with_signal}
+    of_kept = [truth.kept((np.arange(N_BUCKETS) >= N_BUCKETS - 1 - i).astype(float)) for i in kept]
+    shares = truth.signal.sum(axis=1) / truth.signal.sum()
     return [
-        *covered([[r.buckets[b].signal_share for r in results] for b in buckets], [one[1] for one in of_bucket]),
+        *covered([[r.buckets[b].signal_share for r in results] for b in buckets], list(shares)),
         *covered([[r.keep_top[i].cosine for r in results] for i in kept], [one[0] for one in of_kept]),
         *covered([[r.keep_top[i].signal_share for r in results] for i in kept], [one[1] for one in of_kept]),
         *covered([[r.keep_top[i].noise_scale_ratio for r in results] for i in kept], [one[2] for one in of_kept]),
@@ -297,10 +295,8 @@ def null_table(rows: list[Row]) -> list[list[str]]:
         signals = [draw.exp3.signal for draw in row.draws]
         blind = float(np.mean([signal.verdict != SEEN for signal in signals]))
         z = [signal.z for signal in signals]
-        table.append(
-            [name_of(row.planted), percent(blind), in_band(blind, NULL_BAND)]
-            + [f"{number(np.mean(z), signed=True)} ± {number(np.std(z))}"]
-        )
+        spread = f"{number(np.mean(z), signed=True)} ± {number(np.std(z))}"
+        table.append([name_of(row.planted), percent(blind), in_band(blind, NULL_BAND), spread])
     return table
 
 

@@ -59,7 +59,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
     assert calibration.main([*settings, "--output", str(file)]) == 0
     text = file.read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
-    assert text.count("\n## ") == 9
+    assert text.count("\n## ") == 13
     assert not re.search(r"\bnan\b", text)
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({line.count("|") for line in table.splitlines()}) == 1
