@@ -7,7 +7,7 @@ then P numbers with one prompt left out. Sums, products and ratios of stacks are
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 Interval = tuple[float, float]
 
@@ -43,7 +43,7 @@ def covariance_of(*stacks: np.ndarray) -> np.ndarray:
 
 def quantile_of(stack: np.ndarray) -> float:
     """Student's t at 97.5% with P - 1 degrees of freedom."""
-    return float(student_t.ppf(0.975, len(stack) - 2))
+    return float(stdtrit(len(stack) - 2, 0.975))
 
 
 def interval_of(stack: np.ndarray) -> Interval:
