@@ -16,10 +16,12 @@ from ..common.console import progress
 from ..common.errors import InputError
 from ..common.files import write_json
 from ..dump import format as contract
-from ..dump.buckets import bucket_of, choose_positions, fit_edges
+from ..dump.buckets import choose_positions
 from ..dump.check import checksums_of
 from ..dump.growing import Record
-from ..dump.records import Position, Rollout, write_records
+from ..dump.on_policy import Tokens, claims_on_policy
+from ..dump.pooled import buckets_of, pooled_tokens
+from ..dump.records import PooledTokens, Position, Rollout, write_records
 from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
@@ -27,11 +29,11 @@ from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.placement import input_device
 from ..problems.verify import RunningVerifier
 from ..rollouts.sample import chunks_of
-from ..rollouts.score import score_responses
+from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
 from ..rollouts.sources import SampledRollouts, Source, judged
 from .output import FaultyRows, GrowingGradients, GrowingRollouts
-from .plan import Plan
+from .plan import Plan, fitted_edges, pooling_of
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,14 @@ class Written:
     Attributes:
         directory: its place.
         weight: the weight's full name.
-        row_idx: the weight row.
+        row_idx: the weight row; None of whole weights.
         num_positions: gradients in it.
         num_correct_rollouts, num_rollouts: of its rollouts.
     """
 
     directory: str
     weight: str
-    row_idx: int
+    row_idx: int | None
     num_positions: int
     num_correct_rollouts: int
     num_rollouts: int
@@ -70,12 +72,14 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     record_file = settings.output_dir / contract.RECORD
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
-        edges = plan.edges or edges_of(rollouts, settings.bins)
-        chosen = choose(plan, rollouts, edges["entropy_edges"])
+        tokens = Tokens.of(rollouts)
+        edges = plan.edges or fitted_edges(tokens.score, settings.bins)
+        chosen = choose(plan, rollouts, np.array(edges["entropy_edges"]))
         engine = GradientEngine(checkpoint.model, plan.targets)
         faulty = write_gradients(plan, engine, rollouts, chosen, record, watch)
-    lines = positions_of(rollouts, chosen, edges["entropy_edges"])
+    lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)
+    common["on_policy"] = asdict(tokens.test(claims_on_policy(common)))
     for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
         write_records(directory / contract.META, lines)
         manifest = {
@@ -95,7 +99,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         yield Written(
             str(directory),
             manifest["target"],
-            target.row_idx,
+            manifest["row_idx"],
             len(lines),
             manifest["num_correct_rollouts"],
             manifest["num_rollouts"],
@@ -129,7 +133,7 @@ def collect_rollouts(
                     sampled = rollouts_of(chunk)
                     rollouts = judged(sampled, running)
                 with watch.phase("score"):
-                    rollouts = score(checkpoint, rollouts, tokens)
+                    rollouts = score(plan, checkpoint, rollouts, tokens)
                 notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
                 growing.append(rollouts, notes | server_gap(plan.source, sampled, rollouts))
     rollouts = growing.finish()
@@ -162,43 +166,42 @@ def summed(notes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
-    """The rollouts with entropy and log-prob of every response token under `checkpoint`.
+def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
+    """The rollouts with what the probed model says of every response token, and what tokens are bucketed by.
 
     Raises:
-        InputError: the model gives one that is not finite.
+        InputError: the model gives log-probs that are not finite.
     """
     batches = score_responses(
         checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
     )
-    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    scores: dict[int, TokenScores] = {}
     for batch in batches:
         scores.update(batch)
     if not all(np.isfinite(values).all() for of_rollout in scores.values() for values in of_rollout):
         raise InputError("the model gives log-probs that are not finite: is the checkpoint sound?")
-    return [replace(r, entropies=scores[i][0].tolist(), logprobs=scores[i][1].tolist()) for i, r in enumerate(rollouts)]
+    scored = []
+    for i, rollout in enumerate(rollouts):
+        per_token = {
+            "entropies": scores[i].entropies.tolist(),
+            "logprobs": scores[i].logprobs.tolist(),
+            "tail_mass": scores[i].tail_mass.tolist(),
+        }
+        rollout = replace(rollout, **per_token)
+        scored.append(replace(rollout, bucket_scores=plan.rule.of_scored(rollout, scores[i])))
+    return scored
 
 
-def edges_of(rollouts: list[Rollout], bins: int) -> dict[str, Any]:
-    """Edges fitted over all response tokens of these rollouts.
-
-    Raises:
-        InputError: there are fewer response tokens than buckets.
-    """
-    entropies = np.concatenate([np.asarray(r.entropies, dtype=np.float64) for r in rollouts])
-    if len(entropies) < bins:
-        raise InputError(f"`bins` {bins}: the rollouts have {len(entropies)} response tokens in all")
-    return {"entropy_edges": fit_edges(entropies, bins).tolist(), "entropy_edges_over": "response_tokens"}
-
-
-def choose(plan: Plan, rollouts: list[Rollout], edges: list[float]) -> list[Chosen]:
-    """The positions to differentiate of each rollout: a pure function of rollout, edges and seed."""
+def choose(plan: Plan, rollouts: list[Rollout], edges: np.ndarray) -> list[Chosen]:
+    """What to differentiate of each rollout: a pure function of rollout, edges and seed."""
     settings = plan.settings
+    if settings.is_pooled:
+        return [Chosen.pooled(buckets_of(rollout, edges)) for rollout in rollouts]
     chosen = []
     for rollout in rollouts:
         key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
         rng = np.random.default_rng([settings.seed, *key, rollout.sample_idx])
-        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+        buckets = buckets_of(rollout, edges)
         picked = choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng)
         chosen.append(Chosen.each(picked))
     return chosen
@@ -237,11 +240,15 @@ def write_gradients(
     return growing.finish()
 
 
-def positions_of(rollouts: list[Rollout], chosen: list[Chosen], edges: list[float]) -> list[Position]:
+def lines_of(
+    plan: Plan, rollouts: list[Rollout], chosen: list[Chosen], edges: np.ndarray
+) -> list[Position] | list[PooledTokens]:
     """The lines of `meta.jsonl`, in the order of the gradients."""
+    if plan.settings.is_pooled:
+        return list(pooled_tokens(rollouts, edges))
     lines: list[Position] = []
     for rollout, of_rollout in zip(rollouts, chosen, strict=True):
-        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+        buckets = buckets_of(rollout, edges)
         lines += [
             Position(
                 row=len(lines) + k,
@@ -253,6 +260,7 @@ def positions_of(rollouts: list[Rollout], chosen: list[Chosen], edges: list[floa
                 correct=rollout.correct,
                 token_id=rollout.response_ids[p],
                 logprob=rollout.logprobs[p],
+                tail_mass=rollout.tail_mass[p],
             )
             for k, p in enumerate(of_rollout.positions.tolist())
         ]
@@ -270,6 +278,7 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
         "num_rollouts": len(rollouts),
         **plan.description,
         **edges,
+        **pooling_of(settings),
         "bins": settings.bins,
         "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
         "seed": settings.seed,
