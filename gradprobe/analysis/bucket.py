@@ -85,6 +85,7 @@ class Bucket:
         self._whole: Optional[Bucket] = None  # noqa: UP045, the class is not defined yet
         self._kept = np.zeros(0, bool)
         self._mean: Tensor | None = None
+        self._held: list[Tensor] | None = None
 
     @property
     def n(self) -> int:
@@ -115,6 +116,9 @@ class Bucket:
 
     def blocks(self) -> Iterator["Tensor"]:
         """X in order, [k, d] float64 tensors of at most 64 MiB."""
+        if self._held is not None:
+            yield from self._held
+            return
         for part in block_slices(self.n, 8 * self.dim):
             yield self._read(part)
 
@@ -150,7 +154,7 @@ class Bucket:
         """[n] float64 ‖g‖²."""
         if self.is_wide and self._has_gram:
             return self.gram.diagonal().cpu().numpy()
-        found = [(block * block).sum(dim=1).cpu().numpy() for block in self.blocks()]
+        found = [block.norm(dim=1).square_().cpu().numpy() for block in self.blocks()]
         return np.concatenate([np.zeros(0), *found])
 
     @property
@@ -237,34 +241,29 @@ class Bucket:
             directions: [d, k] of unit length.
         """
         n_vectors = min(n_vectors, self.n, self.dim)
-        if n_vectors == 0 or not self.total_energy > 0:
+        by_gram = self._has_gram or min(self.n, self.dim) <= MAX_EXACT
+        if not by_gram and 8 * self.n * self.dim <= HELD_BYTES:
+            self._held = list(self.blocks())
+        scale = self.total_energy
+        if n_vectors == 0 or not scale > 0:
+            self._held = None
             return np.zeros(0), self._zeros(self.dim, 0)
-        in_rows = self.is_wide
         if min(self.n, self.dim) <= MAX_EXACT:
             values, vectors = leading_eigenpairs(self.gram, n_vectors)
-        elif self._has_gram:
-            gram = self.gram
-            values, vectors = block_krylov(lambda v: gram @ v, len(gram), gram.trace(), n_vectors, seed, tolerance)
         else:
-            values, vectors = block_krylov(
-                self._squared(), self.dim, self.total_energy, n_vectors, seed, tolerance, self.device
-            )
-            in_rows = False
+            apply, size = (self.gram.matmul, len(self.gram)) if by_gram else (self._times_squared, self.dim)
+            values, vectors = block_krylov(apply, size, scale, n_vectors, seed, tolerance, self.device)
+        self._held = None
         kept = int((values > ROUNDING * values[0]).sum())
-        vectors = self.combined(vectors[:, :kept]) if in_rows else vectors[:, :kept]
+        vectors = self.combined(vectors[:, :kept]) if by_gram and self.is_wide else vectors[:, :kept]
         return values[:kept].cpu().numpy(), vectors / vectors.norm(dim=0)
 
-    def _squared(self) -> Callable[["Tensor"], "Tensor"]:
-        """A function that multiplies [d, k] by Xᵀ X."""
-        held = list(self.blocks()) if 8 * self.n * self.dim <= HELD_BYTES else None
-
-        def apply(vectors: "Tensor") -> "Tensor":
-            total = self._zeros(*vectors.shape)
-            for block in held or self.blocks():
-                total.addmm_(block.T, block @ vectors)
-            return total
-
-        return apply
+    def _times_squared(self, vectors: "Tensor") -> "Tensor":
+        """Xᵀ X V."""
+        total = self._zeros(*vectors.shape)
+        for block in self.blocks():
+            total.addmm_(block.T, block @ vectors)
+        return total
 
 
 def bucket_of(dump: Dump, index: int | None = None, device: str = "cpu") -> Bucket:
