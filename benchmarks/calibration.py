@@ -41,17 +41,17 @@ import calibration_exp3  # noqa: E402
 from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, markdown, mean_of, number, percent  # noqa: E402
 
 import gradprobe  # noqa: E402
-from gradprobe.exp1.spectrum import participation_ratio, spectrum_of_rows  # noqa: E402
+from gradprobe.analysis.bucket import Bucket, rollout_codes  # noqa: E402
+from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
 from gradprobe.exp2.direction import (  # noqa: E402
     ALIGNED,
     MIN_ROLLOUTS_OF_EACH_KIND,
     OPPOSED,
     ORTHOGONAL,
     UNDERPOWERED,
-    BucketDirections,
-    directions_of_bucket,
     summarise,
 )
+from gradprobe.exp2.measure import BucketDirections, Exp2Settings, directions_of_bucket  # noqa: E402
 
 VERDICTS = (ALIGNED, ORTHOGONAL, OPPOSED, UNDERPOWERED)
 LEVEL, LEVEL_BAND = 0.05, (0.02, 0.08)
@@ -92,7 +92,7 @@ class Planted:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A planted bucket as arrays, one row per token: the arguments of `directions_of_bucket`."""
+    """A planted bucket as arrays, one row per token: what `directions_of_bucket` takes."""
 
     grads: np.ndarray
     prompt: np.ndarray
@@ -154,17 +154,10 @@ def draw_row(task: tuple[int, int, Planted, int, int, int]) -> BucketDirections:
     """One draw of one row, from a stream of its own: the result doesn't hang on the number of processes."""
     row, draw, planted, seed, n_bootstrap, n_permutations = task
     tokens = plant(planted, np.random.default_rng([seed, row, draw]))
-    return directions_of_bucket(
-        tokens.grads,
-        np.arange(len(tokens.grads)),
-        tokens.prompt,
-        tokens.sample_idx,
-        tokens.correct,
-        planted.n_prompts,
-        seed=draw,
-        n_bootstrap=n_bootstrap,
-        n_permutations=n_permutations,
-    )
+    rollout = rollout_codes(tokens.prompt, tokens.sample_idx)
+    bucket = Bucket(tokens.grads, np.arange(len(tokens.grads)), tokens.prompt, rollout)
+    settings = Exp2Settings(n_bootstrap, n_permutations, seed=draw)
+    return directions_of_bucket(bucket, tokens.correct, planted.n_prompts, settings)
 
 
 def coverage_sections() -> dict[str, list[Planted]]:
@@ -263,7 +256,9 @@ def unit_norm(rows: np.ndarray) -> np.ndarray:
 
 def ratio_of(rows: np.ndarray) -> float:
     """The toolkit's participation ratio of [n, d] rows."""
-    found = spectrum_of_rows(rows.astype(np.float32), np.arange(len(rows))).participation_ratio
+    of_nobody = np.zeros(len(rows), int)
+    bucket = Bucket(rows.astype(np.float32), np.arange(len(rows)), of_nobody, of_nobody)
+    found = participation_ratio(bucket.energies())
     assert found is not None
     return found
 
