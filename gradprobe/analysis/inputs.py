@@ -12,7 +12,10 @@ import numpy as np
 
 from ..common.errors import InputError, raise_if_any
 from ..dump.check import checksum_problems, first_of, read_content
-from ..dump.format import GRADS, MANIFEST, Dump, load_dump, target_directories
+from ..dump.format import GRADS, MANIFEST, ROLLOUTS, Dump, find_rollouts, load_dump, target_directories
+from ..dump.on_policy import CHOSEN_BY_PREFIX, OnPolicy, Tokens, claims_on_policy
+from ..dump.records import iter_rollouts
+from .pooled import Pooled
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,52 @@ def _usable(dump: Dump, problems: list[str]) -> Dump:
     ]
     kept = np.setdiff1d(dump.row, np.concatenate([content.nonfinite, content.zero]))
     return replace(dump.only(kept), warnings=(*dump.warnings, *left_out))
+
+
+def pooled_of(dump: Dump) -> Pooled:
+    """A pooled dump's rows and all its rollouts, those without a row included.
+
+    Raises:
+        InputError: it is a dump of single tokens, or its rollouts are not beside it.
+    """
+    file = find_rollouts(dump.path)
+    if not dump.is_pooled:
+        raise InputError(f"{dump.path}: holds gradients of single tokens; probe its rollouts again with `pool` bucket")
+    if file is None:
+        raise InputError(f"{dump.path}: no {ROLLOUTS} beside it, which says what rollouts there are")
+    code_of = {key: code for code, key in enumerate(dump.prompt_keys)}
+    rollouts = [
+        (code_of.setdefault(r.prompt_idx, len(code_of)), r.sample_idx, r.correct, r.reward, len(r.response_ids))
+        for r in iter_rollouts(file)
+    ]
+    prompt, sample, correct, reward, n_tokens = map(np.array, zip(*rollouts, strict=True))
+    has_rewards = all(one is not None for *_, one, _ in rollouts)
+    return Pooled(
+        grads=dump.grads,
+        prompt=dump.prompt,
+        sample=dump.sample_idx,
+        bucket=dump.bin,
+        n_tokens=dump.n_tokens,
+        rare=dump.rare,
+        rollout_prompt=prompt,
+        rollout_sample=sample,
+        outcome=reward.astype(np.float64) if has_rewards else correct.astype(np.float64),
+        correct=correct,
+        n_response_tokens=n_tokens,
+        n_buckets=dump.bins,
+    )
+
+
+def on_policy_by_bucket(dump: Dump) -> list[OnPolicy | None]:
+    """Of each bucket, whether its tokens were drawn from the model.
+
+    None where the rollouts are not at hand, or buckets were chosen by the very tokens drawn.
+    """
+    file = find_rollouts(dump.path)
+    if file is None or dump.manifest.get("bucket_by", "entropy") not in CHOSEN_BY_PREFIX:
+        return [None] * dump.bins
+    edges = np.array(dump.manifest["entropy_edges"])
+    return list(Tokens.of(iter_rollouts(file)).test_by_bucket(edges, claims_on_policy(dump.manifest)))
 
 
 def first_targets(dumps: Mapping[Tag, list[Dump]]) -> dict[Tag, Dump]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..exp1.spectrum import read_rows
+from ..dump.blocks import read_rows
 
 
 @dataclass(frozen=True)
