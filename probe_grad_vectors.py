@@ -124,7 +124,7 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
         "--verifier-seconds",
         type=float,
         metavar="S",
-        help="time limit of one answer, for math-verify and functions (default: %(default)g)",
+        help="time limit of one answer, of all but boxed (default: %(default)g)",
     )
     add = parser.add_argument_group(
         "shards (default: by torchrun's or srun's tasks, if there are several)"

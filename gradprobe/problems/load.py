@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import raise_if_any
+from .boxed import last_boxed
 from .tables import JSONL, Row, Table, lookup, open_table
-from .verify import last_boxed
 
 PROBLEM_KEYS = ("prompt", "problem", "question")
 ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "answer", "solution")

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from gradprobe.common.errors import InputError
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.model.checkpoint import load_checkpoint
+from gradprobe.problems.boxed import is_correct
 from gradprobe.problems.load import Problem
-from gradprobe.problems.verify import is_correct
 from gradprobe.rollouts import foreign as rollout_files
 from gradprobe.rollouts import shapes as rollout_shapes
 from gradprobe.rollouts.foreign import ForeignRollouts, read_rollouts

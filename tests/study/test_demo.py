@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from gradprobe.model.checkpoint import end_token_ids, load_checkpoint
+from gradprobe.problems.boxed import is_correct
 from gradprobe.problems.load import load_problems, shard_of_study
-from gradprobe.problems.verify import is_correct
 from gradprobe.rollouts.sample import rollout_uniforms, sample_responses
 
 DEMO = Path(__file__).parents[2] / "demo"

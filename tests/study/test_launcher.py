@@ -393,6 +393,7 @@ def copy_of_the_project(project: Path) -> None:
     [
         ({}, []),
         ({"DATASET": "data.parquet"}, ["pyarrow"]),
+        ({"VERIFIER": "numeric"}, ["math-verify"]),
         ({"DATASET": "hf:openai/gsm8k", "VERIFIER": "math-verify"}, ["datasets", "pyarrow", "math-verify"]),
         ({"DATASET": "saved", "PROBE_ARGS": "--adapter a"}, ["datasets", "pyarrow", "peft"]),
     ],
