@@ -221,6 +221,7 @@ libraries_for_settings() { # -> needed: the tested versions of what these settin
     esac
     if [[ "$VERIFIER" == math-verify || "$VERIFIER" == numeric ]]; then names+=(math-verify); fi
     if [[ " ${probe_args[*]} " == *" --adapter "* ]]; then names+=(peft); fi
+    if [[ " ${probe_args[*]} " == *" --sampler openai "* ]]; then names+=(urllib3); fi
     if [[ " ${probe_args[*]} " == *" --device-map "* ]]; then names+=(accelerate); fi
     for name in "${names[@]}"; do
         mapfile -t -O "${#needed[@]}" needed < <(grep -E "^${name}[=>]" "$PROJECT/requirements-dev.txt")
