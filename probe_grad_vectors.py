@@ -35,7 +35,7 @@ from gradprobe.probe.plan import make_plan
 from gradprobe.probe.run import run_probe
 from gradprobe.probe.settings import BATCH_TOKENS, ProbeSettings, settings_of_task
 from gradprobe.probe.stopwatch import Stopwatch
-from gradprobe.rollouts.shapes import FORMATS
+from gradprobe.rollouts.formats import FORMATS
 
 SECONDS_FOR_A_LOST_NODE = 150
 

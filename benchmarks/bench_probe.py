@@ -43,7 +43,7 @@ from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
 from gradprobe.probe.settings import BATCH_TOKENS  # noqa: E402
-from gradprobe.problems.load import load_problems, shard_of_study  # noqa: E402
+from gradprobe.problems.data_set import load_problems, shard_of_study  # noqa: E402
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 

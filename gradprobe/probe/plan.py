@@ -24,10 +24,10 @@ from ..model.checkpoint import (
 )
 from ..model.decoder import context_length
 from ..model.placement import Placement, read_placement
-from ..problems.load import ProblemSet, load_problems, shard_of_study
+from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
-from ..rollouts.foreign import read_rollouts
+from ..rollouts.files import read_rollouts
 from ..rollouts.server import connect
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .settings import BATCH_TOKENS, DEFAULT_VERIFIER, ProbeSettings

@@ -12,7 +12,7 @@ from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
 from ..model.decoder import context_length
-from ..problems.load import Problem
+from ..problems.data_set import Problem
 from ..problems.verify import RunningVerifier
 from .sample import Sampling, rollout_uniforms, sample_responses
 from .server import CompletionsServer, ServerResponse, request_seed, sample_completions

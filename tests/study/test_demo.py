@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from gradprobe.model.checkpoint import end_token_ids, load_checkpoint
 from gradprobe.problems.boxed import is_correct
-from gradprobe.problems.load import load_problems, shard_of_study
+from gradprobe.problems.data_set import load_problems, shard_of_study
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses
 
 DEMO = Path(__file__).parents[2] / "demo"

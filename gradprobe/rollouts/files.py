@@ -6,8 +6,8 @@ care: what does not come back from its ids is dropped and counted, for its token
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from jinja2 import TemplateError
 from ..common.errors import FaultyRecord, InputError
 from ..common.fields import is_index
 from ..dump.records import PromptKey, Rollout, prompt_key_from_json
-from ..problems.load import Problem
+from ..problems.data_set import Problem
+from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .server import are_token_ids
-from .shapes import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 
 CACHED_TEXTS = 4096
 LOST_BYTES = "\ufffd"
@@ -49,20 +49,6 @@ class ForeignRollouts:
 
     rollouts: list[Rollout]
     report: RolloutReport
-
-    def unverified(self) -> list[tuple[str, str]]:
-        """(response, ground truth) of each rollout without a verdict, for a verifier."""
-        return [(r.response, r.ground_truth) for r in self.rollouts if r.correct is None]
-
-    def judged(self, verdicts: Iterable[bool | None]) -> list[Rollout]:
-        """The rollouts with a verdict each: the file's, or the next of `verdicts`.
-
-        Args:
-            verdicts: one for each of `unverified`; None, where nobody can say, leaves the rollout out.
-        """
-        following = iter(verdicts)
-        judged = [replace(r, correct=next(following)) if r.correct is None else r for r in self.rollouts]
-        return [rollout for rollout in judged if rollout.correct is not None]
 
 
 def read_rollouts(
