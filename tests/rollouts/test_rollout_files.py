@@ -21,7 +21,7 @@ from gradprobe.problems.data_set import Problem
 from gradprobe.problems.verify import RunningVerifier, Verdict, load_verifier
 from gradprobe.rollouts import files as rollout_files
 from gradprobe.rollouts import formats
-from gradprobe.rollouts.files import ForeignRollouts, read_rollouts
+from gradprobe.rollouts.files import ForeignRollouts, Vocabulary, read_rollouts
 from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.sources import judged
 
@@ -47,9 +47,10 @@ def problems() -> list[Problem]:
     return [Problem(10 + i, r["id"], r["prompt"], r["ground_truth"]) for i, r in enumerate(records)]
 
 
-def read(file: Path, tokenizer, **options) -> ForeignRollouts:
+def read(file: Path, tokenizer, context: int | None = None, **options) -> ForeignRollouts:
     """`read_rollouts` for the demo model."""
-    return read_rollouts(file, tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), **options)
+    vocabulary = Vocabulary(tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), context)
+    return read_rollouts(file, vocabulary, **options)
 
 
 def written(directory: Path, *records: dict | str, name: str = "rollouts.jsonl") -> Path:
