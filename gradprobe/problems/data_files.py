@@ -71,8 +71,6 @@ def _open_hub(source: str) -> RecordFile:
     try:
         config, split = _config_and_split(datasets, source, name, rest)
         dataset = datasets.load_dataset(name, config, split=split)
-    except InputError:
-        raise
     # What the library is known to raise: no connection, no such data set, a broken one, one that is a script.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"`dataset` {source}: {reason_of(error)}") from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError, raise_if_any, reason_of
+from ..common.errors import InputError, one_line, raise_if_any, reason_of
 from .sample import Sampling
 
 FULL_SOFTMAX = {
@@ -262,7 +262,7 @@ def _answer(url: str, seconds: float, body: dict[str, Any] | None = None) -> dic
             raise InputError(f"{url}: no answer within {seconds:g} seconds") from error
         raise InputError(f"{url}: can't be reached ({reason_of(reason)})") from error
     if response.status != 200:
-        said = reason_of(ValueError(content.decode("utf-8", "replace")))
+        said = one_line(content.decode("utf-8", "replace"))
         raise InputError(f"{url}: HTTP {response.status} {response.reason}: {said}")
     try:
         answer = json.loads(content)
