@@ -31,51 +31,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analyze_exp1_compression import CROSS_BUCKET_COSINE, CUMULATIVE_ENERGY, NORMS, comparison_report, figure_inputs
-from analyze_exp1_compression import SUMMARY as EXP1_SUMMARY
-from analyze_exp1_compression import measure_dumps as measure_compression
-from analyze_exp2_direction import ALIGNMENT, HISTOGRAM, bucket_directions, format_p_value
-from analyze_exp2_direction import SUMMARY as EXP2_SUMMARY
-from gradprobe.analysis.inputs import (
-    first_targets,
-    format_number,
-    format_table,
-    format_with_interval,
-    open_dumps,
-    subjects_of,
-    warn,
-)
+from gradprobe.analysis.inputs import fingerprints_of, first_targets
 from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, printable, script_main
 from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import make_directory, read_json, write_text
-from gradprobe.dump.format import Dump, load_manifest, target_directories
-from gradprobe.exp1.compression import Ratio
-from gradprobe.exp1.measure import BucketNumbers, Draws
-from gradprobe.exp2.direction import BucketDirections, summarise
-from gradprobe.figures import exp1 as figures_compression
-from gradprobe.figures import exp2 as figures_direction
-from gradprobe.figures import look as figures
-from gradprobe.figures import trajectory as figures_trajectory
-from gradprobe.figures.inputs import (
-    EXP1_ARRAYS,
-    EXP2_ARRAYS,
-    Compression,
-    NotTheseDumps,
-    fingerprint,
-    is_about,
-    read_compression,
-    read_directions,
-)
-from gradprobe.figures.report import REPLICATION, TRAJECTORY, render_report
+from gradprobe.dump.format import load_manifest, target_directories
+from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY
+from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
+from gradprobe.figures.exp1 import CROSS_BUCKET_COSINE, CUMULATIVE_ENERGY, NORMS
+from gradprobe.figures.exp2 import ALIGNMENT, HISTOGRAM
+from gradprobe.figures.headlines import draw_headlines, headline_tables
+from gradprobe.figures.inputs import headlines_of, is_about
+from gradprobe.figures.look import Figure, save, subjects_of
+from gradprobe.figures.replication import draw_replication
+from gradprobe.figures.report import REPLICATION, render_report
 
-EXP1_HEADLINE = "exp1_headline.png"
-TOP_BUCKET_ENERGY = "exp1_bin4_energy.png"
-EXP2_HEADLINE = "exp2_headline.png"
-COMPRESSION_COLUMNS = ("n", "PR [95%]", "unit-norm PR [95%]", "rank95 at equal n")
 REPORT = "report.html"
 ANALYSES_FIGURES = (CUMULATIVE_ENERGY, CROSS_BUCKET_COSINE, NORMS, HISTOGRAM, ALIGNMENT)
-MIN_OF_TRAJECTORY = 3
-Comparisons = dict[str, list[Ratio | None] | None]
 
 
 @dataclass(frozen=True)
@@ -111,51 +83,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Take what the analyses computed, or compute it; then draw the figures, print the table and write the report."""
     args = parse_args(argv)
-    paths = dump_paths(args)
+    output_dir, paths = args.output_dir, dump_paths(args.dumps, {"base": args.base, "trained": args.trained})
     targets = read_sources(paths)
-    sources = {tag: found[0] for tag, found in targets.items()}
+    sources = first_targets(targets)
     refuse_different_buckets(sources)
-    make_directory(args.output_dir)
+    make_directory(output_dir)
     for difference in differences(sources):
         log.warning(difference)
 
-    fingerprints = {tag: [fingerprint(source.path) for source in found] for tag, found in targets.items()}
-    summaries = read_summaries(args.output_dir)
-    found, compared, directions = numbers_of(args.output_dir, paths, summaries, fingerprints)
-    drawn = draw(sources, found, compared, directions)
+    fingerprints, summaries = fingerprints_of(targets), read_summaries(output_dir)
+    found = headlines_of(output_dir, paths, summaries, fingerprints)
+    drawn = draw_headlines(sources, found)
     have_summaries = all(is_about(summary, fingerprints) for summary in summaries)
     if have_summaries:
-        drawn |= draw_replication(summaries, targets)
+        drawn |= draw_targets(summaries, targets)
 
     for name, figure in drawn.items():
-        figures.save(figure, args.output_dir / name)
-    print(report(found, compared, directions), end="\n\n")
+        save(figure, output_dir / name)
+    print(headline_tables(found), end="\n\n")
     if have_summaries:
-        write_report(args.output_dir, sources, summaries, list(drawn))
+        write_report(output_dir, sources, summaries, list(drawn))
     else:
         tagged = " ".join(f"{tag}=..." for tag in paths)
         log.warning(
             f"{REPORT} is not written, nor {REPLICATION} drawn: they need {EXP1_SUMMARY} and {EXP2_SUMMARY} "
-            f"of these dumps in {args.output_dir}; run both analyses with {tagged} first"
+            f"of these dumps in {output_dir}; run both analyses with {tagged} first"
         )
     written = [*drawn, *([REPORT] if have_summaries else [])]
-    print("\n".join(printable(f"wrote {args.output_dir / name}") for name in written))
+    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0
 
 
-def dump_paths(args: argparse.Namespace) -> dict[str, Path]:
-    """The dumps by tag, in the order given.
+def dump_paths(tagged: list[str], short: Mapping[str, Path | None]) -> dict[str, Path]:
+    """The dumps by tag, in the order given: as TAG=DUMP, or by the flags named like the tags of `short`.
 
     Raises:
         InputError: both ways to name them are used, or neither, or --base without --trained.
     """
-    short = {"base": args.base, "trained": args.trained}
     given = {tag: path for tag, path in short.items() if path is not None}
-    if given and args.dumps:
+    if given and tagged:
         flags = " and ".join(f"--{tag}" for tag in given)
-        raise InputError(f"{flags} and {args.dumps[0]!r} are given: name all dumps by TAG=DUMP, or two by these flags")
-    if args.dumps:
-        return parse_tagged_dumps(args.dumps)
+        raise InputError(f"{flags} and {tagged[0]!r} are given: name all dumps by TAG=DUMP, or two by these flags")
+    if tagged:
+        return parse_tagged_dumps(tagged)
     raise_if_any(f"--{tag} is missing; give --base and --trained, or TAG=DUMP ..." for tag in short if tag not in given)
     return given
 
@@ -181,41 +151,6 @@ def read_summaries(output_dir: Path) -> list[dict[str, Any]]:
     """Those of both analyses in `output_dir`; empty where there is none."""
     files = [output_dir / name for name in (EXP1_SUMMARY, EXP2_SUMMARY)]
     return [read_json(file) if file.is_file() else {} for file in files]
-
-
-def numbers_of(
-    output_dir: Path,
-    paths: Mapping[str, Path],
-    summaries: list[dict[str, Any]],
-    fingerprints: dict[str, list[str]],
-) -> tuple[dict[str, Compression], Comparisons, dict[str, BucketDirections]]:
-    """Both experiments of every tag, from the analyses' files where these are about these dumps, else computed."""
-    found = directions = None
-    missing = []
-    try:
-        found, compared = read_compression(output_dir / EXP1_ARRAYS, summaries[0], fingerprints)
-    except NotTheseDumps as reason:
-        missing.append(f"Exp 1 ({reason})")
-    try:
-        directions = read_directions(output_dir / EXP2_ARRAYS, summaries[1], fingerprints)
-    except NotTheseDumps as reason:
-        missing.append(f"Exp 2 ({reason})")
-    if missing:
-        log.info(f"computing anew what the analyses did not leave about these dumps: {', '.join(missing)}")
-        opened = open_dumps(paths)
-        warn(opened)
-        dumps = first_targets(opened)
-    if found is None:
-        found, compared = compute_compression(dumps)
-    if directions is None:
-        directions = {tag: bucket_directions(dump, dump.bins - 1) for tag, dump in dumps.items()}
-    return found, compared, directions
-
-
-def compute_compression(dumps: dict[str, Dump]) -> tuple[dict[str, Compression], Comparisons]:
-    """What figures show of Exp 1, without what they don't: no ceilings, no nulls."""
-    results, compared = measure_compression(dumps, Draws(ceiling=0, null=0))
-    return {tag: figure_inputs(dump, results[tag]) for tag, dump in dumps.items()}, compared
 
 
 def write_report(
@@ -246,40 +181,7 @@ def differences(sources: dict[str, Source]) -> list[str]:
     ]
 
 
-def draw(
-    sources: Mapping[str, Source | Dump],
-    found: dict[str, Compression],
-    compared: Comparisons,
-    directions: dict[str, BucketDirections],
-) -> dict[str, figures.Figure]:
-    """The headline figures by file name, and the trajectory's where there are enough checkpoints."""
-    subjects, of_subjects = subjects_of(sources), list(found.values())
-    drawn = {
-        EXP1_HEADLINE: figures_compression.draw_compression_headline(
-            subjects, of_subjects, [ratios or [] for ratios in compared.values()]
-        ),
-        TOP_BUCKET_ENERGY: figures_compression.draw_top_bucket_energy(
-            subjects, [one.spectrum(-1) for one in of_subjects]
-        ),
-        EXP2_HEADLINE: figures_direction.draw_direction_headline(subjects, list(directions.values())),
-    }
-    if len(subjects) >= MIN_OF_TRAJECTORY:
-        drawn[TRAJECTORY] = figures_trajectory.draw_trajectory(
-            subjects,
-            [one.buckets for one in of_subjects],
-            [result.alignment for result in directions.values()],
-            [correct_share(source.manifest) for source in sources.values()],
-        )
-    return drawn
-
-
-def correct_share(manifest: dict[str, Any]) -> float | None:
-    """The share of correct rollouts; None where there are none, or the manifest does not count them."""
-    n_correct, n_rollouts = manifest.get("num_correct_rollouts"), manifest["num_rollouts"]
-    return None if n_correct is None or n_rollouts == 0 else n_correct / n_rollouts
-
-
-def draw_replication(summaries: list[dict[str, Any]], targets: dict[str, list[Source]]) -> dict[str, figures.Figure]:
+def draw_targets(summaries: list[dict[str, Any]], targets: dict[str, list[Source]]) -> dict[str, Figure]:
     """`exp12_replication.png` from the summaries where several targets were probed."""
     names = [[source.path.name for source in found] for found in targets.values()]
     if min(map(len, names)) < 2:
@@ -289,52 +191,7 @@ def draw_replication(summaries: list[dict[str, Any]], targets: dict[str, list[So
         log.warning(f"{REPLICATION} is not drawn: the summaries are about other targets; run both analyses again")
         return {}
     subjects = subjects_of({tag: found[0] for tag, found in targets.items()})
-    return {REPLICATION: figures.draw_replication(subjects, *tables)}
-
-
-def report(found: dict[str, Compression], compared: Comparisons, directions: dict[str, BucketDirections]) -> str:
-    """The numbers drawn, as tables for people."""
-    bucket_table = format_table(
-        ["bucket", "tag", *COMPRESSION_COLUMNS],
-        [
-            [str(index), tag, *_compression_cells(numbers)]
-            for index, of_all in enumerate(zip(*(one.buckets for one in found.values()), strict=True))
-            for tag, numbers in zip(found, of_all, strict=True)
-        ],
-    )
-    columns = ["prompts", "mean cos", "control n", "control mean", "rollout control n", "rollout control mean"]
-    direction_table = format_table(
-        ["highest-entropy bucket", *columns, "rho [95%]", "p (n)", "verdict"],
-        [[tag, *_direction_cells(result)] for tag, result in directions.items()],
-    )
-    first = next(iter(found))
-    comparisons = [comparison_report(first, tag, ratios) for tag, ratios in compared.items()]
-    return "\n\n".join([bucket_table, *comparisons, direction_table])
-
-
-def _compression_cells(numbers: BucketNumbers) -> list[str]:
-    """What `COMPRESSION_COLUMNS` names."""
-    rank = numbers.matched_n.rank95
-    return [
-        str(numbers.n),
-        format_with_interval(numbers.participation_ratio, numbers.participation_ratio_ci95),
-        format_with_interval(numbers.participation_ratio_unit_norm, numbers.participation_ratio_unit_norm_ci95),
-        format_number(None if rank is None else rank.mean, 1),
-    ]
-
-
-def _direction_cells(result: BucketDirections) -> list[str]:
-    group = summarise(result.directions.cosines)
-    controls = [summarise(v) for v in (result.directions.control_cosines, result.control_by_rollout_cosines)]
-    found = result.alignment
-    return [
-        str(group.n),
-        format_number(group.mean),
-        *(cell for control in controls for cell in (str(control.n), format_number(control.mean))),
-        format_with_interval(found.rho, found.ci95),
-        format_p_value(found.p_value, found.n_prompts),
-        found.verdict,
-    ]
+    return {REPLICATION: draw_replication(subjects, *tables)}
 
 
 if __name__ == "__main__":

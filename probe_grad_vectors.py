@@ -30,8 +30,10 @@ import transformers
 
 from gradprobe.common.console import add_common_flags, is_verbose, log, printable, script_main
 from gradprobe.common.files import locked, make_directory
+from gradprobe.dump.pooled import BUCKET, NO_POOLING
 from gradprobe.probe.output import prepare, refuse_foreign_dump, refuse_other_settings
 from gradprobe.probe.plan import make_plan
+from gradprobe.probe.rules import RULES
 from gradprobe.probe.run import run_probe
 from gradprobe.probe.settings import BATCH_TOKENS, ProbeSettings, settings_of_task
 from gradprobe.probe.stopwatch import Stopwatch
@@ -135,8 +137,26 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add("--layer", metavar="LAYER[,...]", help="layer, from 0 (default: the middle one, 14 of Qwen2.5-1.5B's 28)")
     add("--param-suffix", help="linear weight inside it (default: %(default)s)")
     add("--row-idx", help="row, from 0; also first, mid, last, random:K (default: %(default)s)")
-    add = parser.add_argument_group("positions").add_argument
-    add("--bins", type=int, help="entropy buckets of equal size (default: %(default)s)")
+    add(
+        "--project",
+        metavar="KxL",
+        help="whole weights in the place of rows, seen through random signs from both sides, e.g. 16x16; then also "
+        "--layer all and --param-suffix all-linear, which is all linear weights in one dump",
+    )
+    add = parser.add_argument_group("tokens and buckets").add_argument
+    add(
+        "--pool",
+        choices=[NO_POOLING, BUCKET],
+        help="bucket: one gradient for each rollout and bucket, summed over all its tokens there, as Exp 3 needs it "
+        "(default: %(default)s: one for each picked token)",
+    )
+    add(
+        "--bucket-by",
+        metavar="RULE",
+        help=f"of pooled tokens: {', '.join(RULES)}, or score:KEY, a list of numbers per token in --rollouts "
+        "(default: %(default)s)",
+    )
+    add("--bins", type=int, help="buckets of equal size (default: %(default)s)")
     add(
         "--pos-per-bin-per-rollout",
         type=int,
@@ -216,10 +236,8 @@ def main(argv: list[str] | None = None) -> int:
             log.info(f"{settings.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
         for dump in run_probe(plan, watch):
-            print(
-                printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}[{dump.row_idx}]"),
-                end=", ",
-            )
+            row = "" if dump.row_idx is None else f"[{dump.row_idx}]"
+            print(printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}{row}"), end=", ")
             print(f"{dump.num_correct_rollouts} of {dump.num_rollouts} rollouts correct")
     return 0
 

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
-from gradprobe.gradients.engine import RowGradients  # noqa: E402
+from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
@@ -246,7 +246,7 @@ def our_gradients(
 ) -> dict[tuple[int, int], np.ndarray]:
     """The first target's rows by (rollout, position)."""
     found = {}
-    engine = RowGradients(bench.model, targets)
+    engine = GradientEngine(bench.model, targets)
     prompts = repeated(bench)[: len(responses)]
     for members, ks, rows in engine.batches(prompts, responses, positions, bench.args.batch_tokens):
         first = rows[0].cpu().numpy()

@@ -47,7 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from bench_probe import matmul_rate, peak_memory, reset_peak_memory  # noqa: E402
 
 from gradprobe.dump.records import Position, Rollout, write_records  # noqa: E402
-from gradprobe.gradients.engine import RowGradients  # noqa: E402
+from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
@@ -560,7 +560,7 @@ def random_ids(shape: Shape, n: int, length: int, seed: int = 0) -> list[list[in
     return np.random.default_rng(seed).integers(shape.vocab, size=(n, length)).tolist()
 
 
-def differentiate(engine: RowGradients, ids: list[list[int]], n_positions: int) -> Callable[[], None]:
+def differentiate(engine: GradientEngine, ids: list[list[int]], n_positions: int) -> Callable[[], None]:
     """One batch of whole sequences, positions spread evenly; the first token is the prompt."""
     length = len(ids[0])
     positions = np.linspace(0, length - 2, n_positions + 1).astype(int)[1:]
@@ -573,9 +573,9 @@ def differentiate(engine: RowGradients, ids: list[list[int]], n_positions: int) 
     return work
 
 
-def warm_engine(shape: Shape, model: nn.Module, targets: list[Target]) -> RowGradients:
+def warm_engine(shape: Shape, model: nn.Module, targets: list[Target]) -> GradientEngine:
     """An engine that has found out about the last layer's shortcut."""
-    engine = RowGradients(model, targets)
+    engine = GradientEngine(model, targets)
     differentiate(engine, random_ids(shape, 1, 16), 2)()
     return engine
 

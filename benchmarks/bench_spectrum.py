@@ -8,7 +8,7 @@ On cores that are shared with other jobs set OPENBLAS_NUM_THREADS=1: threads tha
 
     python benchmarks/bench_spectrum.py study
 
-`svd`: the spectra and first right singular vectors of 10,240 × 8,960 in five buckets, by `iter_bucket_spectra` and by
+`svd`: the spectra and first right singular vectors of 10,240 × 8,960 in five buckets, by `Bucket` and by
 `numpy.linalg.svd` of each bucket in float64, bucket by bucket in turn; both read the float32 memory map themselves.
 Two minutes. One product of n² d multiplications in float64 is the floor of the first and about a tenth of the second.
 
@@ -39,9 +39,11 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gradprobe.exp1.compression import compare_buckets, rollout_codes  # noqa: E402
-from gradprobe.exp1.measure import Draws, measure_dump, smallest_bucket  # noqa: E402
-from gradprobe.exp1.spectrum import Spectrum, iter_bucket_spectra  # noqa: E402
+from gradprobe.analysis.bucket import Bucket, rollout_codes  # noqa: E402
+from gradprobe.exp1.compression import compare_buckets  # noqa: E402
+from gradprobe.exp1.measure import EXACT, Exp1Settings, measure_dump, smallest_bucket  # noqa: E402
+from gradprobe.exp1.spectrum import Spectrum  # noqa: E402
+from gradprobe.exp1.summary import numbers_of  # noqa: E402
 
 BUCKETS, SAMPLES, POSITIONS = 5, 8, 4
 SHARES = (0.5, 0.9, 0.95, 0.99)
@@ -83,6 +85,11 @@ def make_labels(n_prompts: int) -> dict[str, np.ndarray]:
     return {"prompt": prompt, "sample": sample, "bucket": bucket}
 
 
+def whole_of(grads: np.ndarray, labels: dict[str, np.ndarray]) -> Bucket:
+    """All of a dump's gradients."""
+    return Bucket(grads, np.arange(len(grads)), labels["prompt"], rollout_codes(labels["prompt"], labels["sample"]))
+
+
 def make_grads(file: Path, labels: dict[str, np.ndarray], dim: int, seed: int) -> np.ndarray:
     """Write gradients that look like real ones, block by block, and open them as a memory map.
 
@@ -118,11 +125,9 @@ def time_study(directory: Path, n_prompts: int, dim: int) -> dict[str, Any]:
         dump_start = time.perf_counter()
         steps: list[float] = []
         results[tag] = measure_dump(
-            grads[tag],
+            whole_of(grads[tag], label),
             label["bucket"],
             BUCKETS,
-            label["prompt"],
-            rollout_codes(label["prompt"], label["sample"]),
             common_n,
             on_step=lambda steps=steps, since=dump_start: steps.append(time.perf_counter() - since),
         )
@@ -130,12 +135,12 @@ def time_study(directory: Path, n_prompts: int, dim: int) -> dict[str, Any]:
         print(f"{tag}: {seconds[tag]}", file=sys.stderr)
     ratios = [compare_buckets(*pair) for pair in zip(results["base"].sums, results["trained"].sums, strict=True)]
     elapsed, cpu_elapsed = time.perf_counter() - start, time.process_time() - cpu_start
-    json.dumps({tag: result.as_json() for tag, result in results.items()}, allow_nan=False)
+    json.dumps({tag: numbers_of(result) for tag, result in results.items()}, allow_nan=False)
     return {
         "rows_per_dump": len(labels["base"]["prompt"]),
         "dim": dim,
         "common_n": common_n,
-        "draws": str(Draws()),
+        "draws": str(Exp1Settings()),
         "seconds_both_dumps": elapsed,
         "cpu_seconds_both_dumps": cpu_elapsed,
         "seconds_by_stage": seconds,
@@ -147,8 +152,8 @@ def time_study(directory: Path, n_prompts: int, dim: int) -> dict[str, Any]:
 
 def stage_seconds(steps: list[float]) -> dict[str, float]:
     """Seconds of each stage, from the times at which `measure_dump` called `on_step`."""
-    ends = [steps[BUCKETS - 1], steps[BUCKETS], steps[2 * BUCKETS], steps[-1]]
-    names = ["buckets", "cosines across buckets", "ceilings", "null"]
+    ends = [steps[BUCKETS - 1], steps[-1]]
+    names = ["buckets and their ceilings", "directions across buckets and null"]
     return {name: round(end - begin, 1) for name, begin, end in zip(names, [0.0, *ends], ends, strict=False)}
 
 
@@ -162,8 +167,10 @@ def time_svd(directory: Path, n_prompts: int, dim: int, repeats: int) -> dict[st
         for index in range(BUCKETS):
             in_bucket = labels["bucket"] == index
             with laps["gram"]:
-                found = next(iter_bucket_spectra(grads, np.where(in_bucket, 0, 1), 1))
-                numbers = numbers_of(found)
+                bucket = whole_of(grads, labels).part(in_bucket)
+                found = Spectrum(bucket.n, bucket.energies())
+                _, directions = bucket.leading_directions(1, tolerance=EXACT)
+                numbers = numbers_to_compare(found)
             with laps["svd"]:
                 rows = grads[np.flatnonzero(in_bucket)].astype(np.float64)
                 _, sigma, right = np.linalg.svd(rows, full_matrices=False)
@@ -171,7 +178,7 @@ def time_svd(directory: Path, n_prompts: int, dim: int, repeats: int) -> dict[st
                 np.linalg.svd(rows, compute_uv=False)
             energies = sigma**2
             worst_energy = max(worst_energy, np.abs(found.energies - energies).max() / energies[0])
-            worst_direction = max(worst_direction, 1 - abs(float(found.top_direction @ right[0])))
+            worst_direction = max(worst_direction, 1 - abs(float(directions[:, 0].numpy() @ right[0])))
             worst_number = max(worst_number, *np.abs(numbers / numbers_by_hand(energies) - 1))
             print({name: [round(value, 1) for value in lap.cpu] for name, lap in laps.items()}, file=sys.stderr)
     seconds = {name: sum(lap.wall) / repeats for name, lap in laps.items()}
@@ -191,16 +198,15 @@ def time_svd(directory: Path, n_prompts: int, dim: int, repeats: int) -> dict[st
 
 def time_whole(directory: Path, n_prompts: int, dim: int) -> dict[str, Any]:
     """All of Exp 1 for one dump of even buckets, and what numpy's SVD would take for its spectra, ceilings and null."""
-    labels, draws = make_labels(n_prompts), Draws()
+    labels, draws = make_labels(n_prompts), Exp1Settings()
     grads = make_grads(directory / "grads.npy", labels, dim, 0)
-    rollout = rollout_codes(labels["prompt"], labels["sample"])
     laps = {name: Laps() for name in ("exp1", "svd of a bucket", "svd of half a bucket")}
     rows = np.flatnonzero(labels["bucket"] == 0)
     for name, part in (("svd of a bucket", rows), ("svd of half a bucket", rows[: len(rows) // 2])):
         with laps[name]:
             np.linalg.svd(grads[part].astype(np.float64), full_matrices=False)
     with laps["exp1"]:
-        measure_dump(grads, labels["bucket"], BUCKETS, labels["prompt"], rollout, len(rows), draws=draws)
+        measure_dump(whole_of(grads, labels), labels["bucket"], BUCKETS, len(rows), draws)
     counts = {"svd of a bucket": BUCKETS * (1 + draws.null), "svd of half a bucket": BUCKETS * 2 * draws.ceiling}
     result: dict[str, Any] = {"rows": len(grads), "dim": dim, "counts": counts}
     for clock in ("wall", "cpu"):
@@ -227,7 +233,7 @@ class Laps:
         self.cpu.append(time.process_time() - self._start[1])
 
 
-def numbers_of(found: Spectrum) -> np.ndarray:
+def numbers_to_compare(found: Spectrum) -> np.ndarray:
     """The study's numbers of one bucket."""
     ranks = [found.rank(q) for q in SHARES]
     return np.array([found.participation_ratio, found.top1_energy_frac, found.effective_rank, *ranks])

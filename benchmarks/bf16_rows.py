@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from gradprobe.dump.format import find_rollouts, load_dump  # noqa: E402
 from gradprobe.dump.records import iter_rollouts  # noqa: E402
-from gradprobe.gradients.engine import RowGradients  # noqa: E402
+from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
@@ -27,9 +27,9 @@ from gradprobe.model.decoder import layer_list  # noqa: E402
 
 def rows_of(model, target: Target, rollouts: list, positions: list[np.ndarray]) -> np.ndarray:
     """Gradient rows in the order of rollouts and positions, float64."""
-    engine = RowGradients(model, [target])
+    engine = GradientEngine(model, [target])
     starts = np.concatenate([[0], np.cumsum([len(p) for p in positions])])
-    found = np.empty((starts[-1], engine.row_dims[0]))
+    found = np.empty((starts[-1], target.row_dim(model)))
     prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
     for members, ks, (rows,) in engine.batches(prompts, responses, positions, 4096):
         found[starts[members] + ks] = rows.cpu().numpy()

@@ -3,15 +3,17 @@
 
 Exp 2: prompts whose correct and incorrect rollouts have directions of a planted cosine, in noise. How often does the
 interval hold the truth, which verdicts come out, how often is p below 0.05 where labels mean nothing, and what did
-the original's measure say? Exp 1: buckets of k directions, and isotropic directions with heavy-tailed norms.
+the original's measure say? Exp 1: buckets of k directions, and isotropic directions with heavy-tailed norms. Exp 3:
+`calibration_exp3.py`.
 
 The table of docs/calibration.md (minutes on two cores):
 
     python benchmarks/calibration.py --output docs/calibration.md
 
-The same rows from a tenth of the draws, not written (under a minute):
+The same rows from a tenth of the draws, not written, and the tables of one experiment alone:
 
     python benchmarks/calibration.py --quick
+    python benchmarks/calibration.py --only exp3
 
 The tables go to stdout; an entry outside its band says NO.
 """
@@ -33,27 +35,29 @@ import numpy as np  # noqa: E402
 import scipy  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import calibration_exp3  # noqa: E402
+from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, markdown, mean_of, number, percent  # noqa: E402
 
 import gradprobe  # noqa: E402
-from gradprobe.exp1.spectrum import participation_ratio, spectrum_of_rows  # noqa: E402
+from gradprobe.analysis.bucket import Bucket, rollout_codes  # noqa: E402
+from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
 from gradprobe.exp2.direction import (  # noqa: E402
     ALIGNED,
     MIN_ROLLOUTS_OF_EACH_KIND,
     OPPOSED,
     ORTHOGONAL,
     UNDERPOWERED,
-    BucketDirections,
-    directions_of_bucket,
     summarise,
 )
+from gradprobe.exp2.measure import BucketDirections, Exp2Settings, directions_of_bucket  # noqa: E402
 
 VERDICTS = (ALIGNED, ORTHOGONAL, OPPOSED, UNDERPOWERED)
-COVERAGE_BAND = (0.90, 0.99)
 LEVEL, LEVEL_BAND = 0.05, (0.02, 0.08)
 PR_TOLERANCE, UNIT_NORM_TOLERANCE = 0.10, 0.05
 N_SPECTRUM_DRAWS = 10
-OUTSIDE = "**NO**"
+EXPERIMENTS = ("exp1", "exp2", "exp3")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Planted:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A planted bucket as arrays, one row per token: the arguments of `directions_of_bucket`."""
+    """A planted bucket as arrays, one row per token: what `directions_of_bucket` takes."""
 
     grads: np.ndarray
     prompt: np.ndarray
@@ -150,17 +154,10 @@ def draw_row(task: tuple[int, int, Planted, int, int, int]) -> BucketDirections:
     """One draw of one row, from a stream of its own: the result doesn't hang on the number of processes."""
     row, draw, planted, seed, n_bootstrap, n_permutations = task
     tokens = plant(planted, np.random.default_rng([seed, row, draw]))
-    return directions_of_bucket(
-        tokens.grads,
-        np.arange(len(tokens.grads)),
-        tokens.prompt,
-        tokens.sample_idx,
-        tokens.correct,
-        planted.n_prompts,
-        seed=draw,
-        n_bootstrap=n_bootstrap,
-        n_permutations=n_permutations,
-    )
+    rollout = rollout_codes(tokens.prompt, tokens.sample_idx)
+    bucket = Bucket(tokens.grads, np.arange(len(tokens.grads)), tokens.prompt, rollout)
+    settings = Exp2Settings(n_bootstrap, n_permutations, seed=draw)
+    return directions_of_bucket(bucket, tokens.correct, planted.n_prompts, settings)
 
 
 def coverage_sections() -> dict[str, list[Planted]]:
@@ -190,29 +187,6 @@ def null_rows() -> list[Planted]:
         Planted(0.2, 1.0, 0.3, ragged=True),
         Planted(0.2, 1.0, 0.3, signal_spread=0.7, norm_spread=0.7),
     ]
-
-
-def number(value: float | None, digits: int = 2, signed: bool = False) -> str:
-    """For a table; a dash where there is none."""
-    if value is None or np.isnan(value):
-        return "–"
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-
-
-def percent(share: float) -> str:
-    """0.055 -> 5.5%."""
-    return f"{100 * share:.1f}%"
-
-
-def mean_of(values: list[float | None]) -> float | None:
-    """Of those there are."""
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def in_band(value: float, band: tuple[float, float]) -> str:
-    """A word for the table; the loud one stands out."""
-    return "yes" if band[0] <= value <= band[1] else OUTSIDE
 
 
 def original_columns(row: Row) -> list[str]:
@@ -282,7 +256,9 @@ def unit_norm(rows: np.ndarray) -> np.ndarray:
 
 def ratio_of(rows: np.ndarray) -> float:
     """The toolkit's participation ratio of [n, d] rows."""
-    found = spectrum_of_rows(rows.astype(np.float32), np.arange(len(rows))).participation_ratio
+    of_nobody = np.zeros(len(rows), int)
+    bucket = Bucket(rows.astype(np.float32), np.arange(len(rows)), of_nobody, of_nobody)
+    found = participation_ratio(bucket.energies())
     assert found is not None
     return found
 
@@ -345,12 +321,6 @@ def norm_table(rng: np.random.Generator) -> list[list[str]]:
     return table
 
 
-def markdown(table: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table; all columns but words are right-aligned by the renderer."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
-    return [lines[0], "|" + " ---: |" * len(table[0]), *lines[1:]]
-
-
 WHAT_WAS_PLANTED = f"""
 ## What was planted (Exp 2)
 
@@ -379,20 +349,23 @@ sphere, norms of the law named, fresh rows in every draw; PR of the rows as they
 
 def document(sections: dict[str, list[list[str]]], args: argparse.Namespace, command: str) -> str:
     """The tables as one Markdown text."""
-    outside = {title: sum(line.count(OUTSIDE) for line in table) for title, table in sections.items()}
+    outside = {title: sum(OUTSIDE in cell for line in table for cell in line) for title, table in sections.items()}
     lines = [
         "# Calibration: planted truths through the toolkit's statistics",
         "",
         f"Written on {datetime.now(timezone.utc):%Y-%m-%d} by `{command}`: gradprobe {gradprobe.__version__}, "
         f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}. {args.draws} draws a "
-        f"row where there is a ρ, {args.null_draws} where labels mean nothing; draw j of row i comes from the stream "
-        f"`default_rng([{args.seed}, i, j])`, rows counted from 0 through all tables of Exp 2. {args.bootstrap} "
-        f"bootstrap draws behind each detectable |ρ|, {args.permutations} permutations behind each p.",
+        f"row where there is a truth to hold, {args.null_draws} where labels mean nothing; draw j of row i comes from "
+        f"the stream `default_rng([{args.seed}, i, j])`, rows counted from 0 through all tables of Exp 2, from "
+        f"{calibration_exp3.STREAM} through those of Exp 3. Exp 2: {args.bootstrap} bootstrap draws behind each "
+        f"detectable |ρ|, {args.permutations} permutations behind each p.",
         "",
-        f"Entries outside their band are marked {OUTSIDE}; nothing was left out or drawn again. There are:",
+        f"Entries outside their band are marked {OUTSIDE}; nothing was drawn again, and nothing left out but what is "
+        "said of Exp 3. There are:",
         "",
         *(f"- {count or 'none'} in “{title}”" for title, count in outside.items()),
-        WHAT_WAS_PLANTED.rstrip("\n"),
+        *((WHAT_WAS_PLANTED.rstrip("\n"),) if args.only != "exp3" else ()),
+        *((calibration_exp3.WHAT_WAS_PLANTED.rstrip("\n"),) if args.only in (None, "exp3") else ()),
     ]
     for title, table in sections.items():
         lines += ["", f"## {title}", "", *markdown(table)]
@@ -409,6 +382,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--permutations", type=int, default=499, help="behind each p-value (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=os.cpu_count(), help="processes; results don't hang on it (default: all cores)")
+    add("--only", choices=EXPERIMENTS, help="the tables of one experiment (default: all)")
     add("--quick", action="store_true", help="a tenth of the draws: to see it work, too few for the bands")
     add("--output", type=Path, metavar="FILE", help="write the tables there as Markdown (default: only to stdout)")
     args = parser.parse_args(argv)
@@ -428,26 +402,44 @@ def run_rows(pool: ProcessPoolExecutor, rows: list[Planted], numbers: range, n_d
     return found
 
 
+def exp2_sections(pool: ProcessPoolExecutor, args: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Title -> table."""
+    sections: dict[str, list[list[str]]] = {}
+    first = 0
+    for title, rows in coverage_sections().items():
+        numbers = range(first, first + len(rows))
+        drawn = run_rows(pool, rows, numbers, args.draws, args.seed, args.bootstrap, 0)
+        sections[f"Exp 2. {title}"] = coverage_table(drawn)
+        first += len(rows)
+        print(f"Exp 2: {title}", file=sys.stderr, flush=True)
+    rows = null_rows()
+    numbers = range(first, first + len(rows))
+    drawn = run_rows(pool, rows, numbers, args.null_draws, args.seed, args.bootstrap, args.permutations)
+    return sections | {"Exp 2. Labels that mean nothing": null_table(drawn)}
+
+
+def exp1_sections(seed: int) -> dict[str, list[list[str]]]:
+    """Title -> table."""
+    rng = np.random.default_rng([seed, 2000])
+    return {
+        "Exp 1. A bucket of k directions": rank_table(rng),
+        "Exp 1. Isotropic directions (1,000 rows in 512 dimensions), heavy-tailed norms": norm_table(rng),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     """Draw all rows, print the tables, write them."""
     args = parse_args(argv)
     started = time.perf_counter()
+    wanted = EXPERIMENTS if args.only is None else (args.only,)
     sections: dict[str, list[list[str]]] = {}
     with ProcessPoolExecutor(args.workers) as pool:
-        first = 0
-        for title, rows in coverage_sections().items():
-            numbers = range(first, first + len(rows))
-            drawn = run_rows(pool, rows, numbers, args.draws, args.seed, args.bootstrap, 0)
-            sections[f"Exp 2. {title}"] = coverage_table(drawn)
-            first += len(rows)
-            print(f"{time.perf_counter() - started:.0f} s: {title}", file=sys.stderr, flush=True)
-        rows = null_rows()
-        numbers = range(first, first + len(rows))
-        drawn = run_rows(pool, rows, numbers, args.null_draws, args.seed, args.bootstrap, args.permutations)
-        sections["Exp 2. Labels that mean nothing"] = null_table(drawn)
-    rng = np.random.default_rng([args.seed, 2000])
-    sections["Exp 1. A bucket of k directions"] = rank_table(rng)
-    sections["Exp 1. Isotropic directions (1,000 rows in 512 dimensions), heavy-tailed norms"] = norm_table(rng)
+        if "exp2" in wanted:
+            sections |= exp2_sections(pool, args)
+        if "exp1" in wanted:
+            sections |= exp1_sections(args.seed)
+        if "exp3" in wanted:
+            sections |= calibration_exp3.sections(pool, args.draws, args.null_draws, args.seed)
     command = " ".join(["python", "benchmarks/calibration.py", *(sys.argv[1:] if argv is None else argv)])
     text = document(sections, args, command)
     print(text, end="")

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from .analysis.bucket import Bucket
 from .analysis.inputs import open_dumps
 from .common.errors import InputError
 from .dump import format as dump
 from .exp1.spectrum import participation_ratio as participation_ratio_of_energies
-from .exp1.spectrum import spectrum_of_rows
-from .exp2.direction import Alignment, directions_of_bucket
+from .exp2.direction import Alignment
+from .exp2.measure import Exp2Settings, bucket_directions
 
 BATCH_TOKENS = 4096
 
@@ -58,7 +59,7 @@ def row_gradients(
     Raises:
         InputError: a layer, weight, row or position that there is not.
     """
-    from .gradients.engine import RowGradients
+    from .gradients.engine import GradientEngine
     from .gradients.targets import Target
     from .model.decoder import layer_list
 
@@ -67,12 +68,12 @@ def row_gradients(
         raise InputError(f"positions must be distinct and from 0 to {len(response_ids) - 1}")
     model.eval().requires_grad_(False)
     target = Target(len(layer_list(model)[1]) // 2 if layer is None else layer, param_suffix, row_idx)
-    engine = RowGradients(model, [target])
+    engine = GradientEngine(model, [target])
     found: dict[int, np.ndarray] = {}
     order = np.sort(wanted)
     for _, ks, (rows,) in engine.batches([prompt_ids], [response_ids], [order], BATCH_TOKENS):
         found.update(zip(order[ks].tolist(), rows.cpu().numpy(), strict=True))
-    return np.stack([found[t] for t in wanted.tolist()]) if found else np.zeros((0, engine.row_dims[0]), np.float32)
+    return np.stack([found[t] for t in wanted.tolist()]) if found else np.zeros((0, target.row_dim(model)), np.float32)
 
 
 def participation_ratio(gradients: np.ndarray, *, unit_norm: bool = False) -> float | None:
@@ -89,7 +90,8 @@ def participation_ratio(gradients: np.ndarray, *, unit_norm: bool = False) -> fl
     if unit_norm:
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
-    return participation_ratio_of_energies(spectrum_of_rows(rows, np.arange(len(rows))).energies)
+    of_nobody = np.zeros(len(rows), int)
+    return participation_ratio_of_energies(Bucket(rows, np.arange(len(rows)), of_nobody, of_nobody).energies())
 
 
 def alignment(loaded: dump.Dump, bucket: int | None = None, *, seed: int = 0) -> Alignment:
@@ -104,7 +106,5 @@ def alignment(loaded: dump.Dump, bucket: int | None = None, *, seed: int = 0) ->
         `rho`, `ci95`, `p_value`, `min_detectable`, `n_prompts` and `verdict` (aligned, opposed, orthogonal,
         underpowered), as in `exp2_summary.json`; see `direction.alignment` for the formulas.
     """
-    rows = loaded.rows_of_bucket(loaded.bins - 1 if bucket is None else bucket)
-    return directions_of_bucket(
-        loaded.grads, rows, loaded.prompt, loaded.sample_idx, loaded.correct, len(loaded.prompt_keys), seed=seed
-    ).alignment
+    index = loaded.bins - 1 if bucket is None else bucket
+    return bucket_directions(loaded, index, Exp2Settings(seed=seed)).alignment

@@ -1,13 +1,21 @@
 """Tiny checkpoints with random weights: the same classes as the real ones, seconds to make."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_checkpoint
+from tiny import Float64Throughout, tiny_checkpoint
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def float64_throughout() -> Iterator[None]:
+    """See `tiny.Float64Throughout`."""
+    with Float64Throughout():
+        yield
 
 
 @pytest.fixture(scope="session")

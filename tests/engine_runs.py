@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tiny import VOCAB_SIZE
 
-from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.engine import GradientEngine
 from gradprobe.gradients.targets import Target
 
 DOWN = "mlp.down_proj.weight"
@@ -22,7 +22,7 @@ def random_rollouts(n: int, seed: int) -> tuple[list[list[int]], list[list[int]]
 def engine_rows(model, targets, prompts, responses, positions, batch_tokens) -> dict[tuple, torch.Tensor]:
     """Rows by (target number, rollout, position)."""
     found = {}
-    engine = RowGradients(model, targets)
+    engine = GradientEngine(model, targets)
     for rollouts, ks, rows in engine.batches(prompts, responses, positions, batch_tokens):
         for n, (i, k) in enumerate(zip(rollouts, ks, strict=True)):
             for t in range(len(targets)):

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gradprobe.analysis.bucket import Bucket
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 REPOSITORY = Path(__file__).parent.parent
 
@@ -79,3 +81,11 @@ def write_heavy_tailed_dump(path: Path, *, seed: int, n_prompts: int = 20, dim: 
     return write_dump(
         path, directions * norms[:, None], bucket, prompt=prompt, sample=sample, correct=correct, **manifest
     )
+
+
+def bucket_of(grads: np.ndarray, rows=None, prompt=None, rollout=None, **keywords) -> Bucket:
+    """`grads[rows]`, or all, of `prompt` and `rollout`, [n_all]; every gradient its own where these are not given."""
+    everyone = np.arange(len(grads))
+    rows = everyone if rows is None else rows
+    prompt, rollout = (everyone if codes is None else codes for codes in (prompt, rollout))
+    return Bucket(grads, rows, prompt[rows], rollout[rows], **keywords)

@@ -1,22 +1,21 @@
-"""What the analysis scripts have in common: dumps in and checked, what figures call them, tables for people."""
+"""What the analysis scripts have in common: dumps in and checked, and what tells one from another."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..common.errors import InputError, raise_if_any
 from ..dump.check import checksum_problems, first_of, read_content
-from ..dump.format import GRADS, Dump, load_dump, target_directories
-from ..figures.look import Subject
+from ..dump.format import GRADS, MANIFEST, Dump, load_dump, target_directories
 
 log = logging.getLogger(__name__)
 
-MISSING = "-"
 Tag = TypeVar("Tag", bound="str | None")
 
 
@@ -83,40 +82,18 @@ def target_name(dump: Dump) -> str:
     return f"{dump.manifest['target']}[{dump.manifest['row_idx']}]"
 
 
-def subjects_of(dumps: Mapping[Tag, Dump]) -> list[Subject]:
-    """What the figures call each dump."""
-    return [Subject(tag, dump.manifest["model_path"], target_name(dump), dump.bins - 1) for tag, dump in dumps.items()]
+def fingerprint(dump: Path) -> str:
+    """SHA-256 of a dump's manifest, hexadecimal.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return hashlib.sha256((dump / MANIFEST).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{dump / MANIFEST}: {error.strerror}") from error
 
 
-def format_number(value: float | int | None, decimals: int = 3) -> str:
-    """A number for a table: integers as they are, others with `decimals`, None as `-`."""
-    if value is None:
-        return MISSING
-    return str(value) if isinstance(value, int) else f"{value:.{decimals}f}"
-
-
-def format_with_interval(value: float | None, interval: Sequence[float] | None, decimals: int = 2) -> str:
-    """`-0.63 [-1.33, -0.27]`; `-` for what there is not."""
-    if value is None:
-        return MISSING
-    ends = MISSING if interval is None else ", ".join(format_number(end, decimals) for end in interval)
-    return f"{format_number(value, decimals)} [{ends}]"
-
-
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in [header, *rows]:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def format_replication(spreads: Mapping[str, Mapping[str, float | int | None]]) -> str:
-    """A table of numbers over targets, see `replication.spread_of`."""
-    columns = ("n", "mean", "std", "min", "max")
-    return format_table(
-        ["over targets", *columns],
-        [[name, *(format_number(spread[column]) for column in columns)] for name, spread in spreads.items()],
-    )
+def fingerprints_of(dumps: Mapping[Tag, list[Any]]) -> dict[Tag, list[str]]:
+    """Of each tag's targets: what summaries and figures are about."""
+    return {tag: [fingerprint(dump.path) for dump in targets] for tag, targets in dumps.items()}

@@ -13,6 +13,7 @@ from ..common.files import sha256_of
 from . import format as contract
 from .blocks import iter_row_blocks
 from .format import Dump
+from .pooled import pooled_tokens
 from .records import Rollout, iter_rollouts
 
 
@@ -159,6 +160,9 @@ def _rows_by_rollout(dump: Dump) -> dict[tuple[int, int], np.ndarray]:
 
 def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterable[str]:
     """Meta lines of `rows` that say something else than their rollout."""
+    if dump.is_pooled:
+        yield from _pooled_disagreements(dump, rollout, rows)
+        return
     name = f"prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
     for row in rows.tolist():
         pos = int(dump.pos[row])
@@ -171,3 +175,18 @@ def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterable[s
             yield f"{where}: logprob is {dump.logprob[row]}, in {contract.ROLLOUTS} {rollout.logprobs[pos]}"
         elif rollout.correct != dump.correct[row]:
             yield f"{where}: correct differs from {contract.ROLLOUTS}"
+
+
+def _pooled_disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterable[str]:
+    """Lines of a pooled dump against what its rollout's tokens and the manifest's edges give."""
+    name = f"{dump.path / contract.META}: prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
+    expected = {line.bin: line for line in pooled_tokens([rollout], np.array(dump.manifest["entropy_edges"]))}
+    found = {int(dump.bin[row]): row for row in rows.tolist()}
+    for bucket in sorted(expected.keys() ^ found.keys()):
+        yield f"{name}: bin {bucket} has {'tokens and no row' if bucket in expected else 'a row and no tokens'}"
+    for bucket in sorted(expected.keys() & found.keys()):
+        line, row = expected[bucket], found[bucket]
+        for key in ("n_tokens", "n_response_tokens", "correct", "entropy", "logprob", "rare"):
+            here, there = getattr(dump, key)[row], getattr(line, key)
+            if here != there:
+                yield f"{name}: row {row}: {key} is {here}, but {there} of its tokens in {contract.ROLLOUTS}"

@@ -8,7 +8,7 @@ row), `manifest.json` (written last: a directory without it is unfinished) and, 
 import itertools
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import FaultyRecord, InputError, first_few, first_of, raise_if_any
-from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, faults_of, is_finite, is_index
+from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index
 from ..common.files import iter_jsonl, read_json
 from .blocks import SelectedRows, open_rows
 from .buckets import bucket_of
+from .pooled import BUCKET, POOLING
 from .records import PROMPT_KEY, PromptKey, prompt_key_from_json
 
 GRADS = "grads.npy"
@@ -33,24 +34,35 @@ EDGE_TOLERANCE = 1e-6
 
 MANIFEST_KINDS = {
     **dict.fromkeys(("model_path", "target"), TEXT),
-    **dict.fromkeys(("row_idx", "row_dim", "num_prompts", "num_samples_per_prompt"), INDEX),
+    **dict.fromkeys(("row_dim", "num_prompts", "num_samples_per_prompt"), INDEX),
+    "row_idx": replace(INDEX.or_null(), is_optional=False),  # null of whole weights, see `projection`
     **dict.fromkeys(("num_rollouts", "num_positions"), INDEX),
     "entropy_edges": LIST,
     "bins": INDEX,
     **dict.fromkeys(("num_correct_rollouts", "num_response_tokens"), INDEX.optional()),
     **dict.fromkeys(("num_nonfinite_rows", "num_zero_rows"), INDEX.optional()),
     **dict.fromkeys(("prompt_idxs", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
-    **dict.fromkeys(("checksums", "shard"), OBJECT.optional()),
+    **dict.fromkeys(("checksums", "shard", "projection", "on_policy"), OBJECT.optional()),
+    **dict.fromkeys(("pooling", "bucket_by"), TEXT.optional()),
     **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
     **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), TEXT.optional()),
 }
-META_KINDS = {
-    **dict.fromkeys(("row", "pos", "bin", "sample_idx"), INDEX),
+_COMMON_KINDS = {
+    **dict.fromkeys(("row", "bin", "sample_idx"), INDEX),
     "prompt_idx": PROMPT_KEY,
     "entropy": NUMBER,
-    "logprob": NUMBER.optional(),
     "correct": TRUE_OR_FALSE,
 }
+META_KINDS = {**_COMMON_KINDS, "pos": INDEX, "logprob": NUMBER.optional(), "tail_mass": NUMBER.optional()}
+POOLED_KINDS = {
+    **_COMMON_KINDS,
+    **dict.fromkeys(("n_tokens", "n_response_tokens"), INDEX),
+    **dict.fromkeys(("logprob", "rare"), NUMBER),
+    "reward": NUMBER.or_null(),
+}
+COLUMNS = ("sample_idx", "bin", "entropy", "correct", "pos", "logprob", "tail_mass", "n_tokens", "n_response_tokens")
+COLUMNS += ("rare", "reward")
+"""What of a line becomes an array; one that not every line has becomes None."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,14 @@ class Dump:
         row: [n] int64, which rows of `grads.npy` these are.
         prompt_keys: the distinct prompts, sorted.
         prompt: [n] index into `prompt_keys`.
-        sample_idx, pos, bin: [n] int64.
-        entropy: [n] float64, nats.
-        correct: [n] bool, whether the position's rollout was correct.
-        logprob: [n] float64, or None in dumps of the original scripts.
+        sample_idx, bin: [n] int64.
+        entropy: [n] float64, nats; in a pooled dump the mean of the tokens summed.
+        correct: [n] bool, whether the gradient's rollout was correct.
+        pos: [n] int64; None in a pooled dump.
+        logprob: [n] float64, or None in dumps of the original scripts; in a pooled dump the mean.
+        tail_mass: [n] float64, 1 - max π; None in a pooled dump and where it is not known.
+        n_tokens, n_response_tokens, rare, reward: [n], see `records.PooledTokens`; None where that says so, or in a
+            dump of tokens.
         lines_in_row_order: whether the lines of `meta.jsonl` stand in the order of the rows.
         warnings: what the reader must be told, one line each.
     """
@@ -79,13 +95,28 @@ class Dump:
     prompt_keys: list[PromptKey]
     prompt: np.ndarray
     sample_idx: np.ndarray
-    pos: np.ndarray
     bin: np.ndarray
     entropy: np.ndarray
     correct: np.ndarray
+    pos: np.ndarray | None
     logprob: np.ndarray | None
+    tail_mass: np.ndarray | None
+    n_tokens: np.ndarray | None
+    n_response_tokens: np.ndarray | None
+    rare: np.ndarray | None
+    reward: np.ndarray | None
     lines_in_row_order: bool
     warnings: tuple[str, ...]
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether gradients are sums over a rollout's tokens in a bucket."""
+        return is_pooled(self.manifest)
+
+    @property
+    def tail_masses(self) -> np.ndarray | None:
+        """[n] the rare tokens to be expected behind each gradient, Σ (1 - max π) of its tokens; None where unknown."""
+        return self.rare if self.is_pooled else self.tail_mass
 
     @property
     def bins(self) -> int:
@@ -121,7 +152,7 @@ class Dump:
         """The dump as if it had no rows but `kept`, [n_kept] ascending indices into this one's."""
         if len(kept) == len(self.row):
             return self
-        per_row = ("row", "prompt", "sample_idx", "pos", "bin", "entropy", "correct", "logprob")
+        per_row = ("row", "prompt", *COLUMNS)
         columns = {name: None if getattr(self, name) is None else getattr(self, name)[kept] for name in per_row}
         source = self.grads.source if isinstance(self.grads, SelectedRows) else self.grads
         return replace(self, grads=SelectedRows(source, columns["row"]), **columns)
@@ -143,13 +174,25 @@ def load_dump(path: Path) -> Dump:
         for key, actual in zip(("num_positions", "row_dim"), grads.shape, strict=True)
         if manifest[key] != actual
     )
-    columns, prompt_keys = _load_meta(path / META, len(grads), manifest["bins"])
+    columns, prompt_keys = _load_meta(path / META, len(grads), manifest)
     warnings = _warnings(path, manifest)
     dump = Dump(path, manifest, grads, np.arange(len(grads)), prompt_keys, warnings=warnings, **columns)
     repeated = _repeated_tokens(dump)
     is_ours = find_rollouts(path) is not None  # the original did not promise to dump a token once
     raise_if_any([*_bucket_problems(dump), *_count_problems(dump), *(repeated if is_ours else [])])
     return replace(dump, warnings=(*warnings, *repeated))
+
+
+def is_pooled(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of a pooled dump."""
+    return manifest.get(POOLING) == BUCKET
+
+
+def target_name(manifest: Mapping[str, Any]) -> str:
+    """What was probed: `model.layers.14.mlp.down_proj.weight[0]`, or whole weights, `all-linear (16x16)`."""
+    projection = manifest.get("projection")
+    of_it = f" ({projection['rows']}x{projection['cols']})" if projection else f"[{manifest['row_idx']}]"
+    return manifest["target"] + of_it
 
 
 def target_directories(path: Path) -> list[Path]:
@@ -230,19 +273,18 @@ def are_edges(edges: list[Any]) -> bool:
     return all(map(is_finite, edges)) and all(a < b for a, b in itertools.pairwise(edges))
 
 
-def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list[PromptKey]]:
+def _load_meta(file: Path, n_rows: int, manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[PromptKey]]:
     """Columns of `meta.jsonl` in row order, and the sorted distinct prompts that its `prompt` counts in."""
-    integers = {name: np.zeros(n_rows, np.int64) for name in ("sample_idx", "pos", "bin")}
-    entropy, logprob = np.zeros(n_rows), np.zeros(n_rows)
-    correct, seen = np.zeros(n_rows, np.bool_), np.zeros(n_rows, np.bool_)
+    kinds = POOLED_KINDS if is_pooled(manifest) else META_KINDS
+    columns = {name: np.zeros(n_rows, _dtype_of(name)) for name in COLUMNS if name in kinds}
+    n_known = dict.fromkeys(columns, 0)
+    seen, prompt = np.zeros(n_rows, np.bool_), np.zeros(n_rows, np.int64)
     code_of: dict[PromptKey, int] = {}
-    prompt = np.zeros(n_rows, np.int64)
     problems: list[str] = []
-    n_lines = n_logprobs = 0
-    in_order = True
+    n_lines, in_order = 0, True
     for number, record in iter_jsonl(file):
         n_lines += 1
-        fault = next(_meta_faults(record, n_rows, bins), None)
+        fault = next(_meta_faults(record, kinds, n_rows, manifest["bins"]), None)
         row = record.get("row")
         if fault is None and seen[row]:
             fault = f"row {row} stands twice"
@@ -252,12 +294,10 @@ def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list
         seen[row] = True
         in_order &= row == number - 1
         prompt[row] = code_of.setdefault(prompt_key_from_json(record["prompt_idx"]), len(code_of))
-        for name, column in integers.items():
-            column[row] = record[name]
-        entropy[row], correct[row] = record["entropy"], record["correct"]
-        if "logprob" in record:
-            logprob[row] = record["logprob"]
-            n_logprobs += 1
+        for name, column in columns.items():
+            if record.get(name) is not None:
+                column[row] = record[name]
+                n_known[name] += 1
     if n_lines != n_rows:
         problems.append(f"{file}: {n_lines} lines for the {n_rows} rows of {GRADS}")
     if len({type(key) for key in code_of}) > 1:
@@ -266,13 +306,25 @@ def _load_meta(file: Path, n_rows: int, bins: int) -> tuple[dict[str, Any], list
     keys = sorted(code_of)
     rank_of_code = np.zeros(len(keys), np.int64)
     rank_of_code[[code_of[key] for key in keys]] = np.arange(len(keys))
-    columns = {"prompt": rank_of_code[prompt], **integers, "entropy": entropy, "correct": correct}
-    columns["logprob"] = logprob if n_logprobs == n_rows else None
-    return {**columns, "lines_in_row_order": in_order}, keys
+    known = {name: column for name, column in columns.items() if n_known[name] == n_rows}
+    return {
+        "prompt": rank_of_code[prompt],
+        **dict.fromkeys(COLUMNS),
+        **known,
+        "lines_in_row_order": in_order,
+    }, keys
+
+
+def _dtype_of(column: str) -> type:
+    if column == "correct":
+        return np.bool_
+    return np.float64 if column in ("entropy", "logprob", "tail_mass", "rare", "reward") else np.int64
 
 
 def _bucket_problems(dump: Dump) -> list[str]:
-    """Rows whose bucket is not the one that the manifest's edges give their entropy."""
+    """Rows whose bucket is not the one that the manifest's edges give their entropy; sums have no single one."""
+    if dump.is_pooled:
+        return []
     edges = np.array(dump.manifest["entropy_edges"], dtype=np.float64)
     wrong = np.flatnonzero(bucket_of(dump.entropy, edges) != dump.bin)
     # An entropy on an edge may have been rounded to either side by whoever wrote it.
@@ -285,12 +337,13 @@ def _bucket_problems(dump: Dump) -> list[str]:
 
 
 def _repeated_tokens(dump: Dump) -> list[str]:
-    """Tokens, (prompt, sample, pos), that stand in more than one row."""
-    keys = (dump.pos, dump.sample_idx, dump.prompt)
+    """Tokens, (prompt, sample, pos), or pooled buckets, (prompt, sample, bin), that stand in more than one row."""
+    keys = (dump.bin if dump.is_pooled else dump.pos, dump.sample_idx, dump.prompt)
     order = np.lexsort(keys)
     same = np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys])
     pairs = [f"{a} and {b}" for a, b in zip(order[:-1][same].tolist(), order[1:][same].tolist(), strict=True)]
-    where = f"{dump.path / META}: a token stands in two rows {len(pairs)} times"
+    what = "rollout's bucket" if dump.is_pooled else "token"
+    where = f"{dump.path / META}: a {what} stands in two rows {len(pairs)} times"
     return [f"{where} (rows {first_of(pairs, 3)})"] if pairs else []
 
 
@@ -316,8 +369,8 @@ def _count_problems(dump: Dump) -> list[str]:
     return first_few(problems)
 
 
-def _meta_faults(record: dict[str, Any], n_rows: int, bins: int) -> Iterator[str]:
-    yield from faults_of(record, META_KINDS)
+def _meta_faults(record: dict[str, Any], kinds: Mapping[str, Kind], n_rows: int, bins: int) -> Iterator[str]:
+    yield from faults_of(record, kinds)
     for name, number, end in (("row", record["row"], n_rows), ("bin", record["bin"], bins)):
         if number >= end:
             yield f"{name} {number} is outside 0..{end - 1}"

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .buckets import bucket_of, fit_edges
 from .check import checksum_problems, checksums_of, read_content
 from .format import Dump
 from .growing import new_rows
+from .on_policy import Tokens, claims_on_policy
 from .records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json, write_records
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ SAME_IN_ALL = (
     "sampling",
     "rollouts_from",
     "prompts",
+    "pooling",
+    "bucket_by",
+    "projection",
 )
 """Manifest keys that shards of one study share. Keys that a manifest of the original lacks count as None."""
 
@@ -48,7 +52,7 @@ SUMMED = (
     "num_unverified_rollouts",
 )
 SHOWN_MISSING = 5
-OF_ONE_SHARD = ("shard", "seconds", "entropy_edges_from", "checksums", "nonfinite_rows", "zero_rows")
+OF_ONE_SHARD = ("shard", "seconds", "on_policy", "entropy_edges_from", "checksums", "nonfinite_rows", "zero_rows")
 """Manifest keys that say nothing about the merged dump."""
 
 
@@ -183,6 +187,14 @@ def merged_edges(shards: list[Dump], rollout_files: list[Path] | None) -> dict[s
     if given[0][1] is not None and all(edges == given[0][0] and source is not None for edges, source in given):
         log.info("all shards were probed with the same `entropy_edges`: they are kept")
         return {key: manifests[0][key] for key in ("entropy_edges", "entropy_edges_over", "entropy_edges_from")}
+    if shards[0].is_pooled:
+        raise_if_any(
+            f"{shard.path}: pooled by other edges than {shards[0].path}; sums can't be bucketed anew, probe it with "
+            "the same edges"
+            for shard, (edges, _) in zip(shards, given, strict=True)
+            if edges != given[0][0]
+        )
+        return {key: manifests[0][key] for key in ("entropy_edges", "entropy_edges_over")}
     if rollout_files is None:
         entropies, over = np.concatenate([shard.entropy for shard in shards]), "dumped_positions"
     else:
@@ -208,7 +220,7 @@ def merged_meta(shards: list[Dump], spaces: list[int | None], edges: np.ndarray)
     """Yield the merged meta lines: rows renumbered, prompts namespaced, buckets of the union's edges."""
     start = 0
     for shard, space in zip(shards, spaces, strict=True):
-        buckets = bucket_of(shard.entropy, edges)
+        buckets = shard.bin if shard.is_pooled else bucket_of(shard.entropy, edges)
         for record in shard.meta_records():
             row = record["row"]
             key = merged_key(prompt_key_from_json(record["prompt_idx"]), space)
@@ -265,6 +277,9 @@ def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | 
     write_merged_grads(out_dir / contract.GRADS, shards)
     write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
     manifest = merged_manifest(shards, spaces, edges) | {"checksums": checksums_of(out_dir)}
+    if rollout_files is not None:
+        tokens = Tokens.of(merged_rollouts(rollout_files, spaces))
+        manifest["on_policy"] = asdict(tokens.test(claims_on_policy(manifest)))
     write_json(out_dir / contract.MANIFEST, manifest)
     return out_dir, manifest
 

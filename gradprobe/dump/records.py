@@ -2,12 +2,12 @@
 
 import reprlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import FaultyRecord, InputError
-from ..common.fields import INDEX, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index, list_of
+from ..common.fields import INDEX, NUMBER, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index, list_of
 from ..common.files import iter_jsonl, write_jsonl
 
 PromptKey = int | tuple[int, int]
@@ -18,7 +18,12 @@ PromptKey = int | tuple[int, int]
 class Rollout:
     """One sampled response and all that is needed to probe it again; one line of `rollouts.jsonl`.
 
-    `entropies` (nats) and `logprobs` are those of the full softmax at temperature 1, one per response token.
+    Attributes:
+        entropies, logprobs: of the full softmax at temperature 1, nats, one per response token.
+        correct: the verdict; None while it is still to be judged.
+        tail_mass: 1 - max π, one per response token; empty in older files.
+        bucket_scores: what tokens were put into buckets by where that is not their entropy, one each; else empty.
+        reward: a number where one is known.
     """
 
     prompt_idx: PromptKey
@@ -31,11 +36,18 @@ class Rollout:
     response: str
     ground_truth: str
     correct: bool
+    tail_mass: list[float] = field(default_factory=list)
+    bucket_scores: list[float] = field(default_factory=list)
+    reward: float | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """As it stands in a file: what is not known is left out."""
+        return {name: value for name, value in vars(self).items() if name in ROLLOUT_KEYS or value not in ([], None)}
 
 
 @dataclass(frozen=True)
 class Position:
-    """One gradient row's description; one line of `meta.jsonl`. `pos` counts response tokens from 0."""
+    """One token's gradient described; one line of `meta.jsonl`. `pos` counts response tokens from 0."""
 
     row: int
     prompt_idx: PromptKey
@@ -46,6 +58,40 @@ class Position:
     correct: bool
     token_id: int
     logprob: float
+    tail_mass: float
+
+    def to_record(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class PooledTokens:
+    """One pooled gradient described, the sum over all of a rollout's tokens in one bucket; one line of `meta.jsonl`.
+
+    Attributes:
+        n_tokens: in the sum.
+        n_response_tokens: of the whole response.
+        entropy, logprob: means over the tokens summed, nats.
+        rare: their Σ tail mass, the rare tokens to be expected among them.
+        reward: of the rollout, where one is known.
+    """
+
+    row: int
+    prompt_idx: PromptKey
+    sample_idx: int
+    bin: int
+    n_tokens: int
+    n_response_tokens: int
+    correct: bool
+    entropy: float
+    logprob: float
+    rare: float
+    reward: float | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """As it stands in a file: a reward that is not known is left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def is_prompt_key(value: Any) -> bool:
@@ -77,7 +123,11 @@ ROLLOUT_KINDS = {
     "response": TEXT,
     "ground_truth": TEXT,
     "correct": TRUE_OR_FALSE,
+    "tail_mass": PER_TOKEN.optional(),
+    "bucket_scores": PER_TOKEN.optional(),
+    "reward": NUMBER.or_null(),
 }
+ROLLOUT_KEYS = frozenset(name for name, kind in ROLLOUT_KINDS.items() if not kind.is_optional)
 
 
 def iter_rollouts(file: Path) -> Iterator[Rollout]:
@@ -95,12 +145,16 @@ def iter_rollouts(file: Path) -> Iterator[Rollout]:
 
 def _rollout_faults(record: dict[str, Any]) -> Iterator[str]:
     yield from faults_of(record, ROLLOUT_KINDS)
-    if not len(record["response_ids"]) == len(record["entropies"]) == len(record["logprobs"]):
+    n_tokens = len(record["response_ids"])
+    if not n_tokens == len(record["entropies"]) == len(record["logprobs"]):
         yield "response_ids, entropies and logprobs differ in length"
+    for name in ("tail_mass", "bucket_scores"):
+        if len(record.get(name) or [0] * n_tokens) != n_tokens:
+            yield f"response_ids and {name} differ in length"
     if not record["prompt_ids"]:
         yield "'prompt_ids' is empty"
 
 
-def write_records(file: Path, records: Iterable[Rollout | Position]) -> None:
+def write_records(file: Path, records: Iterable[Rollout | Position | PooledTokens]) -> None:
     """Write `rollouts.jsonl` or `meta.jsonl`, one record a line, whole or not at all."""
-    write_jsonl(file, map(asdict, records))
+    write_jsonl(file, (record.to_record() for record in records))

@@ -2,79 +2,42 @@
 
 The participation ratio of any union of whole rollouts hangs on sums per rollout only: with the pairwise sums of
 squared dot products T[r, s] = Σ_{i in r, j in s} (g_i · g_j)², it is (Σ_r tr_r)² / Σ_{r,s} T[r, s]. So T is taken
-once per bucket (`Sums`), and every interval and subsample costs no more than a small matrix product. Of more than
-2,048 rollouts T would outgrow the gradients' own Gram matrices: then its diagonal and row sums stand for it
-(`AdditiveDots`), which two passes over the rows give.
+once per bucket (`Sums`), and every interval and subsample costs no more than a small matrix product.
 
 a_i = ‖g_i‖² throughout. Where there is no number, functions return None.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from ..analysis.gram import HOST, Arithmetic
-from ..dump.blocks import block_slices, read_rows
-from .spectrum import Spectrum, column_gram, rank_of_share, smaller_gram
+from ..analysis.bucket import Bucket
+from ..dump.blocks import block_slices
+from .spectrum import Spectrum, rank_of_share
 
 HALF_DRAWS = 2000
 MATCHED_DRAWS = 20
-RANK_DRAWS_OF_LARGE = 3
-LARGE_GRAM = 1024
 MIN_PROMPTS = 4
 """Fewer prompts have at most 3 ways to be halved: no interval."""
-MAX_EXACT_ROLLOUTS = 2048
-"""T of more is not formed."""
 PICKS_AT_ONCE_BYTES = 64 << 20
 
 Interval = tuple[float, float]
 
 
-def rollout_codes(prompt: np.ndarray, sample_idx: np.ndarray) -> np.ndarray:
-    """[n] a number 0, 1, ... for each distinct (prompt, sample). `prompt`, `sample_idx`: [n] integers."""
-    return np.unique(np.stack([prompt, sample_idx], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
-
-
-@dataclass(frozen=True)
-class AdditiveDots:
-    """Stands for T, [m, m], where m is large: its diagonal and row sums are known, and the rest taken as additive.
-
-    T[r, s] ≈ u_r + u_s for r ≠ s, with the u that give T's row sums. Sums over everything, and over everything but
-    one cluster, are then exact, and so is the mean over random subsets. What a random half's sum lacks is of the order
-    of 1/m of it, where halves differ among themselves by 1/√m.
-
-    Attributes:
-        diagonal: [m] T[r, r].
-        row_sums: [m] Σ_s T[r, s].
-        prompt_diagonal: [prompts] the diagonal of T between prompts, which are in ascending order.
-    """
-
-    diagonal: np.ndarray
-    row_sums: np.ndarray
-    prompt_diagonal: np.ndarray
-
-    def quadratic(self, picks: np.ndarray) -> np.ndarray:
-        """[draws] zᵀ T z for each z of `picks`, [draws, m] 0 or 1; m >= 3."""
-        m = len(self.diagonal)
-        off_diagonal = self.row_sums - self.diagonal
-        u = (off_diagonal - off_diagonal.sum() / (2 * (m - 1))) / (m - 2)
-        return picks @ (self.diagonal - 2 * u) + 2 * (picks @ u) * picks.sum(axis=1)
-
-
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the rows of clusters (rollouts, prompts) of one bucket; m clusters.
+    """Sums over the gradients of clusters (rollouts, prompts) of one bucket; m clusters.
 
     Attributes:
-        n: [m] number of rows.
-        n_nonzero: [m] number of rows that are not all zero.
+        n: [m] number of gradients.
+        n_nonzero: [m] number of gradients that are not all zero.
         energy: [m] Σ a.
         energy_squares: [m] Σ a².
-        dots: [m, m] Σ_{i in r, j in s} (g_i · g_j)², or what stands for it.
-        unit_dots: the same for the rows at unit length; rows that are all zero are left out.
+        dots: [m, m] Σ_{i in r, j in s} (g_i · g_j)².
+        unit_dots: the same for the gradients at unit length; those that are all zero are left out.
         prompt: [m] the prompt of each cluster.
         dim: d.
     """
@@ -83,8 +46,8 @@ class Sums:
     n_nonzero: np.ndarray
     energy: np.ndarray
     energy_squares: np.ndarray
-    dots: np.ndarray | AdditiveDots
-    unit_dots: np.ndarray | AdditiveDots
+    dots: np.ndarray
+    unit_dots: np.ndarray
     prompt: np.ndarray
     dim: int
 
@@ -95,19 +58,14 @@ class Sums:
         def total(values: np.ndarray) -> np.ndarray:
             return np.bincount(code, values, minlength=len(prompts))
 
-        def total_dots(dots: np.ndarray | AdditiveDots) -> np.ndarray | AdditiveDots:
-            if isinstance(dots, AdditiveDots):
-                return AdditiveDots(dots.prompt_diagonal, total(dots.row_sums), dots.prompt_diagonal)
-            member = np.eye(len(prompts))[code]  # [m, prompts]
-            return member.T @ dots @ member
-
+        member = np.eye(len(prompts))[code]  # [m, prompts]
         return Sums(
             total(self.n),
             total(self.n_nonzero),
             total(self.energy),
             total(self.energy_squares),
-            total_dots(self.dots),
-            total_dots(self.unit_dots),
+            member.T @ self.dots @ member,
+            member.T @ self.unit_dots @ member,
             prompts,
             self.dim,
         )
@@ -117,7 +75,7 @@ class Sums:
         return _ratio((picks @ self.energy) ** 2, _quadratic(picks, self.dots))
 
     def unit_norm_participation_ratios(self, picks: np.ndarray) -> np.ndarray:
-        """[draws] the participation ratio of the picked rows, each at unit length. NaN: no number."""
+        """[draws] the participation ratio of the picked gradients, each at unit length. NaN: no number."""
         return _ratio((picks @ self.n_nonzero) ** 2, _quadratic(picks, self.unit_dots))
 
     def effective_sample_sizes(self, picks: np.ndarray) -> np.ndarray:
@@ -136,192 +94,49 @@ class Sums:
 Measure = Callable[[Sums, np.ndarray], np.ndarray]
 
 
-def sums_of_rows(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    rollout: np.ndarray,
-    prompt: np.ndarray,
-    gram: np.ndarray | None = None,
-    *,
-    columns: np.ndarray | None = None,
-    arithmetic: Arithmetic = HOST,
-) -> Sums:
-    """The sums per rollout of one bucket.
-
-    Args:
-        grads: [n, d], may be a memory map.
-        rows: [m] row numbers of the bucket.
-        rollout, prompt: [m] of each of these rows.
-        gram: [m, m] X Xᵀ of these rows if it is there already; else it is made panel by panel and not kept.
-        columns: [d, d] Xᵀ X if it is there already; needed with more than 2,048 rollouts only.
-        arithmetic: where products are formed.
-    """
-    if len(np.unique(rollout)) > MAX_EXACT_ROLLOUTS:
-        order = np.lexsort((rollout, prompt))
-        return _sums_without_pairs(grads, rows[order], rollout[order], prompt[order], gram, order, columns, arithmetic)
-    return _sums_of_pairs(grads, rows, rollout, prompt, gram, arithmetic)
-
-
-def _sums_of_pairs(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    rollout: np.ndarray,
-    prompt: np.ndarray,
-    gram: np.ndarray | None,
-    arithmetic: Arithmetic,
-) -> Sums:
-    """`sums_of_rows` with T itself."""
-    n_rows, dim = len(rows), grads.shape[1]
-    order = np.argsort(rollout, kind="stable")
-    _, first, n = np.unique(rollout[order], return_index=True, return_counts=True)
-    squared_norms = row_squared_norms(grads, rows) if gram is None else np.diag(gram)
-    a = squared_norms[order]
-    n_rollouts = len(first)
-    dots, unit_dots = np.zeros((n_rollouts, n_rollouts)), np.zeros((n_rollouts, n_rollouts))
-    inverse = _inverse(a)
-    for clusters, panel in _panels(n_rows, first, 8 * n_rows):
-        if gram is None:
-            square = _panel_dots(grads, rows[order], panel, arithmetic)
-        else:
-            square = gram[np.ix_(order[panel], order)]
+def sums_of(bucket: Bucket) -> Sums:
+    """The sums per rollout of one bucket, in the order of its rollouts' numbers."""
+    order = np.argsort(bucket.rollout, kind="stable")
+    _, first, n = np.unique(bucket.rollout[order], return_index=True, return_counts=True)
+    a = bucket.squared_norms[order]
+    inverse = np.divide(1.0, a, out=np.zeros(len(a)), where=a > 0)
+    dots, unit_dots = np.zeros((2, len(first), len(first)))
+    for clusters, panel in _panels(len(a), first):  # T is symmetric: of each panel what stands right of the diagonal
+        rest, starts = slice(clusters.start, None), first[clusters.start :] - panel.start
+        within = starts[: clusters.stop - clusters.start]
+        square = bucket.dots(order[panel], order[panel.start :])
         np.square(square, out=square)
-        within = first[clusters] - panel.start
-        dots[clusters] = np.add.reduceat(np.add.reduceat(square, first, axis=1), within, axis=0)
-        square *= inverse
-        unit = np.add.reduceat(square, first, axis=1) * inverse[panel, None]
-        unit_dots[clusters] = np.add.reduceat(unit, within, axis=0)
-    return _sums(a, first, n, dots, unit_dots, prompt[order[first]], dim)
-
-
-def _sums(
-    a: np.ndarray,
-    first: np.ndarray,
-    n: np.ndarray,
-    dots: np.ndarray | AdditiveDots,
-    unit_dots: np.ndarray | AdditiveDots,
-    prompt: np.ndarray,
-    dim: int,
-) -> Sums:
-    """From the squared norms `a` of rows sorted by rollout, of which each begins at `first` and has `n`."""
+        dots[clusters, rest] = np.add.reduceat(np.add.reduceat(square, starts, axis=1), within, axis=0)
+        square *= inverse[panel.start :]
+        unit = np.add.reduceat(square, starts, axis=1) * inverse[panel, None]
+        unit_dots[clusters, rest] = np.add.reduceat(unit, within, axis=0)
+        for of_pairs in (dots, unit_dots):
+            of_pairs[rest, clusters] = of_pairs[clusters, rest].T
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, first) if len(first) else np.zeros(0)
 
-    return Sums(n, total((a > 0).astype(float)), total(a), total(a**2), dots, unit_dots, prompt, dim)
-
-
-def _sums_without_pairs(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    rollout: np.ndarray,
-    prompt: np.ndarray,
-    gram: np.ndarray | None,
-    place: np.ndarray,
-    columns: np.ndarray | None,
-    arithmetic: Arithmetic,
-) -> Sums:
-    """`sums_of_rows` with what stands for T; the rows of one prompt in the bucket are held together.
-
-    The share of row i in a row sum of T is Σ_j (g_i · g_j)² = g_iᵀ (Xᵀ X) g_i.
-
-    Args:
-        rows, rollout, prompt: sorted by prompt and, within each, by rollout.
-        gram: X Xᵀ in another order, if it is there.
-        place: where in that order these rows stand.
-    """
-    dim = grads.shape[1]
-    first = np.flatnonzero(np.diff(rollout, prepend=rollout[0] - 1))
-    of_prompt = np.flatnonzero(np.diff(prompt, prepend=prompt[0] - 1))
-    a = row_squared_norms(grads, rows) if gram is None else np.diag(gram)[place]
-    inverse = _inverse(a)
-    shares = np.zeros((2, len(rows)))  # of the rows as they are, and at unit length
-    diagonal, prompt_diagonal = np.zeros((2, len(first))), np.zeros((2, len(of_prompt)))
-    if gram is None:
-        forms = _forms_of_columns(grads, rows, np.sqrt(inverse), columns, arithmetic)
-    else:
-        shares[0] = np.einsum("ij,ij->i", gram, gram)[place]
-        shares[1] = _unit_shares(gram)[place]
-    for prompts, panel in _panels(len(rows), of_prompt, 8 * dim):
-        block = read_rows(grads, rows[panel])
-        unit = block * np.sqrt(inverse[panel, None])
-        inside = slice(*np.searchsorted(first, [panel.start, panel.stop]))
-        for kind, vectors in enumerate((block, unit)):
-            if gram is None:
-                shares[kind, panel] = forms[kind](vectors)
-            diagonal[kind, inside] = _cluster_dots(vectors, first[inside] - panel.start)
-            prompt_diagonal[kind, prompts] = _cluster_dots(vectors, of_prompt[prompts] - panel.start)
-    ascending = np.argsort(rollout[first], kind="stable")
-    dots = [
-        AdditiveDots(own[ascending], np.add.reduceat(share, first)[ascending], of_prompts)
-        for own, share, of_prompts in zip(diagonal, shares, prompt_diagonal, strict=True)
-    ]
-    sums = _sums(a, first, np.diff(first, append=len(rows)), *dots, prompt[first], dim)
-    by_rollout = {
-        name: getattr(sums, name)[ascending] for name in ("n", "n_nonzero", "energy", "energy_squares", "prompt")
-    }
-    return replace(sums, **by_rollout)
-
-
-def _forms_of_columns(
-    grads: np.ndarray, rows: np.ndarray, scale: np.ndarray, columns: np.ndarray | None, arithmetic: Arithmetic
-) -> list[Callable[[np.ndarray], np.ndarray]]:
-    """xᵀ (Xᵀ X) x of the rows as they are, and the same where X holds the rows at the `scale`, [m], given."""
-    of_unit = arithmetic.new_gram(grads.shape[1])
-    for part in block_slices(len(rows), 8 * grads.shape[1]):
-        of_unit.add(read_rows(grads, rows[part]) * scale[part, None])
-    raw = column_gram(grads, rows, arithmetic) if columns is None else columns
-    return [arithmetic.forms(raw), arithmetic.forms(of_unit.total())]
-
-
-def _unit_shares(gram: np.ndarray) -> np.ndarray:
-    """[m] Σ_j cos²(g_i, g_j) from X Xᵀ, 0 where a row is all zero."""
-    inverse = _inverse(np.diag(gram))
-    found = np.empty(len(gram))
-    for part in block_slices(len(gram), 8 * len(gram)):
-        found[part] = (gram[part] ** 2 @ inverse) * inverse[part]
-    return found
-
-
-def _cluster_dots(vectors: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Σ (x_i · x_j)² over the pairs of each cluster of `vectors`, [m, d], that begin at the rows `first`."""
-    found = np.empty(len(first))
-    for index, members in enumerate(np.split(vectors, first[1:])):
-        small = members @ members.T if len(members) < members.shape[1] else members.T @ members
-        found[index] = np.vdot(small, small)
-    return found
-
-
-def _inverse(squared_norms: np.ndarray) -> np.ndarray:
-    """1 / a, and 0 where a is 0."""
-    return np.divide(1.0, squared_norms, out=np.zeros(len(squared_norms)), where=squared_norms > 0)
-
-
-def row_squared_norms(grads: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[m] ‖g‖² in float64 of `grads[rows]`."""
-    found = np.zeros(len(rows))
-    for part in block_slices(len(rows), 8 * grads.shape[1]):
-        block = read_rows(grads, rows[part])
-        found[part] = np.einsum("ij,ij->i", block, block)
-    return found
+    prompt = bucket.prompt[order[first]]
+    return Sums(n, total((a > 0).astype(float)), total(a), total(a**2), dots, unit_dots, prompt, bucket.dim)
 
 
 def half_sample_interval(sums: Sums, measure: Measure, draws: int = HALF_DRAWS, seed: int = 0) -> Interval | None:
     """A 95% interval for `measure` of a bucket of this size, from halves of its prompts.
 
-    What it covers: the value that such a study (this many prompts and rows) gives on average over the draw of its
-    prompts. Not the value of infinitely many rows: the participation ratio grows with n.
+    What it covers: the value that such a study (this many prompts and gradients) gives on average over the draw of its
+    prompts. Not the value of infinitely many gradients: the participation ratio grows with n.
 
     A half of P prompts drawn without replacement deviates from the whole like the whole deviates from its expectation
     (variance factor (1 - f) / f, with f the share drawn: 1 at f = 1/2; an odd P is corrected for). The halves' own
     mean is taken out, since at half of n the measure is lower. Deviations are of the logarithm and are put around the
     whole bucket's value, cut off at 1; the interval is widened to hold the value without any one prompt. Resampling
-    with replacement would repeat rows, which lowers both participation ratio and rank (Politis, Romano & Wolf 1999;
+    with replacement would repeat gradients, which lowers participation ratio and rank (Politis, Romano & Wolf 1999;
     Shao & Wu 1989).
 
     On planted data with effects of prompts and rollouts (8 to 64 prompts, 200 to 400 draws) it covers 90 to 97% for
     the unit-norm participation ratio whatever the norms; for the raw one 87 to 95% where norms spread by up to e^±0.5
-    and 85 to 89% where they spread by e^±1 both between rows and between prompts; for ESS 80 to 90%. Where a few rows
-    hold the energy, no resampling can know what rows did not come up.
+    and 85 to 89% where they spread by e^±1 both between rows and between prompts; for ESS 80 to 90%. Where a few
+    gradients hold the energy, no resampling can know which did not come up.
 
     Args:
         sums: by rollout or prompt.
@@ -403,7 +218,7 @@ def _finite_log(values: np.ndarray) -> np.ndarray:
 class DrawnNumber:
     """A number over subsamples: its mean, the 2.5 and 97.5 percentiles, and how many were drawn.
 
-    The interval is the spread of the subsamples of these rows, not what other prompts would have given.
+    The interval is the spread of the subsamples of these gradients, not what other prompts would have given.
     """
 
     mean: float
@@ -413,7 +228,7 @@ class DrawnNumber:
 
 @dataclass(frozen=True)
 class MatchedN:
-    """A bucket cut down to `n` rows, whole rollouts at a time. `None`: no number."""
+    """A bucket cut down to `n` gradients, whole rollouts at a time. `None`: no number."""
 
     n: int
     participation_ratio: DrawnNumber | None
@@ -426,9 +241,9 @@ class Ratio:
     """One bucket's measure over another's at the same `n`, with a 95% interval over the draw of prompts.
 
     Attributes:
-        ratio: second over first, each the geometric mean over subsamples of `n` rows.
+        ratio: second over first, each the geometric mean over subsamples of `n` gradients.
         ci95: None with fewer than 4 prompts in common.
-        n: rows.
+        n: gradients.
         n_prompts: how many prompts both have.
         verdict: "smaller" or "larger" where the interval lies on one side of 1, else "can't tell".
     """
@@ -492,10 +307,10 @@ def compare_buckets(
 
 
 def matched_picks(n_of_rollout: np.ndarray, n: int, draws: int, seed: int) -> np.ndarray:
-    """[draws, rollouts] 0 or 1: random rollouts, without replacement, that hold `n` rows together.
+    """[draws, rollouts] 0 or 1: random rollouts, without replacement, that hold `n` gradients together.
 
-    Rollouts are taken in random order, each that still fits; so a draw may lack some rows, fewer than the largest
-    rollout has. One draw, of everything, where the bucket has no more than `n` rows.
+    Rollouts are taken in random order, each that still fits; so a draw may lack some, fewer than the largest
+    rollout has. One draw, of everything, where the bucket has no more than `n`.
     """
     if n_of_rollout.sum() <= n:
         return np.ones((1, len(n_of_rollout)))
@@ -514,68 +329,31 @@ def matched_picks(n_of_rollout: np.ndarray, n: int, draws: int, seed: int) -> np
 
 
 def matched_n(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    rollout: np.ndarray,
-    sums: Sums,
-    whole: Spectrum,
-    n: int,
-    *,
-    gram: np.ndarray | None = None,
-    columns: np.ndarray | None = None,
-    draws: int = MATCHED_DRAWS,
-    rank_draws: int = MATCHED_DRAWS,
-    seed: int = 0,
-    arithmetic: Arithmetic = HOST,
-) -> MatchedN:
-    """A bucket's numbers at `n` rows, so that buckets and runs of different sizes can be compared.
+    bucket: Bucket, sums: Sums, whole: Spectrum, n: int, draws: int = MATCHED_DRAWS,
+    rank_draws: int = MATCHED_DRAWS, seed: int = 0,
+) -> MatchedN:  # fmt: skip
+    """A bucket's numbers at `n` gradients, so that buckets and runs of different sizes can be compared.
 
     Args:
-        grads, rows, rollout, gram, columns, arithmetic: as for `sums_of_rows`.
-        sums: those of this bucket.
-        whole: the bucket's spectrum: taken instead of a draw where the bucket has no more than `n` rows.
+        bucket: the gradients.
+        sums, whole: its sums and its spectrum, which is taken instead of a draw where there are no more than `n`.
         n: the smallest bucket of all dumps that are compared.
         draws: how many subsamples for the participation ratio.
         rank_draws: how many of them for the rank, which needs a decomposition each.
         seed: of the draws.
     """
     picks = matched_picks(sums.n, n, draws, seed)
-    codes = np.unique(rollout)
+    codes = np.unique(bucket.rollout)
     ranks = []
     for pick in picks[:rank_draws]:
-        if pick.all():
-            ranks.append(whole.rank(0.95))
-            continue
-        is_kept = np.isin(rollout, codes[pick > 0])
-        if is_kept.any():
-            part = _gram_of_some(grads, rows, is_kept, gram, columns, arithmetic)
-            ranks.append(rank_of_share(arithmetic.rough_energies(part), 0.95))
+        is_kept = np.isin(bucket.rollout, codes[pick > 0])
+        ranks.append(whole.rank(0.95) if pick.all() else rank_of_share(bucket.part(is_kept).energies(), 0.95))
     return MatchedN(
         n,
         drawn_number(sums.participation_ratios(picks)),
         drawn_number(sums.unit_norm_participation_ratios(picks)),
         drawn_number(np.array([np.nan if rank is None else rank for rank in ranks])),
     )
-
-
-def _gram_of_some(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    is_kept: np.ndarray,
-    gram: np.ndarray | None,
-    columns: np.ndarray | None,
-    arithmetic: Arithmetic,
-) -> np.ndarray:
-    """A Gram matrix of the kept rows, from X Xᵀ or Xᵀ X of all rows where that saves work."""
-    if gram is not None:
-        kept = np.flatnonzero(is_kept)
-        return gram[np.ix_(kept, kept)]
-    n_kept = int(is_kept.sum())
-    if columns is not None and n_kept >= grads.shape[1] and 2 * n_kept > len(rows):
-        others = column_gram(grads, rows[~is_kept], arithmetic)
-        if 2 * np.trace(others) <= np.trace(columns):  # else rounding of what goes could outweigh what stays
-            return columns - others
-    return smaller_gram(grads, rows[is_kept], arithmetic)
 
 
 def drawn_number(values: np.ndarray) -> DrawnNumber | None:
@@ -591,27 +369,16 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
 
 
-def _quadratic(picks: np.ndarray, matrix: np.ndarray | AdditiveDots) -> np.ndarray:
-    if isinstance(matrix, AdditiveDots):
-        return matrix.quadratic(picks)
+def _quadratic(picks: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.einsum("ij,ij->i", picks @ matrix, picks)
 
 
-def _panels(n_rows: int, first: np.ndarray, bytes_each: int) -> Iterator[tuple[slice, slice]]:
-    """Cut rows that are sorted by cluster into panels of whole clusters: (the clusters, their rows)."""
-    limit = next(block_slices(n_rows, bytes_each), slice(0, 0)).stop
-    ends = np.append(first[1:], n_rows)
+def _panels(n: int, first: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Cut gradients that are sorted by cluster into panels of whole clusters: (the clusters, their gradients)."""
+    limit = next(block_slices(n, 8 * n), slice(0, 0)).stop
+    ends = np.append(first[1:], n)
     start = 0
     while start < len(first):
         stop = max(start + 1, int(np.searchsorted(ends, first[start] + limit, side="right")))
         yield slice(start, stop), slice(int(first[start]), int(ends[stop - 1]))
         start = stop
-
-
-def _panel_dots(grads: np.ndarray, rows: np.ndarray, panel: slice, arithmetic: Arithmetic) -> np.ndarray:
-    """[panel, m] dot products of the panel's rows with all rows."""
-    own = read_rows(grads, rows[panel])
-    dots = np.empty((len(own), len(rows)))
-    for part in block_slices(len(rows), 8 * grads.shape[1]):
-        dots[:, part] = arithmetic.product(own, read_rows(grads, rows[part]).T)
-    return dots

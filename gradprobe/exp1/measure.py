@@ -1,57 +1,61 @@
-"""The whole of Exp 1 for one dump, on arrays: every number with its interval, its null and its ceiling.
+"""The whole of Exp 1: every number with its interval, its null and its ceiling.
 
-    common_n = smallest_bucket([dump.bin for dump in dumps])
-    result = measure_dump(dump.grads, dump.bin, dump.bins, dump.prompt, rollout_codes(...), common_n)
-    summary[tag] |= result.as_json()
+    results, compared = measure_dumps({tag: sample_rollouts(dump) for tag, dump in dumps.items()})
+    summary[tag] |= exp1.summary.numbers_of(results[tag])
 
-One pass over the buckets makes each one's Gram matrix, takes from it all that a bucket has to say, and keeps only
-what comparisons across buckets need (`subspaces`).
+A dump's buckets are taken one after the other. Each makes its Gram matrix, takes from it all that a bucket has to say,
+its halves included, and leaves behind its leading directions, which is all that comparisons across buckets need.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
 
-from ..analysis.gram import HOST, Arithmetic
+from ..analysis.bucket import Bucket, bucket_of, rollout_codes
+from ..analysis.replication import spread_of
+from ..common.console import progress_bar
+from ..dump.format import Dump
 from .compression import (
     HALF_DRAWS,
-    LARGE_GRAM,
     MATCHED_DRAWS,
-    RANK_DRAWS_OF_LARGE,
-    DrawnNumber,
     Interval,
     MatchedN,
+    Ratio,
     Sums,
+    compare_buckets,
     drawn_number,
     half_sample_interval,
     matched_n,
-    sums_of_rows,
+    sums_of,
 )
-from .spectrum import Spectrum, smaller_gram, spectrum_of_gram
+from .spectrum import Spectrum
 from .subspaces import (
     CEILING_DRAWS,
-    MAX_COSINE_BYTES,
     NULL_DRAWS,
-    SUBSPACE_SIZES,
-    ColumnGeometry,
-    CosineGeometry,
-    Space,
+    compare,
+    directions_of,
     measures_of,
-    nested,
+    shuffled_labels,
     shuffled_null,
     split_half_ceiling,
 )
 
 RANK_PERCENTS = (50, 90, 95, 99)
+RANK_DRAWS_OF_LARGE = 3
+LARGE_GRAM = 1024
+MAX_ROLLOUTS = 2048
+"""Sums over pairs of more rollouts would outgrow all else."""
+REPLICATED = ("participation_ratio", "participation_ratio_unit_norm", "rank95")
+EXACT = 1e-10
+"""Tolerance of a bucket's own directions: they are compared with those of the original scripts."""
 ROUNDING_OF_MEASURES = 1e-5
-Table = list[list[float | None]]
 
 
 @dataclass(frozen=True)
-class Draws:
+class Exp1Settings:
     """How many random draws stand behind each kind of number.
 
     Attributes:
@@ -61,6 +65,7 @@ class Draws:
         matched_rank_of_large: the same where n and d both exceed 1,024: each takes seconds there.
         ceiling: halves of prompts, for the ceilings of measures across buckets.
         null: shuffles of bucket labels.
+        seed: of all draws.
     """
 
     halves: int = HALF_DRAWS
@@ -69,10 +74,15 @@ class Draws:
     matched_rank_of_large: int = RANK_DRAWS_OF_LARGE
     ceiling: int = CEILING_DRAWS
     null: int = NULL_DRAWS
+    seed: int = 0
 
     def ranks_of(self, n: int, dim: int) -> int:
-        """How many subsamples of n rows of length `dim` are decomposed."""
+        """How many subsamples of n gradients of length `dim` are decomposed."""
         return self.matched_rank_of_large if min(n, dim) > LARGE_GRAM else self.matched_rank
+
+    def to_dict(self) -> dict[str, int]:
+        """What the summary says."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,7 @@ class Exp1:
         cross: each measure of `subspaces.measures_of`, [B, B] with NaN for no number.
         ceilings: per bucket, the same measures, [draws] each.
         null: the same measures, [draws, B, B] each.
-        draws: how many were drawn of what.
-        seed: of all draws.
+        settings: how many were drawn of what.
     """
 
     dim: int
@@ -122,8 +131,7 @@ class Exp1:
     cross: dict[str, np.ndarray]
     ceilings: list[dict[str, np.ndarray]]
     null: dict[str, np.ndarray]
-    draws: Draws
-    seed: int
+    settings: Exp1Settings
 
     def top1_repeats(self) -> list[str | None]:
         """Per bucket: does its leading direction come up in both halves of its prompts? None: no ceiling.
@@ -137,25 +145,6 @@ class Exp1:
             None if one is None else "yes" if one.ci95[0] > random else "no" if one.ci95[1] < random else "can't tell"
             for one in found
         ]
-
-    def as_json(self) -> dict[str, Any]:
-        """The keys of `exp1_summary.json` that come from here; no NaN in it."""
-        tree = nested({path: _table(values) for path, values in self.cross.items()})
-        ceilings = [{path: _drawn(values) for path, values in ceiling.items()} for ceiling in self.ceilings]
-        null = {path: _drawn_table(values) for path, values in self.null.items()}
-        return {
-            "per_bucket": {str(index): asdict(numbers) for index, numbers in enumerate(self.buckets)},
-            "cross_bucket_top1_cosine": tree["top1_cosine"],
-            "cross_bucket_ceiling": [
-                None if ceiling["top1_cosine"] is None else ceiling["top1_cosine"]["mean"] for ceiling in ceilings
-            ],
-            "cross_bucket_top1_repeats": self.top1_repeats(),
-            "cross_bucket_overlap": tree["overlap"],
-            "cross_bucket_captured_energy": tree["captured"],
-            "cross_bucket_ceiling_detail": [nested(ceiling) for ceiling in ceilings],
-            "cross_bucket_null": nested(null),
-            "draws": asdict(self.draws) | {"seed": self.seed},
-        }
 
 
 def place_in_null(value: float, null: np.ndarray) -> int:
@@ -177,106 +166,134 @@ def chance_outside_null(draws: int) -> float:
 
 
 def smallest_bucket(buckets: Iterable[np.ndarray]) -> int:
-    """The fewest rows of any bucket that has rows, over all dumps. `buckets`: the labels, [n], of each dump."""
+    """The fewest gradients of any bucket that has some, over all dumps. `buckets`: the labels, [n], of each dump."""
     counts = [count for labels in buckets for count in np.unique(labels, return_counts=True)[1]]
     return int(min(counts, default=0))
 
 
+def sample_rollouts(dump: Dump, most: int = MAX_ROLLOUTS, seed: int = 0) -> Dump:
+    """The dump, or a random `most` of its rollouts, of which its `warnings` then tell.
+
+    Dumps of the same prompts and samples keep the same ones.
+    """
+    rollout = rollout_codes(dump.prompt, dump.sample_idx)
+    count = int(rollout.max(initial=-1)) + 1
+    if count <= most:
+        return dump
+    chosen = np.random.default_rng(seed).permutation(count)[:most]
+    said = f"{dump.path}: Exp 1 takes {most:,} of the {count:,} rollouts, drawn at random"
+    return replace(dump.only(np.flatnonzero(np.isin(rollout, chosen))), warnings=(*dump.warnings, said))
+
+
+def measure_dumps(
+    dumps: Mapping[str, Dump], settings: Exp1Settings | None = None, device: str = "cpu"
+) -> tuple[dict[str, Exp1], dict[str, list[Ratio | None] | None]]:
+    """Exp 1 of every dump, at the smallest bucket of all, with progress on stderr; and further tags against the first.
+
+    What only comparisons need is kept of the first dump alone: of many checkpoints it would outgrow all else.
+    """
+    settings = settings or Exp1Settings()
+    keys = sorted({key for dump in dumps.values() for key in dump.prompt_keys}, key=str)
+    code = {key: number for number, key in enumerate(keys)}  # the same prompt has the same number in all dumps
+    common_n = smallest_bucket(dump.bin for dump in dumps.values())
+    results: dict[str, Exp1] = {}
+    compared = {}
+    for tag, dump in dumps.items():
+        whole = bucket_of(dump, device=device)
+        whole.prompt = np.array([code[key] for key in dump.prompt_keys], dtype=int)[dump.prompt]
+        with progress_bar(f"{tag}: Exp 1", dump.bins + settings.null, "steps") as bar:
+            result = measure_dump(whole, dump.bin, dump.bins, common_n, settings, bar.update)
+        if results:
+            compared[tag] = _compare(next(iter(results.values())), result)
+            result = replace(result, sums=[])
+        results[tag] = result
+    return results, compared
+
+
+def _compare(first: Exp1, result: Exp1) -> list[Ratio | None] | None:
+    """One dump's buckets against the first's; None where these have another number of buckets."""
+    if len(first.sums) != len(result.sums):
+        return None
+    return [compare_buckets(one, other) for one, other in zip(first.sums, result.sums, strict=True)]
+
+
 def measure_dump(
-    grads: np.ndarray,
-    bucket: np.ndarray,
+    whole: Bucket,
+    label: np.ndarray,
     n_buckets: int,
-    prompt: np.ndarray,
-    rollout: np.ndarray,
     common_n: int,
-    *,
-    draws: Draws | None = None,
-    seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
-    arithmetic: Arithmetic = HOST,
+    settings: Exp1Settings | None = None,
+    on_step: Callable[[], Any] = lambda: None,
 ) -> Exp1:
     """All of Exp 1 for one dump.
 
     Args:
-        grads: [n, d] float32, may be a memory map: blocks are read.
-        bucket: [n] entropy bucket, 0 .. n_buckets - 1.
+        whole: all gradients. For comparisons across dumps, equal `prompt` numbers must mean equal prompts.
+        label: [n] entropy bucket, 0 .. n_buckets - 1.
         n_buckets: how many there are, empty ones included.
-        prompt: [n] number of each row's prompt. For comparisons across dumps, equal numbers must mean equal prompts.
-        rollout: [n] number of each row's rollout (`compression.rollout_codes`).
         common_n: the n at which buckets are compared, `smallest_bucket` of all dumps.
-        draws: how many random draws of each kind; None for the defaults.
-        seed: of all draws.
-        on_step: called `n_steps` times.
-        arithmetic: where Gram products and eigenvalues are computed.
+        settings: None for the defaults.
+        on_step: called after each bucket and each shuffle of the null.
     """
-    draws = draws or Draws()
-    rows = [np.flatnonzero(bucket == index) for index in range(n_buckets)]
-    geometry = geometry_for(grads, rows, arithmetic)
-    measured = []
-    for own in rows:
-        measured.append(
-            _measure_bucket(grads, own, prompt[own], rollout[own], geometry, common_n, draws, seed, arithmetic)
-        )
+    settings = settings or Exp1Settings()
+    buckets = [whole.part(label == index) for index in range(n_buckets)]
+    measured, directions = [], []
+    for place, bucket in enumerate(buckets):
+        measured.append(_measure_bucket(bucket, common_n, settings))
+        directions.append(directions_of(bucket, settings.seed, EXACT))
+        buckets[place] = whole.part(label == place)  # the same without its Gram matrix
         on_step()
-    spectra, sums, numbers, spaces = map(list, zip(*measured, strict=True))
-    if isinstance(geometry, CosineGeometry):
-        for i, j in zip(*np.triu_indices(n_buckets, 1), strict=True):
-            geometry.set_cross(rows[i], rows[j])
-    on_step()
-    ceilings = []
-    for own in rows:
-        ceilings.append(split_half_ceiling(geometry, own, prompt[own], draws.ceiling, seed))
-        on_step()
-    null = shuffled_null(geometry, bucket, rollout, n_buckets, draws.null, seed, on_step)
-    cross = measures_of(geometry.compare(spaces))
-    return Exp1(grads.shape[1], spectra, sums, numbers, cross, ceilings, null, draws, seed)
-
-
-def n_steps(n_buckets: int, draws: Draws | None = None) -> int:
-    """How often `measure_dump` calls `on_step`."""
-    return 2 * n_buckets + 1 + (draws or Draws()).null
-
-
-def geometry_for(
-    grads: np.ndarray, rows: list[np.ndarray], arithmetic: Arithmetic = HOST
-) -> CosineGeometry | ColumnGeometry:
-    """Cosines of all rows where each bucket has fewer rows than d and they fit 2 GiB; else matrices of the draws."""
-    small = max(map(len, rows), default=0) < grads.shape[1] and 4 * len(grads) ** 2 <= MAX_COSINE_BYTES
-    return CosineGeometry(grads, arithmetic) if small else ColumnGeometry(grads, arithmetic)
+    spectra, sums, numbers, ceilings = map(list, zip(*measured, strict=True))
+    cross = measures_of(compare(buckets, directions))
+    labellings = shuffled_labels(label, whole.rollout, settings.null, settings.seed)
+    null = shuffled_null(whole, labellings, n_buckets, on_step)
+    return Exp1(whole.dim, spectra, sums, numbers, cross, ceilings, null, settings)
 
 
 def _measure_bucket(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    prompt: np.ndarray,
-    rollout: np.ndarray,
-    geometry: CosineGeometry | ColumnGeometry,
-    common_n: int,
-    draws: Draws,
-    seed: int,
-    arithmetic: Arithmetic,
-) -> tuple[Spectrum, Sums, BucketNumbers, Space]:
-    """All that hangs on one bucket's Gram matrix, which lives no longer than this call."""
-    gram = smaller_gram(grads, rows, arithmetic) if len(rows) else np.zeros((0, 0))
-    row_gram, columns = (gram, None) if len(rows) < grads.shape[1] else (None, gram)
-    if isinstance(geometry, CosineGeometry):
-        geometry.set_gram(rows, gram)
-    spectrum, vectors = spectrum_of_gram(grads, rows, gram, max(SUBSPACE_SIZES), arithmetic)
-    space = geometry.space_of_eigenvectors(rows, spectrum.energies[: vectors.shape[1]], vectors)
-    sums = sums_of_rows(grads, rows, rollout, prompt, row_gram, columns=columns, arithmetic=arithmetic)
-    matched = matched_n(
-        grads, rows, rollout, sums, spectrum, common_n,
-        gram=row_gram, columns=columns, draws=draws.matched, rank_draws=draws.ranks_of(common_n, grads.shape[1]),
-        seed=seed, arithmetic=arithmetic,
-    )  # fmt: skip
-    return spectrum, sums, _bucket_numbers(spectrum, sums, matched, draws.halves, seed), space
+    bucket: Bucket, common_n: int, settings: Exp1Settings
+) -> tuple[Spectrum, Sums, BucketNumbers, dict[str, np.ndarray]]:
+    """All that hangs on one bucket's Gram matrix: its spectrum, sums, numbers and ceilings."""
+    spectrum, sums = Spectrum(bucket.n, bucket.energies()), sums_of(bucket)
+    n_ranks = settings.ranks_of(common_n, bucket.dim)
+    matched = matched_n(bucket, sums, spectrum, common_n, settings.matched, n_ranks, settings.seed)
+    numbers = _bucket_numbers(spectrum, sums, matched, settings)
+    return spectrum, sums, numbers, split_half_ceiling(bucket, settings.ceiling, settings.seed)
 
 
-def _bucket_numbers(spectrum: Spectrum, sums: Sums, matched: MatchedN, half_draws: int, seed: int) -> BucketNumbers:
+def replication_of(dumps: list[Dump], first: Mapping[str, Mapping[str, Any]], device: str = "cpu") -> dict[str, Any]:
+    """How a tag's numbers vary over its targets. `first`: the first target's `per_bucket`."""
+    numbers = [first]
+    with progress_bar("further targets", len(dumps) - 1, "targets") as bar:
+        for dump in dumps[1:]:
+            numbers.append(replicated_numbers(dump, device))
+            bar.update()
+    return {
+        "targets": [dump.path.name for dump in dumps],
+        **{
+            measure: {bucket: spread_of([target[bucket][measure] for target in numbers]) for bucket in first}
+            for measure in REPLICATED
+        },
+    }
+
+
+def replicated_numbers(dump: Dump, device: str = "cpu") -> dict[str, dict[str, float | int | None]]:
+    """Of each bucket what `REPLICATED` names: no draws, and one Gram matrix each."""
+    found = {}
+    for index in range(dump.bins):
+        bucket = bucket_of(dump, index, device)
+        spectrum, sums = Spectrum(bucket.n, bucket.energies()), sums_of(bucket)
+        unit_norm = _number(sums.unit_norm_participation_ratios(np.ones((1, len(sums.n))))[0])
+        values = (spectrum.participation_ratio, unit_norm, spectrum.rank(0.95))
+        found[str(index)] = dict(zip(REPLICATED, values, strict=True))
+    return found
+
+
+def _bucket_numbers(spectrum: Spectrum, sums: Sums, matched: MatchedN, settings: Exp1Settings) -> BucketNumbers:
     everything = np.ones((1, len(sums.n)))
 
     def interval(measure: Callable[[Sums, np.ndarray], np.ndarray]) -> Interval | None:
-        return half_sample_interval(sums, measure, half_draws, seed)
+        return half_sample_interval(sums, measure, settings.halves, settings.seed)
 
     return BucketNumbers(
         n=spectrum.n,
@@ -296,16 +313,3 @@ def _bucket_numbers(spectrum: Spectrum, sums: Sums, matched: MatchedN, half_draw
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _table(values: np.ndarray) -> Table:
-    return [[_number(value) for value in row] for row in values]
-
-
-def _drawn(values: np.ndarray) -> dict[str, Any] | None:
-    found: DrawnNumber | None = drawn_number(values)
-    return None if found is None else asdict(found)
-
-
-def _drawn_table(values: np.ndarray) -> list[list[dict[str, Any] | None]]:
-    return [[_drawn(values[:, i, j]) for j in range(values.shape[2])] for i in range(values.shape[1])]

@@ -1,24 +1,21 @@
 """Exp 2's mathematics: do correct and incorrect rollouts of a prompt push the weights the same way?
 
 +1 means that they would cancel under GRPO's advantages of ±1, 0 that they are orthogonal. All of it runs in
-float64; X is given as an array and row numbers, so it may be a memory map of which one prompt is read at a time.
-Where there is no number (nothing to average, a mean that is the zero vector), functions return None.
+float64; gradients may be a memory map, of which one prompt is read at a time. Where there is no number (nothing to
+average, a mean that is the zero vector), functions return None.
 
 The original's cosine shrinks towards 0 with noise, whatever the truth is. What answers the question is `alignment`,
-with the noise removed, an interval and a verdict; `cancellation` looks at the update itself. `directions_of_bucket`
-gives all of it. The unit of chance is the rollout: tokens of one rollout are not independent.
+with the noise removed, an interval and a verdict; `cancellation` looks at the update itself. `measure` gives all of it.
+The unit of chance is the rollout: tokens of one rollout are not independent.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 
 import numpy as np
-from scipy.stats import norm
-from scipy.stats import t as student_t
+from scipy.special import ndtr, stdtrit
 
-from ..analysis.gram import HOST, Arithmetic
+from ..analysis.bucket import Bucket, to_device
 from ..dump.blocks import read_rows
 
 MIN_TOKENS_OF_EACH_KIND = 2
@@ -28,12 +25,8 @@ ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED = "aligned", "opposed", "orthogonal",
 ORTHOGONAL_WITHIN = 0.25
 POWER_FACTOR = 2.8
 """Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""
-PERMUTATIONS_AT_ONCE = 500
-BOOTSTRAPS_AT_ONCE = 500
-MAX_LABELS_EACH = 4096
-"""Rollouts of more: permutations are drawn from tables of each prompt's labellings."""
-LABELLINGS_LISTED = 1000
-LABELLING_BYTES = 64 << 20
+DRAWS_AT_ONCE = 500
+LABEL_BYTES = 64 << 20
 ROUNDING = 1e-10
 
 
@@ -42,7 +35,7 @@ class PromptDirection:
     """One usable prompt: at least 2 tokens of correct rollouts and 2 of incorrect ones.
 
     Attributes:
-        prompt: the prompt's code, as in the argument of `compare_groups`.
+        prompt: the prompt's number.
         n_correct_tokens: tokens of correct rollouts.
         n_incorrect_tokens: tokens of incorrect rollouts.
         cosine: of the two kinds' mean gradients; None where a mean is the zero vector.
@@ -60,7 +53,7 @@ class Directions:
 
     Attributes:
         n_prompts: prompts in the dump, usable or not.
-        per_prompt: the usable ones, by ascending code.
+        per_prompt: the usable ones, by ascending number.
         control: the half-split cosines, by prompt, correct before incorrect; None where a mean is the zero vector.
     """
 
@@ -95,11 +88,11 @@ class CosineSummary:
 class RolloutGrams:
     """What Exp 2 needs of the gradients beyond the token split: P small Gram matrices, read in one pass.
 
-    A rollout is keyed by (prompt, sample_idx). Prompts without a row are left out; a prompt with fewer rollouts than
+    Prompts without a token are left out; a prompt with fewer rollouts than
     the longest is padded with rollouts of 0 tokens, whose Gram entries are 0.
 
     Attributes:
-        prompts: [P] codes of the prompts that have rows, ascending.
+        prompts: [P] numbers of the prompts that have tokens, ascending.
         gram: [P, R, R] float64, dot products of the rollouts' token-sum gradients Σ_t g_t.
         n_tokens: [P, R] int64, tokens of each rollout; 0 marks padding.
         correct: [P, R] bool; False at padding.
@@ -197,33 +190,6 @@ class Cancellation:
     p_value: float | None
 
 
-@dataclass(frozen=True)
-class BucketDirections:
-    """All of Exp 2 on one set of tokens.
-
-    Attributes:
-        directions: the original's measures, token-weighted cosines and the half-split of tokens.
-        control_by_rollout: half-split cosines by rollout; None where a mean is the zero vector.
-        alignment: noise-corrected cosine, its interval, test and verdict.
-        cancellation: of advantages ±1.
-        cancellation_group_normalised: of GRPO's advantages.
-        n_bootstrap, n_permutations: draws behind the intervals and p-values.
-    """
-
-    directions: Directions
-    control_by_rollout: tuple[float | None, ...]
-    alignment: Alignment
-    cancellation: Cancellation
-    cancellation_group_normalised: Cancellation
-    n_bootstrap: int
-    n_permutations: int
-
-    @property
-    def control_by_rollout_cosines(self) -> np.ndarray:
-        """[k] float64, every half-split cosine by rollout there is."""
-        return known(self.control_by_rollout)
-
-
 def cosine(a: np.ndarray, b: np.ndarray) -> float | None:
     """⟨a, b⟩ / (‖a‖ ‖b‖) of two [d] vectors; None where one is the zero vector."""
     norms = np.linalg.norm(a) * np.linalg.norm(b)
@@ -249,9 +215,7 @@ def summarise(cosines: np.ndarray) -> CosineSummary:
     )
 
 
-def compare_groups(
-    grads: np.ndarray, rows: np.ndarray, prompt: np.ndarray, correct: np.ndarray, n_prompts: int, seed: int = 0
-) -> Directions:
+def compare_groups(bucket: Bucket, correct: np.ndarray, n_prompts: int, seed: int = 0) -> Directions:
     """Cosine of the mean gradients of correct and incorrect tokens per prompt, with the half-split control.
 
     Means weigh every token alike, whatever rollout it is of. The control is the noise floor: a random split of the
@@ -259,18 +223,16 @@ def compare_groups(
     taken on every prompt, also where only one kind occurs.
 
     Args:
-        grads: [n, d] gradients, may be a memory map.
-        rows: [m] the tokens looked at (those of one entropy bucket).
-        prompt: [n] code 0 .. n_prompts - 1 of each row's prompt.
-        correct: [n] bool, whether each row's rollout was correct.
+        bucket: the tokens looked at.
+        correct: [n] bool, whether each one's rollout was correct.
         n_prompts: prompts in the dump.
         seed: of the control's splits.
     """
     rng = np.random.default_rng(seed)
     per_prompt: list[PromptDirection] = []
     control: list[float | None] = []
-    for code, members in _rows_by_prompt(rows, prompt):
-        gradients = read_rows(grads, members)
+    for code, members in _places_by_prompt(bucket.prompt):
+        gradients = read_rows(bucket.grads, bucket.rows[members])
         kinds = (gradients[correct[members]], gradients[~correct[members]])
         if min(len(kind) for kind in kinds) >= MIN_TOKENS_OF_EACH_KIND:
             across = cosine(kinds[0].mean(axis=0), kinds[1].mean(axis=0))
@@ -279,11 +241,11 @@ def compare_groups(
     return Directions(n_prompts, tuple(per_prompt), tuple(control))
 
 
-def _rows_by_prompt(rows: np.ndarray, prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each prompt that has any of `rows`, by ascending code, with these in their order."""
-    by_prompt = rows[np.argsort(prompt[rows], kind="stable")]
-    codes, starts = np.unique(prompt[by_prompt], return_index=True)
-    return zip(codes.tolist(), np.split(by_prompt, starts[1:]), strict=False)  # split gives a part where there is none
+def _places_by_prompt(prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each prompt's number, ascending, with the places in `prompt`, [n], at which it stands."""
+    order = np.argsort(prompt, kind="stable")
+    codes, starts = np.unique(prompt[order], return_index=True)
+    return zip(codes.tolist(), np.split(order, starts[1:]), strict=False)  # split gives a part where there is none
 
 
 def half_split_cosine(gradients: np.ndarray, rng: np.random.Generator) -> float | None:
@@ -293,84 +255,30 @@ def half_split_cosine(gradients: np.ndarray, rng: np.random.Generator) -> float 
     return cosine(gradients[order[:half]].mean(axis=0), gradients[order[half:]].mean(axis=0))
 
 
-def directions_of_bucket(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    prompt: np.ndarray,
-    sample_idx: np.ndarray,
-    correct: np.ndarray,
-    n_prompts: int,
-    *,
-    seed: int = 0,
-    n_bootstrap: int = 4000,
-    n_permutations: int = 9999,
-    arithmetic: Arithmetic = HOST,
-) -> BucketDirections:
-    """All of Exp 2 on the tokens `rows`; the same arguments give the same numbers.
-
-    The gradients are read twice, one prompt at a time: for the original's measures and for the rollouts' Gram
-    matrices. Each number draws from a random stream of its own, so none hangs on the number of draws of another.
+def rollout_grams(bucket: Bucket, correct: np.ndarray) -> RolloutGrams:
+    """Read the gradients once, a prompt at a time, and keep the Gram matrices of its rollouts' token sums.
 
     Args:
-        grads: [n, d] gradients, may be a memory map.
-        rows: [m] the tokens looked at (those of one entropy bucket).
-        prompt: [n] code 0 .. n_prompts - 1 of each row's prompt.
-        sample_idx: [n] which of its prompt's rollouts each row is of.
-        correct: [n] bool, whether each row's rollout was correct.
-        n_prompts: prompts in the dump.
-        seed: of splits, bootstrap and permutations.
-        n_bootstrap: draws for `min_detectable`.
-        n_permutations: draws for p-values, which can't fall below 2 / (n_permutations + 1); 0 for none.
-        arithmetic: where products of rollouts' gradients are formed.
+        bucket: the tokens looked at. A prompt's rollouts stand in ascending order of their numbers.
+        correct: [n] bool, whether each one's rollout was correct.
 
     Raises:
-        ValueError: a rollout has both correct and incorrect rows.
+        ValueError: a rollout has both correct and incorrect tokens.
     """
-    grams = rollout_grams(grads, rows, prompt, sample_idx, correct, arithmetic)
-    return BucketDirections(
-        directions=compare_groups(grads, rows, prompt, correct, n_prompts, seed),
-        control_by_rollout=half_split_cosines_by_rollout(grams, np.random.default_rng([seed, 1])),
-        alignment=alignment(
-            grams, np.random.default_rng([seed, 2]), n_bootstrap=n_bootstrap, n_permutations=n_permutations
-        ),
-        cancellation=cancellation(grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations),
-        cancellation_group_normalised=cancellation(
-            grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations, group_normalised=True
-        ),
-        n_bootstrap=n_bootstrap,
-        n_permutations=n_permutations,
-    )
-
-
-def rollout_grams(
-    grads: np.ndarray,
-    rows: np.ndarray,
-    prompt: np.ndarray,
-    sample_idx: np.ndarray,
-    correct: np.ndarray,
-    arithmetic: Arithmetic = HOST,
-) -> RolloutGrams:
-    """Read `grads[rows]` once, a prompt at a time, and keep the Gram matrices of its rollouts' token sums.
-
-    Args: as of `directions_of_bucket`. Rollouts stand in ascending order of `sample_idx`.
-
-    Raises:
-        ValueError: a rollout has both correct and incorrect rows.
-    """
-    order = rows[np.lexsort((rows, sample_idx[rows], prompt[rows]))]
-    codes, starts = np.unique(prompt[order], return_index=True)
+    order = np.lexsort((bucket.rows, bucket.rollout, bucket.prompt))
+    codes, starts = np.unique(bucket.prompt[order], return_index=True)
     members = np.split(order, starts[1:]) if len(codes) else []
-    firsts = [np.unique(sample_idx[part], return_index=True)[1] for part in members]
+    firsts = [np.unique(bucket.rollout[part], return_index=True)[1] for part in members]
     shape = (len(codes), max(map(len, firsts), default=0))
     grams = RolloutGrams(codes, np.zeros((*shape, shape[1])), np.zeros(shape, np.int64), np.zeros(shape, bool))
     for index, (part, first) in enumerate(zip(members, firsts, strict=True)):
         n_correct = np.add.reduceat(correct[part].astype(np.int64), first)
         n_tokens = np.diff(first, append=len(part))
         if np.any((n_correct > 0) & (n_correct < n_tokens)):
-            raise ValueError(f"prompt {codes[index]}: a rollout has both correct and incorrect rows")
-        sums = np.add.reduceat(read_rows(grads, part), first, axis=0)  # [rollouts, d]
+            raise ValueError(f"prompt {codes[index]}: a rollout has both correct and incorrect tokens")
+        sums = to_device(np.add.reduceat(read_rows(bucket.grads, bucket.rows[part]), first, axis=0), bucket.device)
         here = slice(len(first))
-        grams.gram[index, here, here] = arithmetic.product(sums, sums.T)
+        grams.gram[index, here, here] = (sums @ sums.T).cpu().numpy()  # sums: [rollouts, d]
         grams.n_tokens[index, here] = n_tokens
         grams.correct[index, here] = n_correct > 0
     return grams
@@ -498,51 +406,13 @@ LabelStatistic = Callable[[RolloutGrams, np.ndarray], np.ndarray]
 def permutation_null(
     grams: RolloutGrams, rng: np.random.Generator, n_permutations: int, statistic: LabelStatistic
 ) -> np.ndarray:
-    """[n_permutations] the mean over prompts of `statistic`, correctness permuted over the rollouts of each prompt.
-
-    A prompt of 8 rollouts has no more than 70 ways to be labelled: with more than 4,096 rollouts in all, the value of
-    each way is computed once, and permutations are drawn from these. Where a prompt has more than 1,000 ways, it is
-    1,000 drawn at random that stand for them.
-    """
-    if grams.correct.size > MAX_LABELS_EACH and n_permutations > 0:
-        return _null_from_tables(grams, rng, n_permutations, statistic)
+    """[n_permutations] the mean over prompts of `statistic`, correctness permuted over the rollouts of each prompt."""
+    at_once = int(np.clip(LABEL_BYTES // (8 * max(1, grams.correct.size)), 1, DRAWS_AT_ONCE))
     draws = [
-        statistic(grams, _permuted_labels(grams, min(PERMUTATIONS_AT_ONCE, n_permutations - start), rng)).mean(axis=0)
-        for start in range(0, n_permutations, PERMUTATIONS_AT_ONCE)
+        statistic(grams, _permuted_labels(grams, min(at_once, n_permutations - start), rng)).mean(axis=0)
+        for start in range(0, n_permutations, at_once)
     ]
     return np.concatenate([np.zeros(0), *draws])
-
-
-def _null_from_tables(
-    grams: RolloutGrams, rng: np.random.Generator, n_permutations: int, statistic: LabelStatistic
-) -> np.ndarray:
-    """`permutation_null` with the value of each of a prompt's labellings computed once."""
-    total = np.zeros(n_permutations)
-    sizes = np.stack([grams.present.sum(axis=1), grams.correct.sum(axis=1)], axis=1)  # [P, 2]
-    for n_present, n_correct in np.unique(sizes, axis=0):
-        members = np.flatnonzero((sizes == (n_present, n_correct)).all(axis=1))
-        labels = _labellings(int(n_present), int(n_correct), grams.correct.shape[1], rng)
-        at_once = max(1, LABELLING_BYTES // (8 * max(labels.size, n_permutations)))
-        for start in range(0, len(members), at_once):
-            some = grams.only(members[start : start + at_once])
-            values = statistic(some, np.broadcast_to(labels, (len(some.prompts), *labels.shape)))  # [some, labellings]
-            drawn = rng.integers(len(labels), size=(len(values), n_permutations))
-            total += np.take_along_axis(values, drawn, axis=1).sum(axis=0)
-    return total / len(sizes)
-
-
-def _labellings(n_present: int, n_correct: int, n_rollouts: int, rng: np.random.Generator) -> np.ndarray:
-    """[labellings, n_rollouts] bool, ways to call `n_correct` of the first `n_present` rollouts correct.
-
-    All of them, or 1,000 drawn with replacement where there are more.
-    """
-    if comb(n_present, n_correct) <= LABELLINGS_LISTED:
-        chosen = np.array(list(combinations(range(n_present), n_correct)), dtype=int)
-    else:
-        chosen = np.argsort(rng.random((LABELLINGS_LISTED, n_present)), axis=1)[:, :n_correct]
-    labels = np.zeros((len(chosen), n_rollouts), bool)
-    np.put_along_axis(labels, chosen, True, axis=1)
-    return labels
 
 
 def _permuted_labels(grams: RolloutGrams, n_draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -596,7 +466,7 @@ def _signal(products: np.ndarray) -> Signal:
     total, n = float(products.sum()), len(products)
     if n < 2:
         return Signal(total, None, False)
-    margin = float(student_t.ppf(0.975, n - 1) * products.std(ddof=1) * np.sqrt(n))
+    margin = float(stdtrit(n - 1, 0.975) * products.std(ddof=1) * np.sqrt(n))
     return Signal(total, (total - margin, total + margin), total - margin > 0)
 
 
@@ -617,7 +487,7 @@ def _fieller_interval(products: np.ndarray) -> tuple[float, float]:
     numerator = products[:, 0] / (np.sqrt(correct) * np.sqrt(incorrect))  # sums to rho
     denominator = (products[:, 1] / correct + products[:, 2] / incorrect) / 2  # sums to 1
     n = len(products)
-    (a, b), (_, c) = np.cov(numerator, denominator) * n * student_t.ppf(0.975, n - 1) ** 2
+    (a, b), (_, c) = np.cov(numerator, denominator) * n * stdtrit(n - 1, 0.975) ** 2
     rho = numerator.sum()
     centre, half_width = rho - b, np.sqrt(max(0.0, (rho - b) ** 2 - (1 - c) * (rho**2 - a)))
     return float((centre - half_width) / (1 - c)), float((centre + half_width) / (1 - c))
@@ -627,11 +497,11 @@ def _bootstrap_error(products: np.ndarray, rng: np.random.Generator, n_bootstrap
     """Standard error of rho over prompts drawn with replacement. `products`: [P, 3]."""
     n = len(products)
     sums = [
-        rng.multinomial(n, np.full(n, 1 / n), min(BOOTSTRAPS_AT_ONCE, n_bootstrap - start)) @ products
-        for start in range(0, n_bootstrap, BOOTSTRAPS_AT_ONCE)
+        rng.multinomial(n, np.full(n, 1 / n), min(DRAWS_AT_ONCE, n_bootstrap - start)) @ products
+        for start in range(0, n_bootstrap, DRAWS_AT_ONCE)
     ]
     draws = _rho(np.concatenate(sums))
-    low, high = np.nanquantile(draws, norm.cdf([-1, 1]))
+    low, high = np.nanquantile(draws, ndtr([-1.0, 1.0]))
     return float(high - low) / 2
 
 

@@ -1,24 +1,30 @@
-"""Exp 1's figures, in the look of `figures`: how many directions, shared or not, and whether norms explain it."""
+"""Exp 1's figures, in the look of `look`: how many directions, shared or not, and whether norms explain it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
+from ..analysis.bucket import bucket_of
+from ..dump.format import Dump
 from ..exp1.compression import Interval, Ratio
 from ..exp1.measure import BucketNumbers, Exp1, chance_outside_null, place_in_null
-from ..exp1.spectrum import Projection, Spectrum, cumulative_energy
+from ..exp1.plane import Projection
+from ..exp1.spectrum import Spectrum, cumulative_energy
+from ..exp1.summary import OVERLAP_SHOWN
 from .inputs import Compression
 from .look import (
     MAX_NUMBERED_BUCKETS,
     NOTE_COLOUR,
     Subject,
+    bucket_axis,
     bucket_colours,
     bucket_ticks,
     dodge,
@@ -30,12 +36,15 @@ from .look import (
     panels,
     series_colours,
     styled,
+    subjects_of,
     top_bucket_name,
 )
 
+CUMULATIVE_ENERGY = "exp1_cumulative_energy.png"
+CROSS_BUCKET_COSINE = "exp1_cross_bucket_cosine.png"
+NORMS = "exp1_norms.png"
 SHARE_MARKED = 0.95
 CENTRAL_SHARE = 0.99
-OVERLAP_SHOWN = 10
 CROSS_MEASURES = {
     "top1_cosine": "|cos| of top-1 right singular vectors",
     f"overlap/{OVERLAP_SHOWN}": f"overlap of top-{OVERLAP_SHOWN} subspaces",
@@ -57,8 +66,8 @@ COUNTS_SHOWN = {
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What `draw_norms` needs to know of a dump's rows.
+class Norms:
+    """What `draw_norms` needs to know of a dump's gradients.
 
     Attributes:
         bucket: [n] entropy bucket.
@@ -69,6 +78,20 @@ class Rows:
     bucket: np.ndarray
     norm: np.ndarray
     surprisal: np.ndarray | None
+
+
+def draw_analysis(dumps: Mapping[str, Dump], results: Mapping[str, Exp1]) -> dict[str, Figure]:
+    """The figures of the analysis by file name."""
+    subjects, found = subjects_of(dumps), list(results.values())
+    norms = [
+        Norms(dump.bin, np.sqrt(bucket_of(dump).squared_norms), None if dump.logprob is None else -dump.logprob)
+        for dump in dumps.values()
+    ]
+    return {
+        CUMULATIVE_ENERGY: draw_cumulative_energy(subjects, [result.spectra for result in found]),
+        CROSS_BUCKET_COSINE: draw_cross_bucket(subjects, found),
+        NORMS: draw_norms(subjects, found, norms),
+    }
 
 
 @styled
@@ -108,7 +131,7 @@ def draw_cross_bucket(subjects: list[Subject], results: list[Exp1]) -> Figure:
                 lines.append(_repeats_in_words(result.top1_repeats()))
             ax.set_title("\n".join(lines), loc="left")
     figure.colorbar(image, ax=list(axes.ravel()), shrink=0.5, aspect=30)
-    draws = results[0].draws
+    draws = results[0].settings
     handles = [
         Patch(facecolor="none", edgecolor="black", linewidth=1.8, label=(
             f"diagonal: ceiling, the same between halves of one bucket (mean of {draws.ceiling})"
@@ -150,18 +173,7 @@ def draw_compression_headline(
     of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
     verdicts = _show_verdicts(bars[1], subjects, buckets, compared)
     above.legend(handles=[*of_series, lines, *verdicts], loc="outside lower center", ncols=3 if n_columns == 2 else 4)
-    n_buckets = len(buckets[0])
-    scatters = below.subplots(n_lines, n_columns, squeeze=False).ravel()
-    for unused in scatters[len(subjects) :]:
-        unused.set_axis_off()
-    for subject, of_subject, ax in zip(subjects, found, scatters, strict=False):
-        _scatter(ax, of_subject.projection, of_subject.point_buckets, n_buckets)
-        ax.set_title(f"{panel_title(subject, subjects)}\n{ax.get_title(loc='left')}", loc="left")
-    of_buckets = [
-        Line2D([], [], marker="o", linestyle="none", color=colour, label=_bucket_name(index, n_buckets))
-        for index, colour in enumerate(bucket_colours(n_buckets))
-    ]
-    below.legend(handles=of_buckets, loc="outside lower center", ncols=min(6, n_buckets), handletextpad=0.2)
+    _scatters(below, subjects, found, n_lines, n_columns)
     figure.suptitle(heading("How many directions do the gradients span?", subjects))
     return figure
 
@@ -187,17 +199,17 @@ def draw_top_bucket_energy(subjects: list[Subject], spectra: list[Spectrum]) -> 
 
 
 @styled
-def draw_norms(subjects: list[Subject], results: list[Exp1], rows: list[Rows]) -> Figure:
+def draw_norms(subjects: list[Subject], results: list[Exp1], norms: list[Norms]) -> Figure:
     """Gradient norms per bucket and against surprisal above; below, per subject, PR beside what norms do to it."""
     n_below = min(2, len(subjects))
     n_lines = -(-len(subjects) // n_below)
     figure = new_figure(13.0, 5.2 + 4.6 * n_lines)
     above, below = figure.subfigures(2, 1, height_ratios=(4.6, 4.9 * n_lines))
-    with_surprisal = [i for i, of_subject in enumerate(rows) if of_subject.surprisal is not None]
+    with_surprisal = [i for i, of_subject in enumerate(norms) if of_subject.surprisal is not None]
     upper = above.subplots(1, 2 if with_surprisal else 1, squeeze=False)[0]
-    _norm_ranges(upper[0], subjects, rows)
+    _norm_ranges(upper[0], subjects, norms)
     if with_surprisal:
-        _norms_by_surprisal(upper[1], subjects, rows, with_surprisal)
+        _norms_by_surprisal(upper[1], subjects, norms, with_surprisal)
     of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
     above.legend(
         handles=of_series, loc="outside lower center", ncols=min(3, len(subjects)), handlelength=1.2, columnspacing=1.2
@@ -215,6 +227,23 @@ def draw_norms(subjects: list[Subject], results: list[Exp1], rows: list[Rows]) -
     below.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.2)
     figure.suptitle(heading("Gradient norms: is it direction or size?", subjects))
     return figure
+
+
+def _scatters(
+    below: SubFigure, subjects: list[Subject], found: list[Compression], n_lines: int, n_columns: int
+) -> None:
+    n_buckets = len(found[0].buckets)
+    scatters = below.subplots(n_lines, n_columns, squeeze=False).ravel()
+    for unused in scatters[len(subjects) :]:
+        unused.set_axis_off()
+    for subject, of_subject, ax in zip(subjects, found, scatters, strict=False):
+        _scatter(ax, of_subject.projection, of_subject.point_buckets, n_buckets)
+        ax.set_title(f"{panel_title(subject, subjects)}\n{ax.get_title(loc='left')}", loc="left")
+    of_buckets = [
+        Line2D([], [], marker="o", linestyle="none", color=colour, label=_bucket_name(index, n_buckets))
+        for index, colour in enumerate(bucket_colours(n_buckets))
+    ]
+    below.legend(handles=of_buckets, loc="outside lower center", ncols=min(6, n_buckets), handletextpad=0.2)
 
 
 def _bucket_name(index: int, n_buckets: int) -> str:
@@ -344,10 +373,7 @@ def _bucket_bars(
     if not any(bar(numbers)[0] is not None for of_subject in buckets for numbers in of_subject):
         ax.set_ylim(0, 1)
     ax.set_ylim(bottom=0)
-    ax.set_xlim(-0.6, n_buckets - 0.4)
-    ax.set_xticks(bucket_ticks(n_buckets))
-    ax.grid(axis="x", visible=False)
-    ax.set_xlabel(f"entropy bucket (0 lowest, {n_buckets - 1} highest)")
+    bucket_axis(ax, n_buckets)
     ax.set_ylabel(measure)
     ax.set_title(f"{measure}, {sizes}", loc="left")
 
@@ -389,38 +415,35 @@ def _sizes(buckets: list[list[BucketNumbers]]) -> str:
     return f"n = {low:,} each" if low == high else f"n = {low:,} to {high:,}"
 
 
-def _norm_ranges(ax: Axes, subjects: list[Subject], rows: list[Rows]) -> None:
+def _norm_ranges(ax: Axes, subjects: list[Subject], norms: list[Norms]) -> None:
     """Per bucket and subject: median, quartiles and central 95% of the norms that are not 0, the largest above."""
     n_buckets = max(subject.top_bucket for subject in subjects) + 1
     thickness = 8 if len(subjects) <= 3 else 24 / len(subjects)
-    for i, (colour, of_subject) in enumerate(zip(series_colours(subjects), rows, strict=True)):
+    for i, (colour, of_subject) in enumerate(zip(series_colours(subjects), norms, strict=True)):
         for index in range(n_buckets):
-            norms = of_subject.norm[(of_subject.bucket == index) & (of_subject.norm > 0)]
+            found = of_subject.norm[(of_subject.bucket == index) & (of_subject.norm > 0)]
             place = index + dodge(i, len(subjects))
-            if len(norms) == 0:
+            if len(found) == 0:
                 _say_why(ax, place, int(np.sum(of_subject.bucket == index)), colour)
                 continue
-            low, lower, median, upper, high = np.quantile(norms, [0.025, 0.25, 0.5, 0.75, 0.975])
+            low, lower, median, upper, high = np.quantile(found, [0.025, 0.25, 0.5, 0.75, 0.975])
             ax.plot([place, place], [low, high], color=colour, linewidth=1.6, solid_capstyle="butt")
             ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
             ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
-            ax.plot(place, norms.max(), "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
-    _log_axis(ax, any((of_subject.norm > 0).any() for of_subject in rows))
-    ax.set_xlim(-0.6, n_buckets - 0.4)
-    ax.set_xticks(bucket_ticks(n_buckets))
-    ax.grid(axis="x", visible=False)
-    ax.set_xlabel(f"entropy bucket (0 lowest, {n_buckets - 1} highest)")
+            ax.plot(place, found.max(), "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
+    _log_axis(ax, any((of_subject.norm > 0).any() for of_subject in norms))
+    bucket_axis(ax, n_buckets)
     ax.set_ylabel("gradient norm (log scale)")
     ax.set_title("median, quartiles, central 95%, largest", loc="left")
 
 
-def _norms_by_surprisal(ax: Axes, subjects: list[Subject], rows: list[Rows], shown: list[int]) -> None:
+def _norms_by_surprisal(ax: Axes, subjects: list[Subject], norms: list[Norms], shown: list[int]) -> None:
     """Medians and quartiles of the norm over equally many positions each, against their median −log π_t."""
     colours = series_colours(subjects)
     drawn = False
     for i in shown:
-        usable = (rows[i].norm > 0) & (rows[i].surprisal > 0)
-        norm, surprisal = rows[i].norm[usable], rows[i].surprisal[usable]
+        usable = (norms[i].norm > 0) & (norms[i].surprisal > 0)
+        norm, surprisal = norms[i].norm[usable], norms[i].surprisal[usable]
         groups = [group for group in np.array_split(np.argsort(surprisal), SURPRISAL_GROUPS) if len(group)]
         if not groups:
             continue
@@ -456,10 +479,7 @@ def _counts(ax: Axes, buckets: list[BucketNumbers]) -> None:
     for index, numbers in enumerate(buckets):
         if numbers.participation_ratio is None and len(buckets) <= MAX_NUMBERED_BUCKETS:
             _say_why(ax, index, numbers.n, NOTE_COLOUR)
-    ax.set_xlim(-0.6, len(buckets) - 0.4)
-    ax.set_xticks(bucket_ticks(len(buckets)))
-    ax.grid(axis="x", visible=False)
-    ax.set_xlabel(f"entropy bucket (0 lowest, {len(buckets) - 1} highest)")
+    bucket_axis(ax, len(buckets))
     ax.set_ylabel("count (log scale), with 95% interval")
 
 

@@ -1,6 +1,6 @@
-"""Exp 2's figures, in the look of `figures`: what the prompts' cosines are, and rho with what it can tell."""
+"""Exp 2's figures, in the look of `look`: what the prompts' cosines are, and rho with what it can tell."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..analysis.text import typeset_interval, typeset_number
+from ..dump.format import Dump
 from ..exp2.direction import (
     ALIGNED,
     MIN_ROLLOUTS_OF_EACH_KIND,
@@ -20,8 +22,8 @@ from ..exp2.direction import (
     ORTHOGONAL_WITHIN,
     UNDERPOWERED,
     Alignment,
-    BucketDirections,
 )
+from ..exp2.measure import BucketDirections
 from .look import (
     CONTROL_COLOUR,
     NOTE_COLOUR,
@@ -36,9 +38,12 @@ from .look import (
     panels,
     series_colours,
     styled,
+    subjects_of,
     top_bucket_name,
 )
 
+HISTOGRAM = "exp2_direction_cosine_hist.png"
+ALIGNMENT = "exp2_alignment.png"
 HISTOGRAM_ALPHA = 0.65
 DETECTABLE_COLOUR = "#bdbdbd"
 ORTHOGONAL_COLOUR = "#eaf3ea"
@@ -53,6 +58,15 @@ MEANINGS = {
     ORTHOGONAL: f"holds 0, inside ±{ORTHOGONAL_WITHIN}",
     UNDERPOWERED: "can't tell",
 }
+
+
+def draw_analysis(dumps: Mapping[str | None, Dump], results: list[list[BucketDirections]]) -> dict[str, Figure]:
+    """Both figures of the analysis by file name. `results`: per dump, per bucket."""
+    subjects = subjects_of(dumps)
+    return {
+        ALIGNMENT: draw_alignment(subjects, [[bucket.alignment for bucket in buckets] for buckets in results]),
+        HISTOGRAM: draw_direction_histogram(subjects, [buckets[-1] for buckets in results]),
+    }
 
 
 @styled
@@ -199,11 +213,6 @@ def _no_prompt_note(result: BucketDirections) -> str:
     )
 
 
-def _signed(value: float) -> str:
-    """Two decimals with a proper minus; never minus zero."""
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
-
-
 def _rho_sentence(result: Alignment) -> str:
     """rho, its interval, n and verdict."""
     if result.n_prompts == 0:
@@ -211,9 +220,9 @@ def _rho_sentence(result: Alignment) -> str:
     if result.rho is None:
         rho = "no ρ, signal not above 0"
     elif result.ci95 is None:
-        rho = f"ρ = {_signed(result.rho)}, no finite interval"
+        rho = f"ρ = {typeset_number(result.rho, 2)}, no finite interval"
     else:
-        rho = f"ρ = {_signed(result.rho)} [{', '.join(map(_signed, result.ci95))}]"
+        rho = f"ρ = {typeset_number(result.rho, 2)} {typeset_interval(result.ci95)}"
     return f"{rho}, n = {result.n_prompts} prompts: {result.verdict}"
 
 
@@ -225,9 +234,13 @@ def _test_sentence(result: Alignment) -> str:
 
 def _cosine_sentence(result: BucketDirections) -> str:
     cosines = result.directions.cosines
-    mean = f"mean cos = {_signed(np.mean(cosines))} (n = {len(cosines)} prompts)" if len(cosines) else "no mean cos"
+    mean = (
+        f"mean cos = {typeset_number(np.mean(cosines), 2)} (n = {len(cosines)} prompts)"
+        if len(cosines)
+        else "no mean cos"
+    )
     controls = {"tokens": result.directions.control_cosines, "rollouts": result.control_by_rollout_cosines}
-    floors = [f"{unit} {_signed(np.mean(v))} (n = {len(v)})" for unit, v in controls.items() if len(v)]
+    floors = [f"{unit} {typeset_number(np.mean(v), 2)} (n = {len(v)})" for unit, v in controls.items() if len(v)]
     return f"{mean}\n" + ("control by " + ", ".join(floors) if floors else "no control")
 
 
@@ -337,7 +350,9 @@ def _band_sentence(
         return f"no {unit} control: {why}"
     n_outside = int(np.sum((cosines < band[0]) | (cosines > band[1])))
     counted = f"; {n_outside} of {len(cosines)} outside" if len(cosines) else ""
-    return f"{name}: central 95% of {unit} control, {_signed(band[0])} to {_signed(band[1])}{counted}"
+    return (
+        f"{name}: central 95% of {unit} control, {typeset_number(band[0], 2)} to {typeset_number(band[1], 2)}{counted}"
+    )
 
 
 def _control_bands(result: BucketDirections) -> list[tuple[float, float] | None]:

@@ -1,12 +1,12 @@
 """What headline figures need of both experiments, kept beside the summaries so that nothing is computed twice.
 
 The analyses write `exp1_arrays.npz` and `exp2_arrays.npz`; together with the summaries these make up `Compression` and
-`direction.BucketDirections` again. Arrays are named `<place of the tag>.<name>`; the entry `about` is a line of JSON
+`BucketDirections` again. Arrays are named `<place of the tag>.<name>`; the entry `about` is a line of JSON
 with the fingerprints of the dumps, so that a reader knows whose numbers they are.
 """
 
-import hashlib
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError
+from ..analysis.bucket import bucket_of
+from ..analysis.inputs import first_targets, open_dumps, warn
 from ..common.files import aside, replace
-from ..dump.format import MANIFEST
+from ..dump.format import Dump
 from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
-from ..exp1.measure import BucketNumbers
-from ..exp1.spectrum import Projection, Spectrum
-from ..exp2.direction import Alignment, BucketDirections, Cancellation, Directions, PromptDirection, Signal
+from ..exp1.measure import BucketNumbers, Exp1, Exp1Settings, measure_dumps, sample_rollouts
+from ..exp1.plane import Projection, project_to_plane
+from ..exp1.spectrum import Spectrum
+from ..exp2.direction import Alignment, Cancellation, Directions, PromptDirection, Signal
+from ..exp2.measure import BucketDirections, Exp2Settings, bucket_directions
+
+log = logging.getLogger(__name__)
 
 EXP1_ARRAYS = "exp1_arrays.npz"
 EXP2_ARRAYS = "exp2_arrays.npz"
@@ -40,7 +45,7 @@ class Compression:
     Attributes:
         buckets: the numbers of each bucket.
         energies: of each bucket, squared singular values, descending.
-        projection: of all rows, as `spectrum.project_to_plane` gives it.
+        projection: of all gradients, as `plane.project_to_plane` gives it.
         point_buckets: [m] the bucket of each point of the projection.
     """
 
@@ -50,24 +55,69 @@ class Compression:
     point_buckets: np.ndarray
 
     def spectrum(self, bucket: int) -> Spectrum:
-        """A bucket's spectrum, without its leading direction."""
-        return Spectrum(self.buckets[bucket].n, self.energies[bucket], None)
+        """A bucket's spectrum."""
+        return Spectrum(self.buckets[bucket].n, self.energies[bucket])
 
 
 class NotTheseDumps(Exception):  # noqa: N818, it is no error: what is missing is computed
     """There are no numbers of these dumps in a file; says why, as the end of a sentence."""
 
 
-def fingerprint(dump: Path) -> str:
-    """SHA-256 of a dump's manifest, hexadecimal.
+def compression_of(dump: Dump, result: Exp1, device: str = "cpu") -> Compression:
+    """What headline figures need of one dump."""
+    projection = project_to_plane(bucket_of(dump, device=device))
+    energies = [spectrum.energies for spectrum in result.spectra]
+    return Compression(result.buckets, energies, projection, dump.bin[projection.rows])
 
-    Raises:
-        InputError: there is none.
+
+@dataclass(frozen=True)
+class Headlines:
+    """What headline figures and their tables show.
+
+    Attributes:
+        compression: of each tag.
+        compared: of each tag but the first, per bucket, how it compares with the first; None where buckets differ.
+        directions: of each tag, its bucket of highest entropy.
     """
+
+    compression: dict[str, Compression]
+    compared: dict[str, list[Ratio | None] | None]
+    directions: dict[str, BucketDirections]
+
+
+def headlines_of(
+    output_dir: Path, paths: Mapping[str, Path], summaries: Sequence[Mapping[str, Any]], fingerprints: Fingerprints
+) -> Headlines:
+    """Both experiments of every tag, from the analyses' files where these are about these dumps, else computed.
+
+    Args:
+        output_dir: where the analyses left their arrays.
+        paths: each tag's dump.
+        summaries: of Exp 1 and Exp 2.
+        fingerprints: of the dumps.
+    """
+    exp1 = directions = None
+    missing = []
     try:
-        return hashlib.sha256((dump / MANIFEST).read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{dump / MANIFEST}: {error.strerror}") from error
+        exp1 = read_compression(output_dir / EXP1_ARRAYS, summaries[0], fingerprints)
+    except NotTheseDumps as reason:
+        missing.append(f"Exp 1 ({reason})")
+    try:
+        directions = read_directions(output_dir / EXP2_ARRAYS, summaries[1], fingerprints)
+    except NotTheseDumps as reason:
+        missing.append(f"Exp 2 ({reason})")
+    if missing:
+        log.info(f"computing anew what the analyses did not leave about these dumps: {', '.join(missing)}")
+        opened = open_dumps(paths)
+        warn(opened)
+        dumps = first_targets(opened)
+    if exp1 is None:  # without what headlines don't show: no ceilings, no nulls
+        of_rollouts = {tag: sample_rollouts(dump) for tag, dump in dumps.items()}
+        results, compared = measure_dumps(of_rollouts, Exp1Settings(ceiling=0, null=0))
+        exp1 = {tag: compression_of(dump, results[tag]) for tag, dump in of_rollouts.items()}, compared
+    if directions is None:
+        directions = {tag: bucket_directions(dump, dump.bins - 1) for tag, dump in dumps.items()}
+    return Headlines(*exp1, directions)
 
 
 def write_compression(file: Path, found: Mapping[str, Compression], fingerprints: Fingerprints) -> None:
@@ -138,8 +188,7 @@ def read_directions(file: Path, summary: Mapping[str, Any], fingerprints: Finger
             alignment=_alignment(numbers["alignment"]),
             cancellation=_made_of(Cancellation, numbers["cancellation"]),
             cancellation_group_normalised=_made_of(Cancellation, numbers["cancellation"]["group_normalised"]),
-            n_bootstrap=numbers["draws"]["bootstrap"],
-            n_permutations=numbers["draws"]["permutations"],
+            settings=Exp2Settings(**numbers["draws"]),
         )
     return found
 

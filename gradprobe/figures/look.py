@@ -9,7 +9,7 @@ says why.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
+
+from ..analysis.inputs import target_name
 
 DPI = 160
 STYLE = {
@@ -71,6 +72,11 @@ class Subject:
         return name if self.tag in (None, name) else f"{shortened(self.tag, MAX_TAG_LENGTH)} · {name}"
 
 
+def subjects_of(dumps: Mapping[str | None, Any]) -> list[Subject]:
+    """What the figures call each dump: anything with a `manifest` and `bins`."""
+    return [Subject(tag, dump.manifest["model_path"], target_name(dump), dump.bins - 1) for tag, dump in dumps.items()]
+
+
 def shortened(text: str, longest: int = MAX_NAME_LENGTH) -> str:
     """`text` on one line, its middle left out where it is longer than `longest` characters."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -89,6 +95,14 @@ def series_colours(subjects: list[Subject]) -> list[str]:
         SERIES_COLOURS.get(subject.tag or "") or OTHER_COLOURS[others.index(subject.tag) % len(OTHER_COLOURS)]
         for subject in subjects
     ]
+
+
+def bucket_axis(ax: Axes, n_buckets: int) -> None:
+    """The x axis of what is drawn per bucket."""
+    ax.set_xlim(-0.6, n_buckets - 0.4)
+    ax.set_xticks(bucket_ticks(n_buckets))
+    ax.grid(axis="x", visible=False)
+    ax.set_xlabel(f"entropy bucket (0 lowest, {n_buckets - 1} highest)")
 
 
 def bucket_colours(n_buckets: int) -> np.ndarray:
@@ -115,51 +129,6 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-@styled
-def draw_replication(subjects: list[Subject], exp1: list[dict[str, Any]], exp2: list[dict[str, Any]]) -> Figure:
-    """Each headline number over all probed rows and layers: a dot per target, a line at their mean.
-
-    Args:
-        subjects: any number.
-        exp1: per subject `{measure: {bucket: spread}}`, a spread as `replication.spread_of` gives it.
-        exp2: per subject `{measure: spread}`.
-    """
-    figure = new_figure(13.0, 5.2)
-    axes = figure.subplots(1, 3)
-    colours = series_colours(subjects)
-    for ax, measure in zip(axes, ("participation_ratio", "rank95"), strict=False):
-        name = measure.replace("_", " ")
-        buckets = list(exp1[0][measure])
-        for i, (table, colour) in enumerate(zip(exp1, colours, strict=True)):
-            for place, bucket in enumerate(buckets):
-                _dots(ax, place + dodge(i, len(subjects)), table[measure][bucket], colour, 0.8 / len(subjects))
-        ax.set_xticks(range(len(buckets)), buckets)
-        ax.set_ylim(bottom=0)
-        ax.set_xlabel(f"entropy bucket (0 lowest, {len(buckets) - 1} highest)")
-        ax.set_ylabel(name)
-        ax.set_title(f"{name} per bucket", loc="left")
-    names = {"mean_cosine": "correct vs incorrect", "control_mean": "control"}
-    for i, (table, colour) in enumerate(zip(exp2, colours, strict=True)):
-        for place, measure in enumerate(names):
-            _dots(axes[2], place + dodge(i, len(subjects)), table[measure], colour, 0.8 / len(subjects))
-    axes[2].axhline(0, color="black", linewidth=1.0, zorder=1)
-    axes[2].set_xticks(range(len(names)), names.values())
-    axes[2].set_xlim(-0.6, len(names) - 0.4)
-    axes[2].set_ylabel("mean cosine over prompts")
-    axes[2].set_title(top_bucket_name(subjects), loc="left")
-    for ax in axes:
-        ax.grid(axis="x", visible=False)
-    of_series = [
-        Line2D([], [], marker="o", linestyle="none", color=colour, label=subject.label)
-        for subject, colour in zip(subjects, colours, strict=True)
-    ]
-    mean = Line2D([], [], color=CONTROL_COLOUR, linewidth=2.5, label="mean over targets")
-    figure.legend(handles=[*of_series, mean], loc="outside lower center", ncols=min(4, len(subjects) + 1))
-    counts = {len(table["targets"]) for table in (*exp1, *exp2)}
-    figure.suptitle(f"Do other rows and layers agree? {' and '.join(map(str, sorted(counts)))} targets of each model")
-    return figure
-
-
 def dodge(index: int, count: int) -> float:
     """How far from a bucket's middle the `index`-th of `count` subjects stands."""
     return (index - (count - 1) / 2) * 0.8 / count
@@ -178,18 +147,8 @@ def grid(figure: Figure | SubFigure, count: int, n_columns: int, rows_each: int 
     return by_line[:count]
 
 
-def _dots(ax: Axes, place: float, spread: dict[str, Any], colour: str, width: float) -> None:
-    """One dot for each number of a spread, fanned out so that they stay apart, and a line at the mean."""
-    values = [value for value in spread["values"] if value is not None]
-    if not values:
-        ax.annotate("no number", (place, 0), rotation=90, ha="center", va="bottom", color=colour, fontsize=9)
-        return
-    offsets = np.linspace(-0.33, 0.33, len(values)) * width if len(values) > 1 else [0.0]
-    ax.scatter(place + np.asarray(offsets), values, s=16, color=colour, alpha=0.75, linewidths=0, zorder=3)
-    ax.plot([place - 0.42 * width, place + 0.42 * width], [spread["mean"]] * 2, color=colour, linewidth=2.5, zorder=2)
-
-
 def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that can be saved."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -207,11 +166,13 @@ def panels(count: int, width: float, height: float, sharey: bool = False) -> tup
 
 
 def heading(question: str, subjects: list[Subject]) -> str:
+    """A figure's title: what it asks, and the weight where it is the same for all."""
     targets = sorted({subject.target for subject in subjects})
     return f"{question}\n{shortened(targets[0], 80)}" if len(targets) == 1 else question
 
 
 def top_bucket_name(subjects: list[Subject]) -> str:
+    """What to call the bucket of highest entropy."""
     numbers = {subject.top_bucket for subject in subjects}
     return f"bucket {numbers.pop()} (highest entropy)" if len(numbers) == 1 else "bucket of highest entropy"
 
@@ -224,6 +185,7 @@ def panel_title(subject: Subject, subjects: list[Subject]) -> str:
 
 
 def note(ax: Axes, text: str) -> None:
+    """Say in the middle of empty axes why they are empty."""
     ax.text(
         0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=NOTE_COLOUR,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 6},
@@ -231,4 +193,5 @@ def note(ax: Axes, text: str) -> None:
 
 
 def bucket_ticks(n_buckets: int) -> range:
+    """The buckets that get a number on an axis."""
     return range(0, n_buckets, -(-n_buckets // MAX_NUMBERED_BUCKETS))

@@ -12,8 +12,9 @@ from typing import Any
 
 import jinja2
 
+from ..analysis.text import MISSING_TYPESET, typeset_interval, typeset_number
+
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MISSING = "–"
 REPLICATION = "exp12_replication.png"
 TRAJECTORY = "exp12_trajectory.png"
 
@@ -107,9 +108,9 @@ def render_report(
 def _alignment_answer(tag: str, numbers: Mapping[str, Any]) -> Answer:
     found = numbers["alignment"]
     words = [
-        f"ρ = {_number(found['rho'])} {_interval(found['ci95'])}",
-        f"p = {_number(found['p_value'], 4)} ({found['n_prompts']} prompts)",
-        f"detectable |ρ| {_number(found['min_detectable'])}",
+        f"ρ = {typeset_number(found['rho'])} {typeset_interval(found['ci95'])}",
+        f"p = {typeset_number(found['p_value'], 4)} ({found['n_prompts']} prompts)",
+        f"detectable |ρ| {typeset_number(found['min_detectable'])}",
     ]
     return Answer(tag, found["verdict"], ", ".join(words))
 
@@ -122,7 +123,7 @@ def _comparison_answers(tag: str, numbers: Mapping[str, Any]) -> list[Answer]:
         top = str(max(map(int, buckets)))
         found = buckets[top]
         if found is not None:
-            ratio = f"ratio {_number(found['ratio'])} {_interval(found['ci95'])}"
+            ratio = f"ratio {typeset_number(found['ratio'])} {typeset_interval(found['ci95'])}"
             answers.append(Answer(f"unit-norm PR of {tag} against {other}, bucket {top}", found["verdict"], ratio))
     return answers
 
@@ -135,15 +136,15 @@ def _direction_table(tag: str, numbers: Mapping[str, Any]) -> Table:
             [
                 bucket,
                 str(found["n_prompts_usable"]),
-                _number(found["correct_vs_incorrect"]["mean"]),
-                _number(found["control_within_group"]["mean"]),
-                _number(found["control_within_group_by_rollout"]["mean"]),
-                f"{_number(alignment['rho'])} {_interval(alignment['ci95'])}",
-                _number(alignment["p_value"], 4),
+                typeset_number(found["correct_vs_incorrect"]["mean"]),
+                typeset_number(found["control_within_group"]["mean"]),
+                typeset_number(found["control_within_group_by_rollout"]["mean"]),
+                f"{typeset_number(alignment['rho'])} {typeset_interval(alignment['ci95'])}",
+                typeset_number(alignment["p_value"], 4),
                 alignment["verdict"],
-                _number(cancellation["ratio"]),
-                f"{_number(cancellation['null_mean'])} {_interval(cancellation['null_ci95'])}",
-                _number(cancellation["p_value"], 4),
+                typeset_number(cancellation["ratio"]),
+                f"{typeset_number(cancellation['null_mean'])} {typeset_interval(cancellation['null_ci95'])}",
+                typeset_number(cancellation["p_value"], 4),
             ]
         )
     header = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "ρ [95%]", "p", "verdict"]
@@ -155,14 +156,14 @@ def _compression_table(tag: str, numbers: Mapping[str, Any]) -> Table:
         [
             bucket,
             f"{found['n']:,}",
-            f"{_number(found['participation_ratio'], 2)} {_interval(found['participation_ratio_ci95'])}",
-            f"{_number(found['participation_ratio_unit_norm'], 2)} "
-            + _interval(found.get("participation_ratio_unit_norm_ci95")),
-            _number(found["ess"], 1),
-            _number(found["participation_ratio_isotropic"], 1),
-            _number(found["rank95"]),
-            _number(found["effective_rank"], 1),
-            _number(numbers["cross_bucket_ceiling"][int(bucket)]),
+            f"{typeset_number(found['participation_ratio'], 2)} {typeset_interval(found['participation_ratio_ci95'])}",
+            f"{typeset_number(found['participation_ratio_unit_norm'], 2)} "
+            + typeset_interval(found.get("participation_ratio_unit_norm_ci95")),
+            typeset_number(found["ess"], 1),
+            typeset_number(found["participation_ratio_isotropic"], 1),
+            typeset_number(found["rank95"]),
+            typeset_number(found["effective_rank"], 1),
+            typeset_number(numbers["cross_bucket_ceiling"][int(bucket)]),
         ]
         for bucket, found in numbers["per_bucket"].items()
     ]
@@ -217,22 +218,12 @@ def _left_out_table(exp2: Mapping[str, Any], manifests: Mapping[str, Any]) -> Ta
     return Table("counts", ["", *exp2], rows, text=True)
 
 
-def _number(value: float | int | None, decimals: int = 3) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:,}" if isinstance(value, int) else f"{value:.{decimals}f}".replace("-", "−")
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return "[no interval]" if bounds is None else f"[{_number(bounds[0], 2)}, {_number(bounds[1], 2)}]"
-
-
 def _setting(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_setting(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(_setting(part) for part in value)
-    return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return MISSING_TYPESET if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 GLOSSARY = (

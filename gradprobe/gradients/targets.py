@@ -1,15 +1,23 @@
-"""Which rows of which weights: targets by name, found in a model's module tree."""
+"""With respect to what gradients are taken: rows of weights, or weights seen through random signs."""
 
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..common.errors import raise_if_any
+from ..common.errors import InputError, raise_if_any
 from ..model.decoder import layer_list, linear_weights, n_inputs, n_output_rows
 
 MOST_DIGITS = 10
 """Of a layer's or row's number on the command line; Python refuses to read thousands."""
+ALL, ALL_LINEAR = "all", "all-linear"
+
+Weight = tuple[int, str]
+"""A layer's number, and a weight's name inside it."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,102 @@ class Target:
         """The name of this target's dump among those of several targets."""
         return f"L{self.layer}.{self.suffix}.r{self.row_idx}"
 
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The weight it is of."""
+        return ((self.layer, self.suffix),)
 
-def expand_targets(
-    model: nn.Module, layers: str | None, suffixes: str, rows: str, seed: int
-) -> tuple[list[Target], list[int]]:
+    def row_dim(self, model: nn.Module) -> int:
+        """The length of its gradient."""
+        return n_inputs(_linear(model, self.weights[0]))
+
+    def described(self, model: nn.Module) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {"target": full_name(model, self.weights[0]), "row_idx": self.row_idx}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """P (rows × out) and Q (cols × in) of random signs over √rows and √cols, in whose place a weight's gradient stands.
+
+    ∇_W ≈ P ∇_W Qᵀ: inner products keep their expectation over P and Q, with a relative scatter of about √(1/rows +
+    1/cols + 1/(rows · cols)) for gradients of rank one.
+    """
+
+    rows: int
+    cols: int
+    seed: int
+
+    @staticmethod
+    def of(words: str, seed: int) -> "Projection":
+        """`16x16` -> 16 rows, 16 columns.
+
+        Raises:
+            InputError: it is not like that.
+        """
+        found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", words)
+        if found is None:
+            raise InputError(f"`project` {words}: must be rows x columns of the projection, like 16x16")
+        return Projection(int(found[1]), int(found[2]), seed)
+
+    def __str__(self) -> str:
+        return f"p{self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True)
+class ProjectedTarget:
+    """Whole weights through a projection, side by side in one gradient; `name` is what they are called together."""
+
+    name: str
+    weights: tuple[Weight, ...]
+    projection: Projection
+
+    @property
+    def directory(self) -> str:
+        """The name of this target's dump among those of several targets."""
+        return f"{self.name}.{self.projection}"
+
+    def row_dim(self, model: nn.Module) -> int:
+        """The length of its gradient."""
+        return len(self.weights) * self.projection.rows * self.projection.cols
+
+    def described(self, model: nn.Module) -> dict[str, Any]:
+        """What the manifest says of it; `offset` is where a weight's numbers begin in a gradient, row by row of P."""
+        size = self.projection.rows * self.projection.cols
+        linears = [(full_name(model, weight), _linear(model, weight)) for weight in self.weights]
+        weights = [
+            {"name": name, "offset": k * size, "rows": n_output_rows(linear), "cols": n_inputs(linear)}
+            for k, (name, linear) in enumerate(linears)
+        ]
+        projection = {"rows": self.projection.rows, "cols": self.projection.cols, "seed": self.projection.seed}
+        target = self.name if len(weights) > 1 else weights[0]["name"]
+        return {"target": target, "row_idx": None, "projection": {**projection, "weights": weights}}
+
+
+AnyTarget = Target | ProjectedTarget
+
+
+def signs(projection: Projection, weight: str, linear: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """P, [rows, out], and Q, [cols, in], float32: pure functions of the seed, the weight's full name and the side."""
+    sides = (("out", projection.rows, n_output_rows(linear)), ("in", projection.cols, n_inputs(linear)))
+    found = []
+    for side, n, length in sides:
+        digest = hashlib.sha256(f"{projection.seed}\n{weight}\n{side}".encode()).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        found.append((rng.integers(0, 2, (n, length)) * 2 - 1).astype(np.float32) / np.float32(np.sqrt(n)))
+    return found[0], found[1]
+
+
+def full_name(model: nn.Module, weight: Weight) -> str:
+    """E.g. `model.layers.14.mlp.down_proj.weight`."""
+    return f"{layer_list(model)[0]}.{weight[0]}.{weight[1]}"
+
+
+def _linear(model: nn.Module, weight: Weight) -> nn.Module:
+    return linear_weights(layer_list(model)[1][weight[0]])[weight[1]]
+
+
+def expand_targets(model: nn.Module, layers: str | None, suffixes: str, rows: str, seed: int) -> list[Target]:
     """Every combination of the layers, weights and rows that comma-separated lists name.
 
     Args:
@@ -37,36 +137,71 @@ def expand_targets(
         suffixes: e.g. `mlp.down_proj.weight`.
         rows: numbers, `first`, `mid`, `last` and `random:K` (K rows of each weight, drawn with `seed`).
 
-    Returns:
-        The targets and the length of each one's gradient.
-
     Raises:
         InputError: a word that is none of these, a layer, weight or row the model does not have, or a target
             named twice; all problems are named.
     """
-    n_layers = len(layer_list(model)[1])
     problems: list[str] = []
     targets: list[Target] = []
-    for layer in [n_layers // 2] if layers is None else _integers(layers, "`layer`", problems):
-        for suffix in suffixes.split(","):
-            linear = _find_linear(model, layer, suffix, problems)
-            if linear is not None:
-                targets += [
-                    Target(layer, suffix, row) for row in _expand_rows(rows, n_output_rows(linear), seed, problems)
-                ]
-    problems += [f"{t.directory}: this target is named twice" for t in set(targets) if targets.count(t) > 1]
-    raise_if_any(dict.fromkeys(problems))
-    layer_modules = layer_list(model)[1]
-    return targets, [n_inputs(linear_weights(layer_modules[t.layer])[t.suffix]) for t in targets]
+    if layers == ALL or ALL_LINEAR in suffixes.split(","):
+        problems.append("`layer` all and `param_suffix` all-linear go with `project` only")
+    else:
+        for layer in _layer_numbers(model, layers, problems):
+            for suffix in suffixes.split(","):
+                linear = _find_linear(model, layer, suffix, problems)
+                if linear is not None:
+                    n_rows = n_output_rows(linear)
+                    targets += [Target(layer, suffix, row) for row in _expand_rows(rows, n_rows, seed, problems)]
+    _raise_faults(targets, problems)
+    return targets
 
 
-def _integers(words: str, name: str, problems: list[str]) -> list[int]:
+def expand_projected(
+    model: nn.Module, layers: str | None, suffixes: str, projection: Projection
+) -> list[ProjectedTarget]:
+    """One target for each weight that layers and suffixes name; `all-linear` is one of all linear weights together.
+
+    Args:
+        model, layers, suffixes: as for `expand_targets`; also `all` layers, and the suffix `all-linear`.
+        projection: of each weight.
+
+    Raises:
+        InputError: as `expand_targets`.
+    """
+    problems: list[str] = []
+    modules = layer_list(model)[1]
+    numbers = list(range(len(modules))) if layers == ALL else _layer_numbers(model, layers, problems)
+    numbers = [n for n in numbers if _is_layer(model, n, problems)]
+    targets = []
+    for suffix in suffixes.split(","):
+        if suffix == ALL_LINEAR:
+            weights = tuple((n, name) for n in numbers for name in linear_weights(modules[n]))
+            of_layers = "" if layers == ALL else "L" + "+".join(map(str, numbers)) + "."
+            targets.append(ProjectedTarget(of_layers + ALL_LINEAR, weights, projection))
+        else:
+            targets += [
+                ProjectedTarget(f"L{n}.{suffix}", ((n, suffix),), projection)
+                for n in numbers
+                if _find_linear(model, n, suffix, problems) is not None
+            ]
+    _raise_faults(targets, problems)
+    return targets
+
+
+def _raise_faults(targets: Sequence[AnyTarget], problems: list[str]) -> None:
+    twice = [f"{t.directory}: this target is named twice" for t in set(targets) if targets.count(t) > 1]
+    raise_if_any(dict.fromkeys(problems + twice))
+
+
+def _layer_numbers(model: nn.Module, words: str | None, problems: list[str]) -> list[int]:
+    if words is None:
+        return [len(layer_list(model)[1]) // 2]
     numbers = []
     for word in words.split(","):
         if word.strip().isdecimal() and len(word) < MOST_DIGITS:
             numbers.append(int(word))
         else:
-            problems.append(f"{name} {words}: '{word}' is not a number from 0")
+            problems.append(f"`layer` {words}: '{word}' is not a number from 0")
     return numbers
 
 
@@ -88,27 +223,37 @@ def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> lis
     return rows
 
 
+def _is_layer(model: nn.Module, layer: int, problems: list[str]) -> bool:
+    n_layers = len(layer_list(model)[1])
+    if not 0 <= layer < n_layers:
+        problems.append(f"`layer` {layer}: the model has layers 0 to {n_layers - 1}")
+    return 0 <= layer < n_layers
+
+
 def _find_linear(model: nn.Module, layer: int, suffix: str, problems: list[str]) -> nn.Module | None:
-    layers = layer_list(model)[1]
-    if not 0 <= layer < len(layers):
-        problems.append(f"`layer` {layer}: the model has layers 0 to {len(layers) - 1}")
+    if not _is_layer(model, layer, problems):
         return None
-    available = linear_weights(layers[layer])
+    available = linear_weights(layer_list(model)[1][layer])
     if suffix not in available:
         problems.append(f"`param_suffix` {suffix}: can't be a target; these can: {', '.join(available)}")
     return available.get(suffix)
 
 
-def resolve(model: nn.Module, targets: list[Target]) -> dict[tuple[int, str], tuple[nn.Module, list[int]]]:
-    """The linear map and the rows of each distinct weight among `targets`, in the order of first mention."""
-    problems: list[str] = [] if targets else ["no target row is asked for"]
-    weights: dict[tuple[int, str], tuple[nn.Module, list[int]]] = {}
+def linears_of(model: nn.Module, targets: Sequence[AnyTarget]) -> dict[Weight, nn.Module]:
+    """The linear map of each distinct weight among `targets`, in the order of first mention.
+
+    Raises:
+        InputError: a layer, weight or row that the model does not have.
+    """
+    problems: list[str] = [] if targets else ["no target is asked for"]
+    found: dict[Weight, nn.Module] = {}
     for target in targets:
-        linear = _find_linear(model, target.layer, target.suffix, problems)
-        if linear is None:
-            continue
-        if not 0 <= target.row_idx < n_output_rows(linear):
-            problems.append(f"`row_idx` {target.row_idx}: {target.suffix} has rows 0 to {n_output_rows(linear) - 1}")
-        weights.setdefault((target.layer, target.suffix), (linear, []))[1].append(target.row_idx)
+        for layer, suffix in target.weights:
+            linear = _find_linear(model, layer, suffix, problems)
+            if linear is None:
+                continue
+            if isinstance(target, Target) and not 0 <= target.row_idx < n_output_rows(linear):
+                problems.append(f"`row_idx` {target.row_idx}: {suffix} has rows 0 to {n_output_rows(linear) - 1}")
+            found.setdefault((layer, suffix), linear)
     raise_if_any(dict.fromkeys(problems))
-    return weights
+    return found

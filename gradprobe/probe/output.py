@@ -123,7 +123,7 @@ class GrowingRollouts:
 
     def append(self, rollouts: list[Rollout], notes: dict[str, Any]) -> None:
         """Write one chunk's rollouts, on disk when this returns."""
-        piece = self._lines.append(map(asdict, rollouts))
+        piece = self._lines.append(rollout.to_record() for rollout in rollouts)
         self._record.append({"kind": ROLLOUTS, **asdict(piece), "notes": notes})
         self.notes.append(notes)
 

@@ -12,7 +12,9 @@ from torch import nn
 from ..common.errors import InputError
 from ..common.files import read_json, sha256_of
 from ..dump import format as contract
-from ..gradients.targets import Target, expand_targets
+from ..dump.buckets import fit_edges
+from ..dump.pooled import BUCKET, POOLING
+from ..gradients.targets import AnyTarget, Projection, expand_projected, expand_targets
 from ..model.checkpoint import (
     checkpoint_identity,
     end_token_ids,
@@ -30,6 +32,7 @@ from ..problems.verify import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.server import connect
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
+from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
 from .settings import BATCH_TOKENS, DEFAULT_VERIFIER, ProbeSettings
 
 log = logging.getLogger(__name__)
@@ -47,7 +50,8 @@ class Plan:
         source: gives this shard's rollouts.
         description: what the manifest says of them.
         verifier: judges them.
-        edges: those that were asked for; None: they are fitted.
+        rule: what tokens are bucketed by.
+        edges: those that were asked for, or that a whole file gives; None: they are fitted.
         device: takes the model, unless there is a placement.
         placement: spreads the weights.
         dtype: of the weights.
@@ -57,12 +61,13 @@ class Plan:
     """
 
     settings: ProbeSettings
-    targets: list[Target]
+    targets: list[AnyTarget]
     row_dims: list[int]
     directories: list[Path]
     source: Source
     description: dict[str, Any]
     verifier: Verifier
+    rule: BucketRule
     edges: dict[str, Any] | None
     device: torch.device
     placement: Placement | None
@@ -74,8 +79,9 @@ class Plan:
     @property
     def positions_at_most(self) -> int:
         """The most gradients that the dump of one target can have."""
-        n_tokens, per_bucket = self.source.n_tokens_at_most, self.settings.pos_per_bin_per_rollout
-        of_buckets = sum(self.source.rows_per_prompt) * self.settings.bins * per_bucket
+        n_tokens, settings = self.source.n_tokens_at_most, self.settings
+        per_bucket = 1 if settings.is_pooled else settings.pos_per_bin_per_rollout
+        of_buckets = sum(self.source.rows_per_prompt) * settings.bins * per_bucket
         return n_tokens if per_bucket == 0 else min(of_buckets, n_tokens)
 
     def in_numbers(self) -> dict[str, Any]:
@@ -94,11 +100,11 @@ def make_plan(settings: ProbeSettings) -> Plan:
     Raises:
         InputError: something is not there, or can't be read, or does not fit.
     """
-    # 1. Which weights' rows.
+    # 1. Which weights, or which of their rows.
     skeleton = load_skeleton(settings.checkpoint)
-    targets, row_dims = expand_targets(skeleton, settings.layer, settings.param_suffix, settings.row_idx, settings.seed)
+    targets = targets_of(settings, skeleton)
     # 2. Whose tokens, judged by whom, in which buckets.
-    edges, verifier = given_edges(settings), load_verifier(settings.verifier)
+    verifier = load_verifier(settings.verifier)
     read = read_problem_source if settings.rollouts is None else read_rollout_source
     source, description = read(settings, skeleton, verifier)
     # 3. Where and how it is computed.
@@ -107,10 +113,13 @@ def make_plan(settings: ProbeSettings) -> Plan:
         placement = read_placement(settings.device_map, settings.max_memory, settings.offload_dir, skeleton)
     device = resolve_device(settings.device) if placement is None else placement.main_device
     dtype, attention = resolve_dtype(settings.dtype, device), resolve_attention(settings.attention, skeleton)
+    identity_of_model = checkpoint_identity(settings.checkpoint, skeleton)
+    rule = rule_of(settings.bucket_by, settings.seed, settings.rollouts and _rollout_file(settings))
+    edges = given_edges(settings) or edges_of_file(settings, rule, identity_of_model)
     # 4. What makes the dump this one and no other.
     identity = {
         "format_version": contract.FORMAT_VERSION,
-        "model": checkpoint_identity(settings.checkpoint, skeleton),
+        "model": identity_of_model,
         "targets": [target.directory for target in targets],
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
@@ -120,17 +129,19 @@ def make_plan(settings: ProbeSettings) -> Plan:
         "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
         "seed": settings.seed,
         "entropy_edges": edges and edges["entropy_edges"],
+        **pooling_of(settings),
         **{key: _without_path(value) for key, value in description.items()},
     }
     output = settings.output_dir
     return Plan(
         settings=settings,
         targets=targets,
-        row_dims=row_dims,
+        row_dims=[target.row_dim(skeleton) for target in targets],
         directories=[output] if len(targets) == 1 else [output / target.directory for target in targets],
         source=source,
         description=description,
         verifier=verifier,
+        rule=rule,
         edges=edges,
         device=device,
         placement=placement,
@@ -139,6 +150,19 @@ def make_plan(settings: ProbeSettings) -> Plan:
         batch_tokens=settings.batch_tokens or BATCH_TOKENS[device.type],
         identity=identity,
     )
+
+
+def targets_of(settings: ProbeSettings, skeleton: nn.Module) -> list[AnyTarget]:
+    """Rows of weights, or with `project` whole weights."""
+    where = (skeleton, settings.layer, settings.param_suffix)
+    if settings.project is None:
+        return expand_targets(*where, settings.row_idx, settings.seed)
+    return expand_projected(*where, Projection.of(settings.project, settings.seed))
+
+
+def pooling_of(settings: ProbeSettings) -> dict[str, Any]:
+    """What identity and manifest say of pooling; nothing of a dump of tokens."""
+    return {POOLING: BUCKET, "bucket_by": settings.bucket_by} if settings.is_pooled else {}
 
 
 def _without_path(value: Any) -> Any:
@@ -155,11 +179,45 @@ def given_edges(settings: ProbeSettings) -> dict[str, Any] | None:
     edges = manifest.get("entropy_edges")
     if not isinstance(edges, list) or len(edges) != bins + 1 or not contract.are_edges(edges):
         raise InputError(f"`entropy_edges` {file}: no {bins + 1} increasing entropy_edges (`bins` {bins})")
+    if manifest.get("bucket_by", ENTROPY) != settings.bucket_by:
+        raise InputError(f"`entropy_edges` {file}: not of {settings.bucket_by}, by which tokens are to be bucketed")
     return {
         "entropy_edges": edges,
         "entropy_edges_over": manifest.get("entropy_edges_over", "dumped_positions"),
         "entropy_edges_from": str(file),
     }
+
+
+def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, str]) -> dict[str, Any] | None:
+    """Edges over all tokens of the file of rollouts that pooled shards share; None where each fits its own.
+
+    Raises:
+        InputError: shards need common edges, which the file can't tell.
+    """
+    if settings.rollouts is None or not settings.is_pooled:
+        return None
+    file = _rollout_file(settings)
+    manifest = file.with_name(contract.MANIFEST)
+    is_of_this_model = manifest.is_file() and read_json(manifest).get("model_identity") == model
+    if is_of_this_model and rule.name != LOGIT_NORM:
+        return fitted_edges(stored_scores(rule, file), settings.bins)
+    if settings.num_shards > 1:
+        raise InputError(
+            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {file} does not hold this "
+            f"model's {rule.name} of every token; name edges by `entropy_edges`, or take one shard"
+        )
+    return None
+
+
+def fitted_edges(scores: np.ndarray, bins: int) -> dict[str, Any]:
+    """Edges fitted over all response tokens. `scores`: [n].
+
+    Raises:
+        InputError: there are fewer response tokens than buckets.
+    """
+    if len(scores) < bins:
+        raise InputError(f"`bins` {bins}: the rollouts have {len(scores)} response tokens in all")
+    return {"entropy_edges": fit_edges(scores, bins).tolist(), "entropy_edges_over": "response_tokens"}
 
 
 def read_problem_source(

@@ -16,21 +16,24 @@ from ..common.console import progress
 from ..common.errors import InputError
 from ..common.files import write_json
 from ..dump import format as contract
-from ..dump.buckets import bucket_of, choose_positions, fit_edges
+from ..dump.buckets import choose_positions
 from ..dump.check import checksums_of
 from ..dump.growing import Record
-from ..dump.records import Position, Rollout, write_records
-from ..gradients.engine import RowGradients
+from ..dump.on_policy import Tokens, claims_on_policy
+from ..dump.pooled import buckets_of, pooled_tokens
+from ..dump.records import PooledTokens, Position, Rollout, write_records
+from ..gradients.chosen import Chosen
+from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.placement import input_device
 from ..problems.verify import RunningVerifier
 from ..rollouts.sample import chunks_of
-from ..rollouts.score import score_responses
+from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
 from ..rollouts.sources import SampledRollouts, Source, judged
 from .output import FaultyRows, GrowingGradients, GrowingRollouts
-from .plan import Plan
+from .plan import Plan, fitted_edges, pooling_of
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -45,14 +48,14 @@ class Written:
     Attributes:
         directory: its place.
         weight: the weight's full name.
-        row_idx: the weight row.
+        row_idx: the weight row; None of whole weights.
         num_positions: gradients in it.
         num_correct_rollouts, num_rollouts: of its rollouts.
     """
 
     directory: str
     weight: str
-    row_idx: int
+    row_idx: int | None
     num_positions: int
     num_correct_rollouts: int
     num_rollouts: int
@@ -69,17 +72,18 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     record_file = settings.output_dir / contract.RECORD
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
-        edges = plan.edges or edges_of(rollouts, settings.bins)
-        chosen = choose(plan, rollouts, edges["entropy_edges"])
-        engine = RowGradients(checkpoint.model, plan.targets)
+        tokens = Tokens.of(rollouts)
+        edges = plan.edges or fitted_edges(tokens.score, settings.bins)
+        chosen = choose(plan, rollouts, np.array(edges["entropy_edges"]))
+        engine = GradientEngine(checkpoint.model, plan.targets)
         faulty = write_gradients(plan, engine, rollouts, chosen, record, watch)
-    lines = positions_of(rollouts, chosen, edges["entropy_edges"])
+    lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)
+    common["on_policy"] = asdict(tokens.test(claims_on_policy(common)))
     for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
         write_records(directory / contract.META, lines)
         manifest = {
-            "target": engine.weight_name(target),
-            "row_idx": target.row_idx,
+            **target.described(checkpoint.model),
             "row_dim": row_dim,
             "num_positions": len(lines),
             **common,
@@ -95,7 +99,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         yield Written(
             str(directory),
             manifest["target"],
-            target.row_idx,
+            manifest["row_idx"],
             len(lines),
             manifest["num_correct_rollouts"],
             manifest["num_rollouts"],
@@ -129,7 +133,7 @@ def collect_rollouts(
                     sampled = rollouts_of(chunk)
                     rollouts = judged(sampled, running)
                 with watch.phase("score"):
-                    rollouts = score(checkpoint, rollouts, tokens)
+                    rollouts = score(plan, checkpoint, rollouts, tokens)
                 notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
                 growing.append(rollouts, notes | server_gap(plan.source, sampled, rollouts))
     rollouts = growing.finish()
@@ -162,52 +166,52 @@ def summed(notes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def score(checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
-    """The rollouts with entropy and log-prob of every response token under `checkpoint`.
+def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
+    """The rollouts with what the probed model says of every response token, and what tokens are bucketed by.
 
     Raises:
-        InputError: the model gives one that is not finite.
+        InputError: the model gives log-probs that are not finite.
     """
     batches = score_responses(
         checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
     )
-    scores: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    scores: dict[int, TokenScores] = {}
     for batch in batches:
         scores.update(batch)
     if not all(np.isfinite(values).all() for of_rollout in scores.values() for values in of_rollout):
         raise InputError("the model gives log-probs that are not finite: is the checkpoint sound?")
-    return [replace(r, entropies=scores[i][0].tolist(), logprobs=scores[i][1].tolist()) for i, r in enumerate(rollouts)]
+    scored = []
+    for i, rollout in enumerate(rollouts):
+        per_token = {
+            "entropies": scores[i].entropies.tolist(),
+            "logprobs": scores[i].logprobs.tolist(),
+            "tail_mass": scores[i].tail_mass.tolist(),
+        }
+        rollout = replace(rollout, **per_token)
+        scored.append(replace(rollout, bucket_scores=plan.rule.of_scored(rollout, scores[i])))
+    return scored
 
 
-def edges_of(rollouts: list[Rollout], bins: int) -> dict[str, Any]:
-    """Edges fitted over all response tokens of these rollouts.
-
-    Raises:
-        InputError: there are fewer response tokens than buckets.
-    """
-    entropies = np.concatenate([np.asarray(r.entropies, dtype=np.float64) for r in rollouts])
-    if len(entropies) < bins:
-        raise InputError(f"`bins` {bins}: the rollouts have {len(entropies)} response tokens in all")
-    return {"entropy_edges": fit_edges(entropies, bins).tolist(), "entropy_edges_over": "response_tokens"}
-
-
-def choose(plan: Plan, rollouts: list[Rollout], edges: list[float]) -> list[np.ndarray]:
-    """The positions to differentiate of each rollout: a pure function of rollout, edges and seed."""
+def choose(plan: Plan, rollouts: list[Rollout], edges: np.ndarray) -> list[Chosen]:
+    """What to differentiate of each rollout: a pure function of rollout, edges and seed."""
     settings = plan.settings
+    if settings.is_pooled:
+        return [Chosen.pooled(buckets_of(rollout, edges)) for rollout in rollouts]
     chosen = []
     for rollout in rollouts:
         key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
         rng = np.random.default_rng([settings.seed, *key, rollout.sample_idx])
-        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
-        chosen.append(choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng))
+        buckets = buckets_of(rollout, edges)
+        picked = choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng)
+        chosen.append(Chosen.each(picked))
     return chosen
 
 
 def write_gradients(
     plan: Plan,
-    engine: RowGradients,
+    engine: GradientEngine,
     rollouts: list[Rollout],
-    chosen: list[np.ndarray],
+    chosen: list[Chosen],
     record: Record,
     watch: Stopwatch,
 ) -> list[FaultyRows]:
@@ -216,10 +220,10 @@ def write_gradients(
     Returns:
         For each target, the gradients that no analysis can use.
     """
-    starts = np.concatenate([[0], np.cumsum([len(positions) for positions in chosen])])
+    starts = np.concatenate([[0], np.cumsum([of.n_gradients for of in chosen])])
     rows_of_items = [range(starts[i] + ks.start, starts[i] + ks.stop) for i, ks in engine.work_items(chosen)]
     item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
-    growing = GrowingGradients(plan.directories, engine.row_dims, int(starts[-1]), rows_of_items, record)
+    growing = GrowingGradients(plan.directories, plan.row_dims, int(starts[-1]), rows_of_items, record)
     budget = Budget(growing.batch_tokens_kept or plan.batch_tokens)
     batches = engine.batches(
         [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, budget, done=growing.items_kept
@@ -236,11 +240,15 @@ def write_gradients(
     return growing.finish()
 
 
-def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[float]) -> list[Position]:
+def lines_of(
+    plan: Plan, rollouts: list[Rollout], chosen: list[Chosen], edges: np.ndarray
+) -> list[Position] | list[PooledTokens]:
     """The lines of `meta.jsonl`, in the order of the gradients."""
+    if plan.settings.is_pooled:
+        return list(pooled_tokens(rollouts, edges))
     lines: list[Position] = []
-    for rollout, positions in zip(rollouts, chosen, strict=True):
-        buckets = bucket_of(np.asarray(rollout.entropies), np.asarray(edges))
+    for rollout, of_rollout in zip(rollouts, chosen, strict=True):
+        buckets = buckets_of(rollout, edges)
         lines += [
             Position(
                 row=len(lines) + k,
@@ -252,8 +260,9 @@ def positions_of(rollouts: list[Rollout], chosen: list[np.ndarray], edges: list[
                 correct=rollout.correct,
                 token_id=rollout.response_ids[p],
                 logprob=rollout.logprobs[p],
+                tail_mass=rollout.tail_mass[p],
             )
-            for k, p in enumerate(positions.tolist())
+            for k, p in enumerate(of_rollout.positions.tolist())
         ]
     return lines
 
@@ -269,6 +278,7 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
         "num_rollouts": len(rollouts),
         **plan.description,
         **edges,
+        **pooling_of(settings),
         "bins": settings.bins,
         "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
         "seed": settings.seed,

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from ..common.errors import InputError, raise_if_any
+from ..dump.pooled import BUCKET, NO_POOLING
 from ..model.checkpoint import CheckpointSource
+from .rules import ENTROPY
 
 DEFAULT_DATASET = Path(__file__).parents[2] / "demo" / "problems.jsonl"
 DEFAULT_VERIFIER = "boxed"
@@ -66,6 +68,9 @@ class ProbeSettings:
     layer: str | None = None
     param_suffix: str = "mlp.down_proj.weight"
     row_idx: str = "0"
+    project: str | None = None
+    pool: str = NO_POOLING
+    bucket_by: str = ENTROPY
     bins: int = 5
     pos_per_bin_per_rollout: int = 4
     entropy_edges: Path | None = None
@@ -80,6 +85,11 @@ class ProbeSettings:
     sample_rows: int = 256
     check_only: bool = False
     overwrite: bool = False
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether gradients are summed over a rollout's tokens in a bucket."""
+        return self.pool == BUCKET
 
     @property
     def checkpoint(self) -> CheckpointSource:
@@ -97,6 +107,7 @@ class ProbeSettings:
                 *self._faults_of_rollouts(),
                 *self._faults_of_sampling(),
                 *self._faults_of_placement(),
+                *self._faults_of_targets(),
                 *self._values_out_of_range(),
             ]
         )
@@ -147,6 +158,16 @@ class ProbeSettings:
             faults.append(f"`device` {self.device} can't go with `device_map`, which says where the weights are")
         if self.adapter is not None:
             faults.append("`adapter` can't go with `device_map`; merge it into a checkpoint first")
+        return faults
+
+    def _faults_of_targets(self) -> list[str]:
+        faults = []
+        if self.project is not None and self.row_idx != ProbeSettings.row_idx:
+            faults.append("`row_idx` can't go with `project`, which takes whole weights")
+        if self.pool == BUCKET and self.pos_per_bin_per_rollout != ProbeSettings.pos_per_bin_per_rollout:
+            faults.append("`pos_per_bin_per_rollout` can't go with `pool` bucket, which takes all tokens")
+        if self.pool == NO_POOLING and self.bucket_by != ENTROPY:
+            faults.append(f"`bucket_by` {self.bucket_by} goes with `pool` bucket only")
         return faults
 
     def _values_out_of_range(self) -> list[str]:

@@ -8,10 +8,11 @@ import planted
 import pytest
 
 import analyze_exp1_compression
-from gradprobe.analysis.inputs import open_dumps, subjects_of
+from gradprobe.analysis.inputs import open_dumps
 from gradprobe.dump.format import load_dump
-from gradprobe.exp1.measure import Draws, chance_outside_null, place_in_null
+from gradprobe.exp1.measure import Exp1Settings, chance_outside_null, measure_dumps, place_in_null, sample_rollouts
 from gradprobe.figures import exp1 as figures_compression
+from gradprobe.figures.look import subjects_of
 
 PER_BUCKET = {
     *("n", "participation_ratio", "participation_ratio_ci95", "top1_energy_frac", "effective_rank", "matched_n"),
@@ -105,12 +106,12 @@ def test_further_targets_have_unit_norm_ratios_that_a_run_of_their_own_gives(tmp
 
 def test_norms_are_drawn_against_surprisal_only_where_it_is_known(tmp_path: Path):
     dumps = {"old": load_dump(write_low_rank_dump(tmp_path / "old", n_dims=6, seed=0, n_prompts=4))}
-    results, _ = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=2, null=2))
+    results, _ = measure_dumps(dumps, Exp1Settings(ceiling=2, null=2))
     rng = np.random.default_rng(0)
     dump = dumps["old"]
     norm = np.linalg.norm(dump.grads, axis=1)
     for surprisal, n_panels in ((None, 2), (rng.exponential(size=len(norm)), 3), (np.zeros(len(norm)), 3)):
-        rows = [figures_compression.Rows(dump.bin, norm, surprisal)]
+        rows = [figures_compression.Norms(dump.bin, norm, surprisal)]
         figure = figures_compression.draw_norms(subjects_of(dumps), list(results.values()), rows)
         figure.canvas.draw()
         assert len(figure.axes) == n_panels
@@ -150,10 +151,23 @@ def test_prompts_are_matched_by_key_not_by_place(tmp_path: Path):
         tmp_path / "second", dump.grads[keep], dump.bin[keep], prompt=dump.prompt[keep], sample=dump.sample_idx[keep]
     )
     dumps = {tag: targets[0] for tag, targets in open_dumps({"first": first, "second": second}).items()}
-    results, compared = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=1, null=1))
+    results, compared = measure_dumps(dumps, Exp1Settings(ceiling=1, null=1))
     assert [ratio.n_prompts for ratio in compared["second"]] == [8] * 5
     assert results["second"].sums == []
     alike, shared = dumps["first"].only(np.flatnonzero(dumps["first"].prompt >= 4)), dumps["second"]
-    of_shared, _ = analyze_exp1_compression.measure_dumps({"first": alike, "second": shared}, Draws(ceiling=1, null=1))
+    of_shared, _ = measure_dumps({"first": alike, "second": shared}, Exp1Settings(ceiling=1, null=1))
     for before, after in zip(of_shared["first"].buckets, of_shared["second"].buckets, strict=True):
         assert after.participation_ratio == pytest.approx(before.participation_ratio)
+
+
+def test_of_many_rollouts_the_same_random_ones_are_taken_from_dumps_of_the_same_prompts(tmp_path: Path):
+    dumps = [load_dump(write_low_rank_dump(tmp_path / tag, n_dims=6, seed=i)) for i, tag in enumerate("ab")]
+    first, second = (sample_rollouts(dump, most=10) for dump in dumps)
+    kept = set(zip(first.prompt.tolist(), first.sample_idx.tolist(), strict=True))
+    assert len(kept) == 10
+    assert kept == set(zip(second.prompt.tolist(), second.sample_idx.tolist(), strict=True))
+    assert len(first.grads) == 10 * 5 * 4  # whole rollouts
+    np.testing.assert_array_equal(first.grads[np.arange(200)], dumps[0].grads[first.row])
+    assert "Exp 1 takes 10 of the 36 rollouts, drawn at random" in first.warnings[-1]
+    assert len({tuple(sample_rollouts(dumps[0], most=10, seed=seed).row) for seed in range(5)}) == 5
+    assert sample_rollouts(dumps[0], most=36) is dumps[0]

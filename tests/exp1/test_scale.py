@@ -1,30 +1,26 @@
-"""What stands in for matrices that would grow with the number of positions, and that memory does not grow with it."""
+"""Parts, blocks and views give what the whole gives, and memory does not grow with the number of gradients."""
 
 import tracemalloc
-from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
+from planted import bucket_of, write_dump
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradprobe.analysis.gram import HOST
+from gradprobe.analysis.bucket import Bucket, rollout_codes
+from gradprobe.analysis.bucket import bucket_of as dump_bucket
 from gradprobe.dump.blocks import SelectedRows
-from gradprobe.exp1 import compression, subspaces
-from gradprobe.exp1.compression import (
-    AdditiveDots,
-    Sums,
-    compare_buckets,
-    half_sample_interval,
-    rollout_codes,
-    sums_of_rows,
-)
-from gradprobe.exp1.measure import Draws, measure_dump
-from gradprobe.exp1.spectrum import project_to_plane, smaller_gram
-from gradprobe.exp1.subspaces import ColumnGeometry
+from gradprobe.dump.format import load_dump
+from gradprobe.exp1 import compression
+from gradprobe.exp1.compression import Sums, compare_buckets, half_sample_interval, sums_of
+from gradprobe.exp1.measure import Exp1Settings, measure_dump, measure_dumps, sample_rollouts
+from gradprobe.exp1.plane import project_to_plane
 from gradprobe.exp2 import direction
-from gradprobe.exp2.direction import RolloutGrams, alignment, cancellation, directions_of_bucket
+from gradprobe.exp2.direction import RolloutGrams, alignment, cancellation
+from gradprobe.exp2.measure import Exp2Settings, bucket_directions, directions_of_bucket
 
-FAST = Draws(halves=200, matched=4, matched_rank=2, ceiling=3, null=3)
-MEASURES = (Sums.participation_ratios, Sums.unit_norm_participation_ratios)
+FAST = Exp1Settings(halves=200, matched=4, matched_rank=2, ceiling=3, null=3)
 
 
 def planted_rows(n_prompts: int, dim: int, seed: int = 0, n_buckets: int = 1, samples: int = 3, positions: int = 2):
@@ -39,66 +35,9 @@ def planted_rows(n_prompts: int, dim: int, seed: int = 0, n_buckets: int = 1, sa
     return grads.astype(np.float32), prompt, rollout, bucket
 
 
-def both_kinds_of_sums(monkeypatch: pytest.MonkeyPatch, grads, rows, rollout, prompt, **keywords) -> tuple[Sums, Sums]:
-    exact = sums_of_rows(grads, rows, rollout[rows], prompt[rows])
-    monkeypatch.setattr(compression, "MAX_EXACT_ROLLOUTS", 2)
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 5000)  # several panels, and prompts that don't fit one
-    found = sums_of_rows(grads, rows, rollout[rows], prompt[rows], **keywords)
-    assert isinstance(found.dots, AdditiveDots)
-    assert not isinstance(exact.dots, AdditiveDots)
-    return exact, found
-
-
-@pytest.mark.parametrize("given", ["nothing", "row products", "column products"])
-@pytest.mark.parametrize("by_prompt", [False, True])
-def test_what_stands_for_all_pairs_is_exact_for_all_and_for_all_but_one(monkeypatch, given: str, by_prompt: bool):
-    grads, prompt, rollout, _ = planted_rows(6, 20)
-    grads[4] = 0
-    shuffled = np.random.default_rng(5).permutation(len(grads))  # in no order
-    grads, prompt, rollout = (
-        grads[shuffled],
-        prompt[shuffled],
-        np.random.default_rng(6).permutation(18)[rollout[shuffled]],
-    )
-    rows = np.arange(3, len(grads))
-    x = grads[rows].astype(np.float64)
-    keywords = {"nothing": {}, "row products": {"gram": x @ x.T}, "column products": {"columns": x.T @ x}}[given]
-    exact, found = both_kinds_of_sums(monkeypatch, grads, rows, rollout, prompt, **keywords)
-    if by_prompt:
-        exact, found = exact.by_prompt(), found.by_prompt()
-    for name in ("n", "n_nonzero", "energy", "energy_squares", "prompt"):
-        np.testing.assert_allclose(getattr(found, name), getattr(exact, name), rtol=1e-12)
-    m = len(exact.n)
-    picks = np.concatenate([np.ones((1, m)), 1 - np.eye(m)])
-    for measure in MEASURES:
-        np.testing.assert_allclose(measure(found, picks), measure(exact, picks), rtol=1e-10)
-    halves = np.random.default_rng(0).permuted(np.tile(np.arange(m) % 2, (50, 1)), axis=1).astype(float)
-    assert np.abs(found.participation_ratios(halves) / exact.participation_ratios(halves) - 1).max() > 1e-6  # not exact
-
-
-def test_intervals_and_comparisons_hardly_change(monkeypatch: pytest.MonkeyPatch):
-    grads, prompt, rollout, _ = planted_rows(300, 40, samples=2)
-    other = grads * np.where(np.arange(40) < 4, 1.4, 1.0).astype(np.float32)
-    rows = np.arange(len(grads))
-    exact, found = both_kinds_of_sums(monkeypatch, grads, rows, rollout, prompt)
-    found_other = sums_of_rows(other, rows, rollout, prompt)
-    monkeypatch.setattr(compression, "MAX_EXACT_ROLLOUTS", 10_000)
-    exact_other = sums_of_rows(other, rows, rollout, prompt)
-    for measure in MEASURES:
-        expected, interval = (half_sample_interval(sums, measure, 1000) for sums in (exact, found))
-        assert interval == pytest.approx(expected, abs=0.08 * (expected[1] - expected[0]))
-        expected, ratio = (
-            compare_buckets(*pair, measure, half_draws=1000) for pair in ((exact, exact_other), (found, found_other))
-        )
-        assert (ratio.verdict, ratio.n_prompts) == (expected.verdict, 300)
-        assert ratio.ratio == pytest.approx(expected.ratio, rel=1e-9)
-        assert ratio.ci95 == pytest.approx(expected.ci95, abs=0.08 * (expected.ci95[1] - expected.ci95[0]))
-    assert expected.verdict == "smaller"
-
-
 def test_picks_in_parts_are_the_same_picks(monkeypatch: pytest.MonkeyPatch):
     grads, prompt, rollout, _ = planted_rows(9, 12)
-    sums = sums_of_rows(grads, np.arange(len(grads)), rollout, prompt)
+    sums = sums_of(bucket_of(grads, None, prompt, rollout))
     whole = half_sample_interval(sums, Sums.participation_ratios, 100), compare_buckets(sums, sums, half_draws=100)
     monkeypatch.setattr(compression, "PICKS_AT_ONCE_BYTES", 8 * 9 * 4)
     parts = half_sample_interval(sums, Sums.participation_ratios, 100), compare_buckets(sums, sums, half_draws=100)
@@ -107,39 +46,26 @@ def test_picks_in_parts_are_the_same_picks(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("huge", [None, 3])
-def test_matched_ranks_from_what_is_left_out_are_those_of_what_stays(huge: int | None):
-    grads, _, rollout, _ = planted_rows(12, 15)
+def test_gram_matrices_of_parts_are_those_of_their_own_gradients(huge: int | None):
+    grads, prompt, rollout, _ = planted_rows(12, 15)
     if huge is not None:  # what stays would be lost in the rounding of what goes
         grads[huge] *= 1e9
-    rows = np.arange(len(grads))
     x = grads.astype(np.float64)
-    is_kept = rollout >= 6
-    found = compression._gram_of_some(grads, rows, is_kept, None, x.T @ x, HOST)
-    np.testing.assert_allclose(found, x[is_kept].T @ x[is_kept], rtol=1e-9, atol=1e-9)
+    for dim in (15, 3):
+        whole = bucket_of(grads[:, :dim], None, prompt, rollout)
+        assert len(whole.gram) == dim
+        for is_kept in (rollout >= 6, rollout < 6):
+            part = x[is_kept, :dim]
+            expected = part.T @ part if len(part) >= dim else part @ part.T
+            np.testing.assert_allclose(whole.part(is_kept).gram, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("held_bytes", [1 << 29, 8 * 14**2 * 6])
-def test_draws_from_one_pass_are_those_of_one_by_one(monkeypatch: pytest.MonkeyPatch, held_bytes: int):
-    grads, prompt, rollout, bucket = planted_rows(8, 14, n_buckets=3)
-    monkeypatch.setattr(subspaces, "MAX_HELD_BYTES", held_bytes)
-    one_pass = measure_dump(grads, bucket, 3, prompt, rollout, 40, draws=FAST)
-    monkeypatch.setattr(subspaces, "MAX_HELD_BYTES", 0)
-    one_by_one = measure_dump(grads, bucket, 3, prompt, rollout, 40, draws=FAST)
-    for name, values in one_by_one.null.items():
-        np.testing.assert_allclose(one_pass.null[name], values, atol=1e-8)
-        for found, expected in zip(one_pass.ceilings, one_by_one.ceilings, strict=True):
-            np.testing.assert_allclose(found[name], expected[name], atol=1e-8)
-
-
-def test_labellings_are_read_in_one_pass_only_where_matrices_are_no_larger_than_the_rows(monkeypatch):
-    grads, *_ = planted_rows(4, 30)
-    labels = np.arange(len(grads)) % 2
-    passes: list[int] = []
-    monkeypatch.setattr(ColumnGeometry, "_grams_of_parts", lambda *_: passes.append(1) or iter(()))
-    list(ColumnGeometry(grads).compare_parts(np.arange(len(grads)), [labels], 2))
-    assert not passes
-    list(ColumnGeometry(grads[:, :5]).compare_parts(np.arange(len(grads)), [labels], 2))
-    assert passes
+def test_the_gram_matrix_of_a_part_of_few_gradients_is_cut_from_that_of_the_whole(monkeypatch: pytest.MonkeyPatch):
+    grads, *_ = planted_rows(4, 60)
+    whole, is_kept = bucket_of(grads), np.arange(len(grads)) % 3 == 0
+    expected = whole.gram.numpy()[np.ix_(is_kept, is_kept)]
+    monkeypatch.setattr(Bucket, "blocks", None)  # no gradient is read
+    np.testing.assert_array_equal(whole.part(is_kept).gram, expected)
 
 
 def grams_of(n_prompts: int, n_rollouts: int, seed: int = 0) -> RolloutGrams:
@@ -152,36 +78,23 @@ def grams_of(n_prompts: int, n_rollouts: int, seed: int = 0) -> RolloutGrams:
     return RolloutGrams(np.arange(n_prompts), x @ x.transpose(0, 2, 1), n_tokens, correct)
 
 
-@pytest.mark.parametrize("listed", [1000, 3])
-def test_permutations_from_tables_have_the_null_of_permutations(monkeypatch: pytest.MonkeyPatch, listed: int):
+def test_permutations_a_few_at_a_time_have_the_null_of_permutations(monkeypatch: pytest.MonkeyPatch):
     grams = grams_of(30, 5).with_rollouts_of_each_kind(1)
-    monkeypatch.setattr(direction, "LABELLINGS_LISTED", listed)
     nulls = []
-    for limit in (10**9, 1):
-        monkeypatch.setattr(direction, "MAX_LABELS_EACH", limit)
+    for label_bytes in (64 << 20, 8 * 30 * 5 * 7):
+        monkeypatch.setattr(direction, "LABEL_BYTES", label_bytes)
         nulls.append(direction.permutation_null(grams, np.random.default_rng(1), 4000, direction._label_cosines))
-    drawn, from_tables = nulls
-    assert len(drawn) == len(from_tables) == 4000
-    if listed == 3:  # a table of 3 labellings each is no fair picture of one prompt, but is of the mean over 30
-        assert abs(from_tables.mean() - drawn.mean()) < 0.1
-        return
-    assert abs(from_tables.mean() - drawn.mean()) < 4 * drawn.std() * np.sqrt(2 / 4000)
-    assert from_tables.std() == pytest.approx(drawn.std(), rel=0.06)
-    np.testing.assert_allclose(np.quantile(from_tables, [0.025, 0.975]), np.quantile(drawn, [0.025, 0.975]), atol=0.015)
-
-
-def test_tables_hold_every_labelling_of_one_prompt_once():
-    labels = direction._labellings(4, 2, 6, np.random.default_rng(0))
-    assert sorted(map(tuple, map(np.flatnonzero, labels))) == sorted(combinations(range(4), 2))
-    many = direction._labellings(20, 10, 20, np.random.default_rng(0))
-    assert many.shape == (1000, 20)
-    assert set(many.sum(axis=1)) == {10}
+    whole, parts = nulls
+    assert len(whole) == len(parts) == 4000
+    assert abs(parts.mean() - whole.mean()) < 4 * whole.std() * np.sqrt(2 / 4000)
+    assert parts.std() == pytest.approx(whole.std(), rel=0.06)
+    np.testing.assert_allclose(np.quantile(parts, [0.025, 0.975]), np.quantile(whole, [0.025, 0.975]), atol=0.015)
 
 
 def test_p_values_of_many_prompts_are_those_of_few(monkeypatch: pytest.MonkeyPatch):
     grams = grams_of(40, 6, seed=3)
     expected = [f(grams, np.random.default_rng(1)) for f in (alignment, cancellation)]
-    monkeypatch.setattr(direction, "MAX_LABELS_EACH", 1)
+    monkeypatch.setattr(direction, "LABEL_BYTES", 1)
     found = [f(grams, np.random.default_rng(1)) for f in (alignment, cancellation)]
     for before, after in zip(expected, found, strict=True):
         assert after.p_value == pytest.approx(before.p_value, abs=0.03)
@@ -194,40 +107,55 @@ def test_some_rows_of_a_dump_are_analysed_like_an_array_of_them(dim: int):
     grads, prompt, rollout, bucket = planted_rows(8, dim, n_buckets=2)
     kept = np.sort(np.random.default_rng(1).choice(len(grads), 80, replace=False))
     some = SelectedRows(grads, kept)
-    labels = prompt[kept], rollout[kept]
-    first, second = (measure_dump(x, bucket[kept], 2, *labels, 30, draws=FAST) for x in (grads[kept], some))
+    whole = [Bucket(x, np.arange(80), prompt[kept], rollout[kept]) for x in (grads[kept], some)]
+    first, second = (measure_dump(one, bucket[kept], 2, 30, FAST) for one in whole)
     for one, other in zip(first.buckets, second.buckets, strict=True):
         assert one == other
-    np.testing.assert_array_equal(
-        project_to_plane(some, np.arange(80)).coordinates, project_to_plane(grads[kept], np.arange(80)).coordinates
+    planes = [project_to_plane(one) for one in whole]
+    np.testing.assert_array_equal(planes[1].coordinates, planes[0].coordinates)
+    of_array, of_some = (one.part(bucket[kept] == 1) for one in whole)
+    np.testing.assert_array_equal(of_some.gram, of_array.gram)
+    correct = of_array.rollout % 2 == 0
+    expected, found = (
+        directions_of_bucket(one, correct, 8, Exp2Settings(permutations=99)) for one in (of_array, of_some)
     )
-    rows = np.flatnonzero(bucket[kept] == 1)
-    np.testing.assert_array_equal(smaller_gram(some, rows), smaller_gram(grads[kept], rows))
-    correct = rollout[kept] % 2 == 0
-    of_array, of_some = (
-        directions_of_bucket(x, rows, labels[0], labels[1], correct, 8, n_permutations=99) for x in (grads[kept], some)
-    )
-    assert of_array == of_some
+    assert found == expected
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation gave."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        found = result if isinstance(result, (tuple, list)) else [result]
+        self.bytes = max(self.bytes, *(x.nbytes for x in found if isinstance(x, torch.Tensor)), 0)
+        return result
 
 
 def test_memory_does_not_grow_with_the_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """Twice the positions of 512 numbers each (2 KiB): both experiments and the projection keep less than a tenth."""
     monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(compression, "MAX_EXACT_ROLLOUTS", 100)
-    monkeypatch.setattr(subspaces, "MAX_HELD_BYTES", 8 << 20)
-    peaks = []
+    monkeypatch.setattr("gradprobe.analysis.bucket.HELD_BYTES", 8 << 20)
+    monkeypatch.setattr("gradprobe.analysis.bucket.MAX_EXACT", 100)
+    peaks, largest = [], []
     for n_prompts in (400, 800):
         rng = np.random.default_rng(0)
         prompt, sample, bucket, _ = (axis.ravel() for axis in np.indices((n_prompts, 4, 2, 4)))
-        np.save(tmp_path / "grads.npy", rng.standard_normal((len(prompt), 512)).astype(np.float32))
-        grads = np.load(tmp_path / "grads.npy", mmap_mode="r")
+        grads = rng.standard_normal((len(prompt), 512))
+        path = tmp_path / str(n_prompts)
+        write_dump(path, grads, bucket, prompt=prompt, sample=sample, correct=sample < 2, bins=2)
+        del grads
+        dump = load_dump(path)
         tracemalloc.start()
-        measure_dump(grads, bucket, 2, prompt, rollout_codes(prompt, sample), 1500, draws=Draws(20, 2, 1, 1, 1, 1))
-        project_to_plane(grads, np.arange(len(grads)))
-        directions_of_bucket(
-            grads, np.flatnonzero(bucket == 1), prompt, sample, sample < 2, n_prompts, n_bootstrap=20, n_permutations=20
-        )
+        with LargestTensor() as tensors:
+            measure_dumps({"a": sample_rollouts(dump, 200)}, Exp1Settings(20, 2, 1, 1, 1, 1))
+            project_to_plane(dump_bucket(dump))
+            bucket_directions(dump, 1, Exp2Settings(20, 20))
         peaks.append(tracemalloc.get_traced_memory()[1])
+        largest.append(tensors.bytes)
         tracemalloc.stop()
     added = 400 * 4 * 2 * 4 * 512 * 4
     assert peaks[1] - peaks[0] < added / 10
+    assert abs(largest[1] - largest[0]) < added / 10

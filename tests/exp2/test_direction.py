@@ -5,22 +5,38 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from planted import bucket_of
 from scipy.stats import t as student_t
 
+from gradprobe.analysis.bucket import rollout_codes
+from gradprobe.exp2 import direction, measure
 from gradprobe.exp2.direction import (
     Alignment,
     Cancellation,
+    Directions,
     RolloutGrams,
     alignment,
     cancellation,
-    compare_groups,
     cosine,
-    directions_of_bucket,
     half_split_cosine,
     prompt_products,
     rollout_grams,
     summarise,
 )
+from gradprobe.exp2.measure import BucketDirections, Exp2Settings
+
+
+def compare_groups(grads, rows, prompt, correct, n_prompts, seed=0) -> Directions:
+    bucket = bucket_of(grads, rows, prompt)
+    return direction.compare_groups(bucket, correct[rows], n_prompts, seed)
+
+
+def directions_of_bucket(
+    grads, rows, prompt, sample_idx, correct, n_prompts, n_bootstrap=4000, n_permutations=9999, seed=0
+) -> BucketDirections:
+    bucket = bucket_of(grads, rows, prompt, rollout_codes(prompt, sample_idx))
+    settings = Exp2Settings(n_bootstrap, n_permutations, seed)
+    return measure.directions_of_bucket(bucket, correct[rows], n_prompts, settings)
 
 
 def study(seed: int = 0, n_prompts: int = 15, dim: int = 30) -> dict[str, np.ndarray]:
@@ -157,7 +173,9 @@ def rollout_study(
 
 
 def grams_of(data: dict[str, np.ndarray]) -> RolloutGrams:
-    return rollout_grams(*(data[key] for key in ("grads", "rows", "prompt", "sample_idx", "correct")))
+    rollout = rollout_codes(data["prompt"], data["sample_idx"])
+    bucket = bucket_of(data["grads"], data["rows"], data["prompt"], rollout)
+    return rollout_grams(bucket, data["correct"][data["rows"]])
 
 
 def rollouts_of(data: dict[str, np.ndarray]) -> dict[int, dict[bool, list[np.ndarray]]]:

@@ -13,18 +13,24 @@ from matplotlib.text import Text
 import analyze_exp1_compression
 import analyze_exp2_direction
 import plot_exp12_intuitive
-from gradprobe.analysis.inputs import open_dumps, subjects_of
+from gradprobe.analysis.inputs import fingerprint, open_dumps
 from gradprobe.exp1.compression import Ratio
-from gradprobe.exp1.measure import Draws
+from gradprobe.exp1.measure import Exp1Settings, measure_dumps
+from gradprobe.exp2.measure import bucket_directions
+from gradprobe.figures import exp1 as figures_compression
+from gradprobe.figures import exp2 as figures_direction
 from gradprobe.figures.exp1 import draw_compression_headline
+from gradprobe.figures.headlines import draw_headlines
 from gradprobe.figures.inputs import (
     EXP1_ARRAYS,
     EXP2_ARRAYS,
+    Headlines,
     NotTheseDumps,
-    fingerprint,
+    compression_of,
     read_compression,
     read_directions,
 )
+from gradprobe.figures.look import subjects_of
 from gradprobe.figures.trajectory import draw_trajectory
 
 HEADLINES = ("exp1_headline.png", "exp1_bin4_energy.png", "exp2_headline.png")
@@ -141,18 +147,18 @@ def test_numbers_survive_the_files(analysed):
     fingerprints = {tag: [fingerprint(path)] for tag, path in paths.items()}
     exp1, exp2 = (json.loads((figures / f"exp{i}_summary.json").read_text()) for i in (1, 2))
     found, compared = read_compression(figures / EXP1_ARRAYS, exp1, fingerprints)
-    results, expected = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=0, null=0))
+    results, expected = measure_dumps(dumps, Exp1Settings(ceiling=0, null=0))
     assert compared == expected
     for tag, result in results.items():
         assert found[tag].buckets == result.buckets
         for energies, spectrum in zip(found[tag].energies, result.spectra, strict=True):
             np.testing.assert_array_equal(energies, spectrum.energies)
-        fresh = analyze_exp1_compression.figure_inputs(dumps[tag], result)
+        fresh = compression_of(dumps[tag], result)
         np.testing.assert_array_equal(found[tag].projection.coordinates, fresh.projection.coordinates)
         np.testing.assert_array_equal(found[tag].point_buckets, fresh.point_buckets)
     directions = read_directions(figures / EXP2_ARRAYS, exp2, fingerprints)
     for tag, dump in dumps.items():
-        fresh = analyze_exp2_direction.bucket_directions(dump, dump.bins - 1)
+        fresh = bucket_directions(dump, dump.bins - 1)
         stored = directions[tag]
         np.testing.assert_array_equal(stored.directions.cosines, fresh.directions.cosines)
         assert stored.directions.control == fresh.directions.control
@@ -200,13 +206,13 @@ def test_bad_commands_are_status_2_in_one_line(case: str, tmp_path: Path, capsys
 def test_no_text_is_cut_off_with_many_checkpoints(count: int, tmp_path: Path):
     tags = ["base", *(f"step{100 * i}-of-a-run" for i in range(1, count))]
     dumps = {tag: found[0] for tag, found in open_dumps(write_checkpoints_with_counts(tmp_path, tags)).items()}
-    results, compared = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=1, null=1))
-    found = {tag: analyze_exp1_compression.figure_inputs(dump, results[tag]) for tag, dump in dumps.items()}
-    buckets = [[analyze_exp2_direction.bucket_directions(dump, b) for b in range(dump.bins)] for dump in dumps.values()]
+    results, compared = measure_dumps(dumps, Exp1Settings(ceiling=1, null=1))
+    found = {tag: compression_of(dump, results[tag]) for tag, dump in dumps.items()}
+    buckets = [[bucket_directions(dump, b) for b in range(dump.bins)] for dump in dumps.values()]
     directions = dict(zip(dumps, (of_dump[-1] for of_dump in buckets), strict=True))
-    drawn = plot_exp12_intuitive.draw(dumps, found, compared, directions)
+    drawn = draw_headlines(dumps, Headlines(found, compared, directions))
     assert "exp12_trajectory.png" in drawn
-    drawn |= analyze_exp1_compression.draw(dumps, results) | analyze_exp2_direction.draw(dumps, buckets)
+    drawn |= figures_compression.draw_analysis(dumps, results) | figures_direction.draw_analysis(dumps, buckets)
     for name, figure in drawn.items():
         figure.canvas.draw()
         page = figure.bbox.padded(1)
@@ -232,8 +238,8 @@ def write_checkpoints_with_counts(root: Path, tags: list[str]) -> dict[str, Path
 def test_trajectory_shows_what_there_is_and_says_what_there_is_not(analysed):
     paths, _ = analysed
     dumps = {tag: found[0] for tag, found in open_dumps(paths).items()}
-    results, _ = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=0, null=0))
-    alignments = [analyze_exp2_direction.bucket_directions(dump, dump.bins - 1).alignment for dump in dumps.values()]
+    results, _ = measure_dumps(dumps, Exp1Settings(ceiling=0, null=0))
+    alignments = [bucket_directions(dump, dump.bins - 1).alignment for dump in dumps.values()]
     buckets = [result.buckets for result in results.values()]
     figure = draw_trajectory(subjects_of(dumps), buckets, alignments, [0.25, None, 0.5])
     ratios, rhos, shares = figure.axes
@@ -253,8 +259,8 @@ def test_trajectory_shows_what_there_is_and_says_what_there_is_not(analysed):
 def test_marks_above_the_bars_are_the_verdicts_on_further_checkpoints(analysed):
     paths, _ = analysed
     dumps = {tag: found[0] for tag, found in open_dumps(paths).items()}
-    results, _ = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=0, null=0))
-    found = [analyze_exp1_compression.figure_inputs(dump, results[tag]) for tag, dump in dumps.items()]
+    results, _ = measure_dumps(dumps, Exp1Settings(ceiling=0, null=0))
+    found = [compression_of(dump, results[tag]) for tag, dump in dumps.items()]
     verdicts = [["smaller", "can't tell", "larger", "smaller", None], ["larger"] * 5]
     compared = [[None if v is None else Ratio(1.0, None, 9, 6, v) for v in of_tag] for of_tag in verdicts]
     figure = draw_compression_headline(subjects_of(dumps), found, compared)

@@ -7,15 +7,13 @@ from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
 from tiny import relative_error
 from transformers.pytorch_utils import Conv1D
 
-from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.engine import GradientEngine
 from gradprobe.gradients.targets import Target
 from gradprobe.model.decoder import layer_list, linear_weights
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_from, sample_responses
 from gradprobe.rollouts.score import score_responses
 
 families = pytest.mark.parametrize("family", FAMILIES)
-TOLERANCE = {"gemma2_softcap": 2e-6}
-"""Its eager attention takes the softmax in float32, so a float64 model rounds; by how much hangs on the processor."""
 
 
 def plain_row_gradient(model, tokens: list[int], at: int, layer: int, suffix: str, row: int) -> torch.Tensor:
@@ -36,13 +34,14 @@ def rollouts_of(n: int) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @families
+@pytest.mark.usefixtures("float64_throughout")
 def test_every_row_equals_the_oracle(family):
     model = tiny_of_family(family)
     prompts, responses = rollouts_of(5)
     positions = [np.arange(len(response)) for response in responses]
     targets = [Target(layer, suffix, row) for layer in (0, 1) for suffix in FAMILIES[family][2] for row in (0, 3)]
     n_rows = 0
-    engine = RowGradients(model, targets, positions_per_item=4)
+    engine = GradientEngine(model, targets, gradients_per_item=4)
     for members, ks, rows in engine.batches(prompts, responses, positions, batch_tokens=70):
         for n, (i, k) in enumerate(zip(members, ks, strict=True)):
             for target, found in zip(targets, rows, strict=True):
@@ -50,7 +49,7 @@ def test_every_row_equals_the_oracle(family):
                 expected = plain_row_gradient(
                     model, prompts[i] + responses[i], at, target.layer, target.suffix, target.row_idx
                 )
-                assert relative_error(found[n], expected) < TOLERANCE.get(family, 1e-10)
+                assert relative_error(found[n], expected) < 1e-10
                 n_rows += 1
     assert n_rows == len(targets) * sum(map(len, responses))
     assert engine._can_thin  # else the last block's shortcut was never put to the test

@@ -7,8 +7,8 @@ from engine_runs import DOWN, TARGETS, engine_rows, random_rollouts
 from tiny import oracle_gradient, relative_error, tiny_model
 
 from gradprobe.common.errors import InputError
-from gradprobe.gradients.engine import RowGradients
-from gradprobe.gradients.targets import Target, expand_targets
+from gradprobe.gradients.engine import GradientEngine
+from gradprobe.gradients.targets import Target, expand_targets, full_name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -18,12 +18,13 @@ def test_every_position_equals_the_oracle(dtype, tolerance):
     positions = [np.arange(len(response)) for response in responses]
     found = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=60)
     assert len(found) == len(TARGETS) * sum(map(len, responses))
-    name = RowGradients(model, TARGETS).weight_name
-    for (t, i, p), row in found.items():
+    for (t, i, p), gradient in found.items():
         at = len(prompts[i]) + p
-        expected = oracle_gradient(model, prompts[i] + responses[i], at, name(TARGETS[t]), TARGETS[t].row_idx)
-        assert row.dtype == dtype
-        assert relative_error(row, expected) < tolerance
+        expected = oracle_gradient(
+            model, prompts[i] + responses[i], at, full_name(model, TARGETS[t].weights[0]), TARGETS[t].row_idx
+        )
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, expected) < tolerance
 
 
 def test_a_position_shifted_by_one_is_another_gradient():
@@ -41,14 +42,14 @@ def test_the_prompt_s_positions_contribute():
     """Leaving them out is the mistake that looks right: below the last block it gives another vector."""
     model = tiny_model(1, torch.float64)
     prompt, response = [5, 9, 200, 31], [7, 70, 17]
-    engine = RowGradients(model, TARGETS[:1])
+    engine = GradientEngine(model, TARGETS[:1])
     full = next(iter(engine.batches([prompt], [response], [np.array([2])], 60)))[2][0][0]
     (tap,) = engine._taps.values()
     inputs = []
     tap.linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     contributions = []
-    original = engine._rows
-    engine._rows = lambda deltas: (contributions.append(deltas[0]), original(deltas))[1]
+    original = engine._gradients
+    engine._gradients = lambda deltas: (contributions.append(deltas[0]), original(deltas))[1]
     next(iter(engine.batches([prompt], [response], [np.array([2])], 60)))
     without_prompt = (contributions[0][0, len(prompt) :, 0, None] * inputs[0][0, len(prompt) :]).sum(0)
     assert relative_error(without_prompt, full) > 0.05
@@ -116,12 +117,12 @@ def test_the_model_is_left_as_it_was():
 
 def test_targets_from_words():
     model = tiny_model(0)
-    targets, row_dims = expand_targets(model, None, DOWN, "first,mid,last", seed=0)
+    targets = expand_targets(model, None, DOWN, "first,mid,last", seed=0)
     assert targets == [Target(1, DOWN, 0), Target(1, DOWN, 8), Target(1, DOWN, 15)]
-    assert row_dims == [24, 24, 24]
-    drawn, _ = expand_targets(model, "0,2", DOWN, "random:4", seed=1)
+    assert [target.row_dim(model) for target in targets] == [24, 24, 24]
+    drawn = expand_targets(model, "0,2", DOWN, "random:4", seed=1)
     assert len(drawn) == len(set(drawn)) == 8
-    assert drawn == expand_targets(model, "0,2", DOWN, "random:4", seed=1)[0]
+    assert drawn == expand_targets(model, "0,2", DOWN, "random:4", seed=1)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,22 @@ def test_targets_from_words():
 def test_targets_the_model_does_not_have(layer, suffix, row, complaint):
     with pytest.raises(InputError, match=complaint):
         expand_targets(tiny_model(0), layer, suffix, row, seed=0)
+
+
+def test_memory_that_runs_out_in_the_trial_of_thinning_is_no_verdict_on_it(monkeypatch):
+    """Else the whole run would take the slow way: the trial is made again on the halved batch."""
+    model = tiny_model(1)
+    engine = GradientEngine(model, TARGETS[:1])
+    block, tries = model.model.layers[-1].mlp, []
+
+    def forward(hidden, original=block.forward):
+        tries.append(len(hidden))
+        if len(hidden) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(hidden)
+
+    monkeypatch.setattr(block, "forward", forward)
+    found = list(engine.batches([[1], [2]], [[3, 4], [5, 6]], [np.array([0, 1])] * 2, 100))
+    assert sum(len(members) for members, _, _ in found) == 4
+    assert max(tries) == 2
+    assert engine._can_thin

@@ -13,8 +13,8 @@ from engine_runs import engine_rows
 from tiny import END_OF_TEXT, IM_END, oracle_gradient, relative_error, tiny_checkpoint, tiny_model
 
 from gradprobe.common.errors import InputError
-from gradprobe.gradients.engine import RowGradients
-from gradprobe.gradients.targets import Target
+from gradprobe.gradients.engine import GradientEngine
+from gradprobe.gradients.targets import Target, full_name
 from gradprobe.model import placement as placement_module
 from gradprobe.model.checkpoint import CheckpointSource, load_checkpoint, load_skeleton, resolve_attention
 from gradprobe.model.decoder import decoder_hidden, head_logits, layer_list
@@ -91,10 +91,9 @@ def test_a_model_on_cpu_and_disk_samples_scores_and_differentiates_as_a_whole_on
     targets = [Target(LAYER, suffix, row) for suffix in FAMILIES[family][2] for row in (0, 5)]
     positions = [np.arange(len(response)) for response in responses]
     rows = engine_rows(spread, targets, prompts, responses, positions, batch_tokens=40)
-    name = RowGradients(whole, targets).weight_name
     for (t, i, p), row in rows.items():
         tokens, at = prompts[i] + responses[i], len(prompts[i]) + p
-        expected = oracle_of(whole, tokens, at, name(targets[t]), targets[t].row_idx)
+        expected = oracle_of(whole, tokens, at, full_name(whole, targets[t].weights[0]), targets[t].row_idx)
         assert relative_error(row, expected) < 1e-10
     assert names_on_disk(spread) == on_disk
 
@@ -192,7 +191,7 @@ def saved_bytes(model: torch.nn.Module, layer: int) -> tuple[int, int]:
     kept: list[torch.Tensor] = []
     linear = layer_list(model)[1][layer].mlp.down_proj
     handle = linear.register_forward_pre_hook(lambda module, args: until_target.append(sum(seen.values())))
-    engine = RowGradients(model, [Target(layer, DOWN, 3)])
+    engine = GradientEngine(model, [Target(layer, DOWN, 3)])
     engine._can_thin = False
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         (_, _, (rows,)) = next(iter(engine.batches(prompts, responses, [np.array([2])] * 2, 100)))

@@ -83,13 +83,13 @@ def test_one_rollout_of_4096_tokens_on_the_demo_model_fits_in_4_gib():
 import resource, torch, numpy as np
 from gradprobe.model.checkpoint import load_checkpoint
 from gradprobe.rollouts.score import score_responses
-from gradprobe.gradients.engine import RowGradients
+from gradprobe.gradients.engine import GradientEngine
 from gradprobe.gradients.targets import Target
 torch.set_num_threads(1)
 model = load_checkpoint("demo/base", torch.device("cpu"), torch.float32).model
 response = np.random.default_rng(0).integers(256, size=4096).tolist()
 list(score_responses(model, [[1] * 30], [response], 4096))
-engine = RowGradients(model, [Target(4, "mlp.down_proj.weight", 0)])
+engine = GradientEngine(model, [Target(4, "mlp.down_proj.weight", 0)])
 rows = [r for _, _, (r,) in engine.batches([[1] * 30], [response], [np.array([9, 2000, 4095])], 4096)]
 assert sum(map(len, rows)) == 3
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

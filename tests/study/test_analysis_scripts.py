@@ -14,10 +14,14 @@ from matplotlib.text import Text
 import analyze_exp1_compression
 import analyze_exp2_direction
 import plot_exp12_intuitive
-from gradprobe.analysis.inputs import subjects_of
 from gradprobe.dump.format import load_dump
-from gradprobe.exp1.measure import Draws
+from gradprobe.exp1.measure import Exp1Settings, measure_dumps
+from gradprobe.exp2.measure import bucket_directions
+from gradprobe.figures import exp1 as figures_compression
 from gradprobe.figures import exp2 as figures_direction
+from gradprobe.figures.headlines import draw_headlines
+from gradprobe.figures.inputs import Headlines, compression_of
+from gradprobe.figures.look import subjects_of
 
 SHARDS = ("s0", "s1")
 SUMMARIES = {"exp1_summary.json", "exp2_summary.json"}
@@ -199,20 +203,20 @@ def test_no_title_label_or_legend_is_cut_off(tmp_path: Path):
         tag: load_dump(planted.write_heavy_tailed_dump(tmp_path / tag, seed=seed, model_path=name))
         for seed, tag in enumerate(("base", "trained"))
     }
-    results, compared = analyze_exp1_compression.measure_dumps(dumps, Draws(ceiling=2, null=2))
-    found = {tag: analyze_exp1_compression.figure_inputs(dump, results[tag]) for tag, dump in dumps.items()}
-    buckets = [[analyze_exp2_direction.bucket_directions(dump, b) for b in range(dump.bins)] for dump in dumps.values()]
+    results, compared = measure_dumps(dumps, Exp1Settings(ceiling=2, null=2))
+    found = {tag: compression_of(dump, results[tag]) for tag, dump in dumps.items()}
+    buckets = [[bucket_directions(dump, b) for b in range(dump.bins)] for dump in dumps.values()]
     directions = [of_dump[-1] for of_dump in buckets]
     subjects = subjects_of(dumps)
-    drawn = plot_exp12_intuitive.draw(dumps, found, compared, dict(zip(dumps, directions, strict=True)))
-    drawn |= analyze_exp1_compression.draw(dumps, results)
+    drawn = draw_headlines(dumps, Headlines(found, compared, dict(zip(dumps, directions, strict=True))))
+    drawn |= figures_compression.draw_analysis(dumps, results)
     drawn |= {
         f"one of them: {name}": figure
-        for name, figure in analyze_exp1_compression.draw(
+        for name, figure in figures_compression.draw_analysis(
             *({"base": found["base"]} for found in (dumps, results))
         ).items()
     }
-    drawn |= analyze_exp2_direction.draw(dumps, buckets)
+    drawn |= figures_direction.draw_analysis(dumps, buckets)
     drawn["one histogram"] = figures_direction.draw_direction_histogram(subjects[:1], directions[:1])
     alignments = [[found.alignment for found in of_dump] for of_dump in buckets]
     drawn["one alignment"] = figures_direction.draw_alignment(subjects[:1], [alignments[0][:1]])
@@ -308,7 +312,7 @@ def test_planted_directions_get_their_verdict_in_summary_table_and_figure(plante
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert sum(line[:1] == ["4"] and line[-1] == verdict for line in lines) == 1
     loaded = load_dump(dump)
-    result = analyze_exp2_direction.bucket_directions(loaded, 4)
+    result = bucket_directions(loaded, 4)
     headline = figures_direction.draw_direction_headline(subjects_of({None: loaded}), [result])
     titles = "\n".join(ax.get_title(loc="left") for ax in headline.axes)
     assert f"n = 25 prompts: {verdict}" in titles
@@ -316,7 +320,7 @@ def test_planted_directions_get_their_verdict_in_summary_table_and_figure(plante
 
 def test_a_view_that_cuts_an_interval_says_so(tmp_path: Path):
     dump = load_dump(write_exp2_dump(tmp_path / "dump", [2, 2, 2], 4))
-    alignments = [analyze_exp2_direction.bucket_directions(dump, bucket).alignment for bucket in range(5)]
+    alignments = [bucket_directions(dump, bucket).alignment for bucket in range(5)]
     far = [dataclasses.replace(alignments[0], rho=0.9, ci95=(-2.5, 1.1), min_detectable=1.5, verdict="underpowered")]
     for drawn, cut in ((far, True), ([dataclasses.replace(far[0], ci95=(-1.5, 1.1))], False)):
         ax = figures_direction.draw_alignment(subjects_of({None: dump}), [drawn]).axes[0]

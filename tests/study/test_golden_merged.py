@@ -11,6 +11,8 @@ import pytest
 import analyze_exp1_compression
 import analyze_exp2_direction
 import merge_grad_vector_shards
+from gradprobe.analysis.inputs import open_dumps
+from gradprobe.exp2.measure import bucket_directions
 
 EXPECTED_EXP1 = json.loads((planted.GOLDEN / "expected_exp1_summary.json").read_text())
 EXPECTED_EXP2 = json.loads((planted.GOLDEN / "expected_exp2_summary.json").read_text())
@@ -68,8 +70,8 @@ def test_exp2_of_the_merged_dump(merged: Path, tmp_path: Path):
 
 def test_control_of_the_merged_dump_lies_within_its_spread(merged: Path, tmp_path: Path):
     """The half-split hangs on a shuffle, so it is compared by its standard error, here from both sides' draws."""
-    dump = analyze_exp2_direction.open_dumps({None: merged})[None][0]
-    control = analyze_exp2_direction.bucket_directions(dump, dump.bins - 1).directions.control_cosines
+    dump = open_dumps({None: merged})[None][0]
+    control = bucket_directions(dump, dump.bins - 1).directions.control_cosines
     expected = EXPECTED_EXP2["control_within_group"]
     assert len(control) == expected["n"]
     assert abs(control.mean() - expected["mean"]) < 3 * control.std() / math.sqrt(len(control))

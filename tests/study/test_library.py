@@ -29,6 +29,14 @@ def test_the_examples_run(number, tmp_path):
     assert done.stdout.strip()
 
 
+def test_loading_a_dump_imports_neither_torch_nor_matplotlib_nor_a_model_class():
+    code = (
+        "import sys; from gradprobe import load_dump; print({'torch', 'matplotlib', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 def test_only_what_is_public_is_there():
     assert {name for name in gradprobe.__all__ if callable(getattr(gradprobe, name))} == set(gradprobe.__all__)
     with pytest.raises(AttributeError, match="nothing_of_that_name"):

@@ -1,0 +1,354 @@
+"""A set of gradients and the linear algebra on it, by torch, on the CPU or a GPU.
+
+    bucket = Bucket(grads, rows, prompt, rollout, device_for("auto"))
+    bucket.energies()                          # squared singular values of X = grads[rows], descending
+    bucket.leading_directions(n_vectors=20)    # and the first right singular vectors
+    bucket.part(is_kept)                       # some of the gradients; shares what is known of all
+
+All of it is float64. X may be a memory map: gradients are read in blocks. The smaller of X Xᵀ and Xᵀ X is made when
+first asked for and lives as long as the bucket does. torch is imported when first needed: it takes seconds.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Optional
+
+import numpy as np
+
+from ..common.errors import InputError
+from ..dump.blocks import SelectedRows, block_slices, copy_rows, read_rows
+from ..dump.format import Dump
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEVICES = ("auto", "cpu", "cuda")
+MAX_EXACT = 600
+"""Where n or d is no larger, directions are those of the decomposed Gram matrix; else they are found by iteration."""
+HELD_BYTES = 512 << 20
+"""Gradients that take no more are read once for an iteration instead of once for each step."""
+PANEL = 192
+KRYLOV_EXTRA, KRYLOV_STEPS, KRYLOV_TOLERANCE = 8, 20, 1e-4
+ROUNDING = 1e-12
+"""Energies below this share of all are only rounding."""
+
+
+def device_for(name: str) -> str:
+    """What torch calls one of `DEVICES`; "auto" is a GPU if there is one.
+
+    Raises:
+        InputError: "cuda" was asked for and torch finds no GPU.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise InputError("`device` cuda: torch finds no CUDA GPU; use `device` cpu, or auto")
+    return "cpu"
+
+
+def to_device(array: np.ndarray, device: str) -> "Tensor":
+    """The array as a tensor; on the CPU without a copy where its order allows."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def rollout_codes(prompt: np.ndarray, sample_idx: np.ndarray) -> np.ndarray:
+    """[n] a number 0, 1, ... for each distinct (prompt, sample), in their order. Takes [n] integers each."""
+    return np.unique(np.stack([prompt, sample_idx], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+class Bucket:
+    """Gradients X, [n, d], and whose they are.
+
+    Attributes:
+        grads: [n_all, d] float32 or float64, may be a memory map.
+        rows: [n] which of them X holds.
+        prompt: [n] number of each gradient's prompt.
+        rollout: [n] number of each gradient's rollout, see `rollout_codes`.
+        device: of torch, where X is multiplied and decomposed.
+    """
+
+    def __init__(
+        self,
+        grads: np.ndarray | SelectedRows,
+        rows: np.ndarray,
+        prompt: np.ndarray,
+        rollout: np.ndarray,
+        device: str = "cpu",
+    ) -> None:
+        self.grads, self.rows, self.prompt, self.rollout, self.device = grads, rows, prompt, rollout, device
+        self._whole: Optional[Bucket] = None  # noqa: UP045, the class is not defined yet
+        self._kept = np.zeros(0, bool)
+        self._mean: Tensor | None = None
+        self._held: list[Tensor] | None = None
+
+    @property
+    def n(self) -> int:
+        """The number of gradients."""
+        return len(self.rows)
+
+    @property
+    def dim(self) -> int:
+        """The length of a gradient."""
+        return self.grads.shape[1]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether there are fewer gradients than numbers in each: `gram` is then X Xᵀ."""
+        return self.n < self.dim
+
+    def part(self, is_kept: np.ndarray) -> "Bucket":
+        """The gradients of `is_kept`, [n] bool; its Gram matrix comes from this one's where that saves work."""
+        found = Bucket(self.grads, self.rows[is_kept], self.prompt[is_kept], self.rollout[is_kept], self.device)
+        found._whole, found._kept = self, is_kept
+        return found
+
+    def centred(self) -> "Bucket":
+        """The same gradients less their mean; n >= 1."""
+        found = Bucket(self.grads, self.rows, self.prompt, self.rollout, self.device)
+        found._mean = self.combined(np.full((self.n, 1), 1 / self.n))[:, 0]
+        return found
+
+    def blocks(self) -> Iterator["Tensor"]:
+        """X in order, [k, d] float64 tensors of at most 64 MiB."""
+        if self._held is not None:
+            yield from self._held
+            return
+        for part in block_slices(self.n, 8 * self.dim):
+            yield self._read(part)
+
+    def _read(self, places: slice | np.ndarray) -> "Tensor":
+        block = to_device(read_rows(self.grads, self.rows[places]), self.device)
+        return block if self._mean is None else block - self._mean
+
+    def combined(self, weights: "np.ndarray | Tensor") -> "Tensor":
+        """[d, k] Xᵀ W. `weights`: [n, k] float64."""
+        weights = to_device(weights, self.device) if isinstance(weights, np.ndarray) else weights
+        total, start = self._zeros(self.dim, weights.shape[1]), 0
+        for block in self.blocks():
+            total.addmm_(block.T, weights[start : start + len(block)])
+            start += len(block)
+        return total
+
+    def times(self, directions: "Tensor") -> np.ndarray:
+        """[n, k] X V. `directions`: [d, k]."""
+        parts = [(block @ directions).cpu().numpy() for block in self.blocks()]
+        return np.concatenate([np.zeros((0, directions.shape[1])), *parts])
+
+    def energies_along(self, directions: "Tensor") -> np.ndarray:
+        """[k] ‖X v‖² of each direction. `directions`: [d, k]."""
+        if self._has_gram and not self.is_wide:
+            return (directions * (self.gram @ directions)).sum(dim=0).cpu().numpy()
+        total = self._zeros(directions.shape[1])
+        for block in self.blocks():
+            total += (block @ directions).square_().sum(dim=0)
+        return total.cpu().numpy()
+
+    @cached_property
+    def squared_norms(self) -> np.ndarray:
+        """[n] float64 ‖g‖²."""
+        if self.is_wide and self._has_gram:
+            return self.gram.diagonal().cpu().numpy()
+        found = [block.norm(dim=1).square_().cpu().numpy() for block in self.blocks()]
+        return np.concatenate([np.zeros(0), *found])
+
+    @property
+    def total_energy(self) -> float:
+        """‖X‖_F²."""
+        if self._has_gram or min(self.n, self.dim) <= MAX_EXACT:
+            return float(self.gram.trace()) if self.n else 0.0
+        return float(self.squared_norms.sum())
+
+    @cached_property
+    def gram(self) -> "Tensor":
+        """X Xᵀ, [n, n], or Xᵀ X, [d, d], whichever is smaller (the latter if n = d); n >= 1."""
+        whole = self._whole
+        if whole is not None and whole._has_gram:
+            if whole.is_wide:
+                kept = to_device(np.flatnonzero(self._kept), self.device)
+                return whole.gram[kept][:, kept]
+            if not self.is_wide and 2 * self.n > whole.n:
+                others = whole.part(~self._kept).columns()
+                if 2 * others.trace() <= whole.gram.trace():  # else rounding of what goes could outweigh what stays
+                    return whole.gram - others
+        if not self.is_wide:
+            return self.columns()
+        held, squared = copy_rows(self.grads, self.rows), _Squared(self._zeros(self.n, self.n))
+        for columns in block_slices(self.dim, 8 * self.n):
+            part = to_device(held[:, columns].astype(np.float64), self.device)
+            squared.add((part if self._mean is None else part - self._mean[columns]).T)
+        return squared.total()
+
+    def columns(self) -> "Tensor":
+        """[d, d] Xᵀ X."""
+        squared = _Squared(self._zeros(self.dim, self.dim))
+        for block in self.blocks():
+            squared.add(block)
+        return squared.total()
+
+    def _zeros(self, *shape: int) -> "Tensor":
+        import torch
+
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+
+    @property
+    def _has_gram(self) -> bool:
+        """Whether the Gram matrix is at hand, or comes from one that is at no cost."""
+        whole = self._whole
+        return "gram" in self.__dict__ or (whole is not None and whole.is_wide and whole._has_gram)
+
+    def dots(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """[k, m] dot products of some of the gradients, [k] of 0 .. n - 1, with others, [m]."""
+        if self.is_wide:
+            return self.gram.cpu().numpy()[np.ix_(first, second)]
+        own, found = self._read(first), np.empty((len(first), len(second)))
+        for part in block_slices(len(second), 8 * self.dim):
+            found[:, part] = (own @ self._read(second[part]).T).cpu().numpy()
+        return found
+
+    def energies(self) -> np.ndarray:
+        """[min(n, d)] squared singular values of X, descending; those below 0, which only rounding makes, are 0."""
+        if self.n == 0:
+            return np.zeros(0)
+        import torch
+
+        scale = self.gram.trace()  # eigenvalues of tiny gradients would underflow
+        if not scale > 0:
+            return np.zeros(len(self.gram))
+        return (torch.linalg.eigvalsh(self.gram / scale) * scale).flip(0).clamp(min=0.0).cpu().numpy()
+
+    def leading_directions(
+        self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE
+    ) -> tuple[np.ndarray, "Tensor"]:
+        """The first right singular vectors of X.
+
+        Those of the Gram matrix, decomposed, where n or d is at most 600. Else by `block_krylov` on the Gram matrix
+        if that is there already, or on X itself, which it then multiplies some ten times: the Gram matrix alone would
+        cost n or d products with a vector, this costs 28 a step.
+
+        Args:
+            n_vectors: how many are wanted.
+            seed: of the iteration's start.
+            tolerance: of the iteration.
+
+        Returns:
+            energies: [k] squared singular values, descending, k at most n_vectors: what is only rounding is left out.
+            directions: [d, k] of unit length.
+        """
+        n_vectors = min(n_vectors, self.n, self.dim)
+        by_gram = self._has_gram or min(self.n, self.dim) <= MAX_EXACT
+        if not by_gram and 8 * self.n * self.dim <= HELD_BYTES:
+            self._held = list(self.blocks())
+        scale = self.total_energy
+        if n_vectors == 0 or not scale > 0:
+            self._held = None
+            return np.zeros(0), self._zeros(self.dim, 0)
+        if min(self.n, self.dim) <= MAX_EXACT:
+            values, vectors = leading_eigenpairs(self.gram, n_vectors)
+        else:
+            apply, size = (self.gram.matmul, len(self.gram)) if by_gram else (self._times_squared, self.dim)
+            values, vectors = block_krylov(apply, size, scale, n_vectors, seed, tolerance, self.device)
+        self._held = None
+        kept = int((values > ROUNDING * values[0]).sum())
+        vectors = self.combined(vectors[:, :kept]) if by_gram and self.is_wide else vectors[:, :kept]
+        return values[:kept].cpu().numpy(), vectors / vectors.norm(dim=0)
+
+    def _times_squared(self, vectors: "Tensor") -> "Tensor":
+        """Xᵀ X V."""
+        total = self._zeros(*vectors.shape)
+        for block in self.blocks():
+            total.addmm_(block.T, block @ vectors)
+        return total
+
+
+def bucket_of(dump: Dump, index: int | None = None, device: str = "cpu") -> Bucket:
+    """The gradients of one entropy bucket; of all where `index` is None."""
+    rows = np.arange(len(dump.grads)) if index is None else dump.rows_of_bucket(index)
+    return Bucket(dump.grads, rows, dump.prompt[rows], rollout_codes(dump.prompt, dump.sample_idx)[rows], device)
+
+
+class _Squared:
+    """Σ Bᵀ B over blocks B, [k, m]; of each product only what stands on and below the diagonal is formed."""
+
+    def __init__(self, zeros: "Tensor") -> None:
+        self._total, size = zeros, len(zeros)
+        step = max(PANEL, -(-size // 8))
+        self._panels = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def add(self, block: "Tensor") -> None:
+        for panel in self._panels:
+            self._total[panel.start :, panel].addmm_(block[:, panel.start :].T, block[:, panel])
+
+    def total(self) -> "Tensor":
+        for panel in self._panels:
+            self._total[panel, panel.stop :] = self._total[panel.stop :, panel].T
+        return self._total
+
+
+def leading_eigenpairs(matrix: "Tensor", n_vectors: int) -> tuple["Tensor", "Tensor"]:
+    """The leading eigenvalues [n_vectors], descending, and eigenvectors [m, n_vectors] of a symmetric [m, m] matrix.
+
+    The matrix is positive semidefinite and not all 0.
+    """
+    import torch
+
+    scale = matrix.trace()  # eigenvalues of tiny gradients would underflow
+    values, vectors = torch.linalg.eigh(matrix / scale)
+    return (scale * values).flip(0)[:n_vectors], vectors.flip(1)[:, :n_vectors]
+
+
+def block_krylov(
+    apply: Callable[["Tensor"], "Tensor"],
+    size: int,
+    scale: float,
+    n_vectors: int,
+    seed: int = 0,
+    tolerance: float = KRYLOV_TOLERANCE,
+    device: str = "cpu",
+) -> tuple["Tensor", "Tensor"]:
+    """The leading eigenpairs of a symmetric positive semidefinite operator that is known by what it does to vectors.
+
+    Block Krylov iteration with full reorthogonalisation (Musco & Musco 2015) from a seeded random start. It stops when
+    ‖G u - λ u‖ < tolerance · λ for each pair, or at 20 steps. Isotropic rows, 1,500 × 3,000, of which no direction
+    leads by much: eigenvalues to 1e-8 at a tolerance of 1e-4.
+
+    Args:
+        apply: takes [size, k] and gives the operator's product with it.
+        size: the operator's; 20 (n_vectors + 8) must not exceed it by much for the result to gain.
+        scale: the operator's trace, above 0.
+        n_vectors: how many pairs.
+        seed: of the start.
+        tolerance: of the residual of each pair, as a share of its eigenvalue.
+        device: where the vectors are.
+
+    Returns:
+        eigenvalues [n_vectors], descending, and unit eigenvectors [size, n_vectors].
+    """
+    import torch
+
+    width = min(n_vectors + KRYLOV_EXTRA, size)
+    block = to_device(np.random.default_rng(seed).standard_normal((size, width)), device)
+    block = torch.linalg.qr(block).Q
+    basis, images = block.new_empty(2, size, width * KRYLOV_STEPS)
+    for step in range(KRYLOV_STEPS):
+        known = width * (step + 1)
+        basis[:, known - width : known] = block
+        images[:, known - width : known] = apply(block)
+        so_far = basis[:, :known]
+        residual = images[:, known - width : known].clone()
+        for _ in range(2):  # once is not enough to stay orthogonal where eigenvalues spread over many magnitudes
+            residual -= so_far @ (so_far.T @ residual)
+        block, coupling = torch.linalg.qr(residual)
+        block = torch.linalg.qr(block - so_far @ (so_far.T @ block)).Q
+        if step % 2 == 1 or step + 1 == KRYLOV_STEPS:
+            values, ritz = torch.linalg.eigh(so_far.T @ images[:, :known])
+            values, ritz = values.flip(0)[:n_vectors], ritz.flip(1)[:, :n_vectors]
+            errors = (coupling @ ritz[-width:]).norm(dim=0)
+            if (errors <= (tolerance * values).clamp(min=float(ROUNDING * scale))).all():
+                break
+    return values.clamp(min=0.0), so_far @ ritz

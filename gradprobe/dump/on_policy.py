@@ -1,0 +1,107 @@
+"""Are rollouts the probed model's own? A test that needs no gradient.
+
+Where a token is drawn from π, log π(y) + H has mean zero whatever π is, given all tokens before it: E log π(y) = -H. So
+has its sum over any tokens chosen by their prefix alone, such as those of an entropy bucket. Tokens drawn at another
+temperature, cut to the likeliest words, or drawn from another model give another mean.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .buckets import bucket_of
+from .records import Rollout
+
+ON_POLICY, OFF_POLICY = "on-policy", "off-policy"
+LARGEST_Z = 4.0
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """The mean of log π(y) + H over tokens, and whether it is that of tokens drawn from π.
+
+    Attributes:
+        mean: nats per token; None without tokens.
+        z: in standard errors, clustered by prompt; None with fewer than 2 prompts.
+        verdict: "off-policy" where |z| > 4, else "on-policy" where that is claimed, else None.
+    """
+
+    mean: float | None
+    z: float | None
+    verdict: str | None
+
+
+def on_policy(prompt: np.ndarray, excess: np.ndarray, is_claimed: bool) -> OnPolicy:
+    """Test tokens' log π(y) + H.
+
+    Args:
+        prompt: [n] number of each token's prompt, from 0.
+        excess: [n] log π(y) + H, nats.
+        is_claimed: whether the tokens are said to be drawn from π.
+    """
+    if len(excess) == 0:
+        return OnPolicy(None, None, None)
+    counts = np.bincount(prompt)
+    n_tokens, sums = counts[counts > 0], np.bincount(prompt, excess)[counts > 0]
+    mean, n = float(sums.sum() / n_tokens.sum()), len(sums)
+    deviations = sums - mean * n_tokens
+    error = float(np.sqrt(n / (n - 1) * np.sum(deviations**2))) if n > 1 else 0.0
+    if not error > 0:
+        return OnPolicy(mean, None, None)
+    z = float(sums.sum() / error)
+    return OnPolicy(mean, z, OFF_POLICY if abs(z) > LARGEST_Z else ON_POLICY if is_claimed else None)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All response tokens of some rollouts, n in all.
+
+    Attributes:
+        prompt: [n] number of each one's prompt.
+        excess: [n] log π(y) + H, nats.
+        tail_mass: [n] 1 - max π; None where it is not known.
+        score: [n] what buckets go by: the entropy, unless told otherwise.
+    """
+
+    prompt: np.ndarray
+    excess: np.ndarray
+    tail_mass: np.ndarray | None
+    score: np.ndarray
+
+    @staticmethod
+    def of(rollouts: Iterable[Rollout]) -> "Tokens":
+        """Those of these rollouts, one behind the other."""
+        code_of: dict[Any, int] = {}
+        parts: list[tuple[np.ndarray, ...]] = []
+        is_known = True
+        for r in rollouts:
+            code = code_of.setdefault(r.prompt_idx, len(code_of))
+            is_known &= len(r.tail_mass) == len(r.response_ids)
+            entropies = np.asarray(r.entropies)
+            score = np.asarray(r.bucket_scores) if r.bucket_scores else entropies
+            tail = np.asarray(r.tail_mass) if r.tail_mass else np.zeros(len(entropies))
+            parts.append((np.full(len(entropies), code), np.asarray(r.logprobs) + entropies, tail, score))
+        empty = (np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0))
+        prompt, excess, tail, score = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
+        return Tokens(prompt, excess, tail if is_known else None, score)
+
+    def test(self, is_claimed: bool) -> OnPolicy:
+        """`on_policy` of all of them."""
+        return on_policy(self.prompt, self.excess, is_claimed)
+
+    def test_by_bucket(self, edges: np.ndarray, is_claimed: bool) -> list[OnPolicy]:
+        """`on_policy` of the tokens of each bucket. `edges`: [bins + 1]."""
+        bucket = bucket_of(self.score, edges)
+        return [
+            on_policy(self.prompt[bucket == index], self.excess[bucket == index], is_claimed)
+            for index in range(len(edges) - 1)
+        ]
+
+
+def claims_on_policy(manifest: Mapping[str, Any]) -> bool:
+    """Whether a dump's rollouts are said to be the probed model's own, at temperature 1 from its full softmax."""
+    sampling, origin = manifest.get("sampling") or {}, manifest.get("rollouts_from")
+    is_plain = sampling.get("distribution") == "full softmax" and sampling.get("temperature") == 1.0
+    return is_plain and (origin is None or origin.get("identity") == manifest.get("model_identity"))

@@ -1,0 +1,54 @@
+"""log π + H over tokens: zero on-policy, not at other temperatures, whatever the policy."""
+
+import numpy as np
+import pytest
+
+from gradprobe.dump.on_policy import OFF_POLICY, ON_POLICY, Tokens, on_policy
+from gradprobe.dump.records import Rollout
+
+N_PROMPTS, N_TOKENS = 64, 400
+
+
+def tokens_at(temperature: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt, log π + H) of tokens drawn at a temperature from random softmaxes."""
+    logits = rng.normal(size=(N_PROMPTS * N_TOKENS, 20)) * rng.gamma(2.0, 2.0, size=(N_PROMPTS * N_TOKENS, 1))
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    drawn = np.argmax(logits / temperature + rng.gumbel(size=logits.shape), axis=1)
+    entropy = -(np.exp(log_probs) * log_probs).sum(axis=1)
+    return np.repeat(np.arange(N_PROMPTS), N_TOKENS), log_probs[np.arange(len(drawn)), drawn] + entropy
+
+
+def test_z_is_a_standard_normal_on_policy():
+    rng = np.random.default_rng(0)
+    found = [on_policy(*tokens_at(1.0, rng), is_claimed=True) for _ in range(40)]
+    assert np.mean([abs(one.z) > 2 for one in found]) <= 0.15
+    assert 0.7 < np.std([one.z for one in found]) < 1.3
+    assert {one.verdict for one in found} == {ON_POLICY}
+
+
+@pytest.mark.parametrize("temperature", [0.9, 1.1])
+def test_another_temperature_is_off_policy(temperature):
+    found = on_policy(*tokens_at(temperature, np.random.default_rng(1)), is_claimed=True)
+    assert found.verdict == OFF_POLICY
+    assert (found.mean > 0) == (temperature < 1)
+
+
+def test_what_is_not_claimed_gets_no_verdict_unless_it_is_off():
+    rng = np.random.default_rng(2)
+    assert on_policy(*tokens_at(1.0, rng), is_claimed=False).verdict is None
+    assert on_policy(*tokens_at(0.8, rng), is_claimed=False).verdict == OFF_POLICY
+    assert on_policy(np.zeros(0, int), np.zeros(0), is_claimed=True).mean is None
+    assert on_policy(np.zeros(5, int), np.ones(5), is_claimed=True).z is None  # one prompt
+
+
+def test_tokens_of_rollouts_go_by_their_bucket_score():
+    def rollout(prompt, scores, tail):
+        return Rollout(prompt, 0, "", [1], [2, 3], [0.5, 0.1], [-0.4, -0.3], "", "", True, tail, scores)
+
+    tokens = Tokens.of([rollout(7, [], [0.1, 0.2]), rollout((1, 2), [5.0, 6.0], [0.3, 0.4])])
+    np.testing.assert_array_equal(tokens.prompt, [0, 0, 1, 1])
+    np.testing.assert_allclose(tokens.excess, [0.1, -0.2] * 2)
+    np.testing.assert_allclose(tokens.score, [0.5, 0.1, 5.0, 6.0])
+    np.testing.assert_allclose(tokens.tail_mass, [0.1, 0.2, 0.3, 0.4])
+    assert Tokens.of([rollout(7, [], [])]).tail_mass is None
+    assert len(Tokens.of([rollout(7, [], [])]).test_by_bucket(np.array([0.0, 0.3, 1.0]), True)) == 2

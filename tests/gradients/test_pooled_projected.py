@@ -1,0 +1,179 @@
+"""Sums over buckets and projected weights, against sums of token gradients and the whole weight's gradient."""
+
+import numpy as np
+import pytest
+import torch
+from architectures import FAMILIES, tiny_of_family
+from engine_runs import random_rollouts
+from tiny import relative_error, tiny_model
+from transformers.pytorch_utils import Conv1D
+
+from gradprobe.common.errors import InputError
+from gradprobe.gradients.chosen import Chosen
+from gradprobe.gradients.engine import GradientEngine
+from gradprobe.gradients.targets import (
+    ProjectedTarget,
+    Projection,
+    Target,
+    expand_projected,
+    expand_targets,
+    full_name,
+    linears_of,
+    signs,
+)
+
+DOWN = "mlp.down_proj.weight"
+N_BUCKETS = 3
+
+
+def gradients_of(
+    model, targets, prompts, responses, chosen, batch_tokens=90
+) -> list[dict[tuple[int, int], torch.Tensor]]:
+    """For each target, its gradients by (rollout, k)."""
+    found: list[dict[tuple[int, int], torch.Tensor]] = [{} for _ in targets]
+    for members, ks, rows in GradientEngine(model, targets).batches(prompts, responses, chosen, batch_tokens):
+        for of_target, part in zip(found, rows, strict=True):
+            of_target.update(zip(zip(members.tolist(), ks.tolist(), strict=True), part, strict=True))
+    return found
+
+
+def rollouts_in_buckets(seed: int) -> tuple[list[list[int]], list[list[int]], list[np.ndarray]]:
+    prompts, responses = random_rollouts(6, seed)
+    prompts, responses = [[t % 57 + 3 for t in p] for p in prompts], [[t % 57 + 3 for t in r] for r in responses]
+    rng = np.random.default_rng(seed)
+    return prompts, responses, [rng.integers(N_BUCKETS, size=len(response)) for response in responses]
+
+
+def whole_gradient(model, weight, tokens: list[int], first: int, positions: np.ndarray) -> torch.Tensor:
+    """∇ Σ log π at `positions` of the response with respect to the whole weight, [out, in], by autograd."""
+    linear = linears_of(model, [Target(*weight, 0)])[weight]
+    linear.weight.requires_grad_(True)
+    log_probs = torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0], -1)
+    at = torch.tensor(positions + first)
+    gradient = torch.autograd.grad(log_probs[at - 1, torch.tensor(tokens)[at]].sum(), linear.weight)[0]
+    linear.weight.requires_grad_(False)
+    return gradient.T if isinstance(linear, Conv1D) else gradient
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pooled_gradient_is_the_sum_of_its_tokens(family):
+    prompts, responses, buckets = rollouts_in_buckets(1)
+    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model = tiny_of_family(family, dtype)
+        targets = [Target(layer, suffix, row) for layer in (0, 2) for suffix in FAMILIES[family][2] for row in (0, 3)]
+        pooled = gradients_of(model, targets, prompts, responses, list(map(Chosen.pooled, buckets)))
+        singly = gradients_of(model, targets, prompts, responses, [np.arange(len(r)) for r in responses])
+        for of_target, of_token in zip(pooled, singly, strict=True):
+            assert len(of_target) == sum(len(np.unique(b)) for b in buckets)
+            for i, of_rollout in enumerate(buckets):
+                for k, bucket in enumerate(np.unique(of_rollout)):
+                    total = sum(of_token[i, t] for t in np.flatnonzero(of_rollout == bucket))
+                    assert total.norm() > 0
+                    assert relative_error(of_target[i, k], total) < limit
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_projected_gradient_is_the_whole_weights_projected(family):
+    model = tiny_of_family(family)
+    prompts, responses, buckets = rollouts_in_buckets(2)
+    (target,) = expand_projected(model, "all", "all-linear", Projection(3, 2, seed=5))
+    (found,) = gradients_of(model, [target], prompts, responses, list(map(Chosen.pooled, buckets)))
+    assert target.row_dim(model) == 6 * len(target.weights)
+    linears = linears_of(model, [target])
+    for (i, k), gradient in found.items():
+        positions = np.flatnonzero(buckets[i] == np.unique(buckets[i])[k])
+        parts = []
+        for weight, linear in linears.items():
+            left, right = (
+                torch.from_numpy(s).double() for s in signs(target.projection, full_name(model, weight), linear)
+            )
+            whole = whole_gradient(model, weight, prompts[i] + responses[i], len(prompts[i]), positions)
+            parts.append((left @ whole @ right.T).flatten())
+        assert relative_error(gradient, torch.cat(parts)) < 1e-10
+
+
+def test_inner_products_keep_their_expectation_over_seeds():
+    model = tiny_model(3, torch.float64)
+    prompts, responses, buckets = rollouts_in_buckets(3)
+    weight, (a, b) = (1, DOWN), (0, 1)
+    whole = [
+        whole_gradient(model, weight, prompts[i] + responses[i], len(prompts[i]), np.flatnonzero(buckets[i] == 0))
+        for i in (a, b)
+    ]
+    truth, n_rows, n_cols = float((whole[0] * whole[1]).sum()), 4, 4
+    found = []
+    for seed in range(64):
+        target = ProjectedTarget("w", (weight,), Projection(n_rows, n_cols, seed))
+        linear = linears_of(model, [target])[weight]
+        sides = signs(target.projection, full_name(model, weight), linear)
+        left, right = (torch.from_numpy(side).double() for side in sides)
+        x, y = (left @ w @ right.T for w in whole)
+        found.append(float((x * y).sum()))
+    # Of products of random signs: Var <PXQ', PYQ'> <= (1 + 1/K)(1 + 1/L) - 1 times what |X|² |Y|² + <X, Y>² bound.
+    scale = float(whole[0].norm() * whole[1].norm())
+    bound = np.sqrt((1 + 2 / n_rows) * (1 + 2 / n_cols) - 1) * scale
+    assert abs(np.mean(found) - truth) < 4 * bound / np.sqrt(64)
+    assert 0.05 * bound < np.std(found) <= 1.3 * bound
+
+
+def test_signs_hang_on_seed_weight_and_side_alone():
+    model, other = tiny_model(1), tiny_model(2)
+    weight = (1, "self_attn.o_proj.weight")  # square: its sides can only differ by name
+    linears = [linears_of(m, [Target(*weight, 0)])[weight] for m in (model, other)]
+    name = full_name(model, weight)
+    left, right = signs(Projection(4, 4, seed=0), name, linears[0])
+    for mine, theirs in zip((left, right), signs(Projection(4, 4, seed=0), name, linears[1]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not np.array_equal(left, right)
+    assert not np.array_equal(left, signs(Projection(4, 4, seed=1), name, linears[0])[0])
+    assert not np.array_equal(left, signs(Projection(4, 4, seed=0), name + "x", linears[0])[0])
+    np.testing.assert_allclose(np.abs(left), 0.5)
+
+
+def test_a_bucket_left_out_or_shifted_is_another_gradient():
+    model = tiny_model(4, torch.float64)
+    prompts, responses, buckets = rollouts_in_buckets(4)
+    target = [Target(1, DOWN, 3)]
+    (found,) = gradients_of(model, target, prompts, responses, list(map(Chosen.pooled, buckets)))
+    shifted = [np.roll(b, 1) for b in buckets]
+    (other,) = gradients_of(model, target, prompts, responses, list(map(Chosen.pooled, shifted)))
+    differing = [relative_error(other[key], found[key]) for key in found if key in other]
+    assert np.median(differing) > 0.05
+
+
+def test_results_do_not_hang_on_the_batch():
+    model = tiny_model(5)
+    prompts, responses, buckets = rollouts_in_buckets(5)
+    (target,) = expand_projected(model, "1", "all-linear", Projection(2, 2, seed=0))
+    assert target.directory == "L1.all-linear.p2x2"
+    chosen = list(map(Chosen.pooled, buckets))
+    (alone,) = gradients_of(model, [target], prompts, responses, chosen, batch_tokens=1)
+    (together,) = gradients_of(model, [target], prompts, responses, chosen, batch_tokens=10_000)
+    for key, gradient in alone.items():
+        assert relative_error(together[key], gradient) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("layers", "suffix", "names"),
+    [
+        ("all", "all-linear", ["all-linear.p2x3"]),
+        ("0,2", "all-linear", ["L0+2.all-linear.p2x3"]),
+        ("1", DOWN, [f"L1.{DOWN}.p2x3"]),
+        (None, f"{DOWN},mlp.up_proj.weight", [f"L1.{DOWN}.p2x3", "L1.mlp.up_proj.weight.p2x3"]),
+        ("all", DOWN, [f"L{n}.{DOWN}.p2x3" for n in range(3)]),
+    ],
+)
+def test_projected_targets_from_words(layers, suffix, names):
+    targets = expand_projected(tiny_model(0), layers, suffix, Projection.of("2x3", 0))
+    assert [target.directory for target in targets] == names
+
+
+def test_targets_that_can_not_be():
+    with pytest.raises(InputError, match="`project` 16"):
+        Projection.of("16", 0)
+    with pytest.raises(InputError, match="go with `project` only"):
+        expand_targets(tiny_model(0), "all", DOWN, "0", 0)
+    with pytest.raises(InputError, match="`param_suffix` nix"):
+        expand_projected(tiny_model(0), "all", "nix", Projection(1, 1, 0))
