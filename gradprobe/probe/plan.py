@@ -26,10 +26,10 @@ from ..model.checkpoint import (
 )
 from ..model.decoder import context_length
 from ..model.placement import Placement, read_placement
-from ..problems.load import ProblemSet, load_problems, shard_of_study
+from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
-from ..rollouts.foreign import read_rollouts
+from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.server import connect
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
@@ -278,16 +278,14 @@ def read_rollout_source(
     """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
     file = _rollout_file(settings)
     tokenizer = load_tokenizer(settings.checkpoint)
+    size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
         file,
-        tokenizer,
-        skeleton.config.get_text_config().vocab_size,
-        end_token_ids(skeleton, tokenizer),
+        Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
         file_format=settings.rollouts_format,
         problems=None if settings.dataset is None else read_problems(settings).problems,
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
-        context=context_length(skeleton),
     )
     for line in found.report.lines():
         log.info(line)
