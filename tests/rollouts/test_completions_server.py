@@ -128,7 +128,7 @@ def scored(checkpoint: Checkpoint, prompts: list[list[int]], responses: list[lis
     """Our log-probs of each response's ids."""
     found: dict[int, np.ndarray] = {}
     for batch in score_responses(checkpoint.model, prompts, responses, 4096):
-        found.update({i: logprobs for i, (_, logprobs, _) in batch.items()})
+        found.update({i: logprobs for i, (_, logprobs, *_) in batch.items()})
     return [found[i] for i in range(len(responses))]
 
 

@@ -123,7 +123,7 @@ def test_ids_from_a_file_are_where_the_server_had_them(tokenizer):
     lines = [json.loads(line) for line in (DATA / "llama_cpp.jsonl").read_text().splitlines()]
     recorded = [choice["logprobs"]["content"] for line in lines for choice in line["response"]["choices"]]
     for batch in score_responses(model, [r.prompt_ids for r in found], [r.response_ids for r in found], 4096):
-        for i, (_, logprobs, _) in batch.items():
+        for i, (_, logprobs, *_) in batch.items():
             np.testing.assert_allclose(logprobs, [entry["logprob"] for entry in recorded[i]], atol=0.02)
 
 
