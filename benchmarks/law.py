@@ -45,8 +45,8 @@ from gradprobe.gradients.chosen import Chosen  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from gradprobe.problems.data_set import load_problems, shard_of_study  # noqa: E402
 from gradprobe.problems.boxed import is_correct  # noqa: E402
+from gradprobe.problems.data_set import load_problems, shard_of_study  # noqa: E402
 from gradprobe.rollouts import sample as sampling  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 from gradprobe.rollouts.sources import SampledRollouts, SamplingSettings  # noqa: E402

@@ -23,7 +23,7 @@ from ..common.files import aside, replace
 from ..dump.format import Dump
 from ..dump.on_policy import OnPolicy
 from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
-from ..exp1.measure import BucketNumbers, Exp1, Exp1Settings, measure_dumps, sample_rollouts
+from ..exp1.measure import BucketNumbers, Exp1, Exp1Settings, measure_dumps, refusal, sample_rollouts
 from ..exp1.plane import Projection, project_to_plane
 from ..exp1.spectrum import Spectrum
 from ..exp2.direction import Alignment, Cancellation, Directions, PromptDirection, Signal
@@ -110,7 +110,7 @@ def headlines_of(
         missing.append(f"Exp 2 ({reason})")
     if missing:
         log.info(f"computing anew what the analyses did not leave about these dumps: {', '.join(missing)}")
-        opened = open_dumps(paths)
+        opened = open_dumps(paths, refusal) if exp1 is None else open_dumps(paths)
         warn(opened)
         dumps = first_targets(opened)
     if exp1 is None:  # without what headlines don't show: no ceilings, no nulls
