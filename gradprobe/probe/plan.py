@@ -197,8 +197,8 @@ def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, st
     if settings.rollouts is None or not settings.is_pooled:
         return None
     file = _rollout_file(settings)
-    manifest = file.with_name(contract.MANIFEST)
-    is_of_this_model = manifest.is_file() and read_json(manifest).get("model_identity") == model
+    manifest = contract.find_manifest(file)
+    is_of_this_model = manifest is not None and read_json(manifest).get("model_identity") == model
     if is_of_this_model and rule.name != LOGIT_NORM:
         return fitted_edges(stored_scores(rule, file), settings.bins)
     if settings.num_shards > 1:
@@ -295,9 +295,9 @@ def read_rollout_source(
     places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
     mine = {prompts[i] for i in places}
     source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
-    # The manifest beside it says how they were sampled; without one that stays unknown.
-    manifest_file = file.with_name(contract.MANIFEST)
-    origin = read_json(manifest_file) if manifest_file.is_file() else {}
+    # Their manifest says how they were sampled; without one that stays unknown.
+    manifest_file = contract.find_manifest(file)
+    origin = {} if manifest_file is None else read_json(manifest_file)
     judge = {} if found.report.n_to_verify == 0 else {"verifier": described_verifier(settings, verifier)}
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),
