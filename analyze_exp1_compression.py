@@ -23,7 +23,7 @@ from gradprobe.analysis.bucket import DEVICES, device_for
 from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
 from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
 from gradprobe.common.files import make_directory, write_json
-from gradprobe.exp1.measure import measure_dumps, replication_of, sample_rollouts
+from gradprobe.exp1.measure import measure_dumps, refusal, replication_of, sample_rollouts
 from gradprobe.exp1.summary import SUMMARY, by_bucket, comparison_report, report, summary_of
 from gradprobe.figures.exp1 import draw_analysis
 from gradprobe.figures.inputs import EXP1_ARRAYS, compression_of, write_compression
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = device_for(args.device)
     paths = parse_tagged_dumps(args.dumps)
-    targets = {tag: list(map(sample_rollouts, found)) for tag, found in open_dumps(paths).items()}
+    targets = {tag: list(map(sample_rollouts, found)) for tag, found in open_dumps(paths, refusal).items()}
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)
     warn(targets)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,17 +12,27 @@ import numpy as np
 
 from ..common.errors import InputError, raise_if_any
 from ..dump.check import checksum_problems, first_of, read_content
-from ..dump.format import GRADS, MANIFEST, Dump, load_dump, target_directories
+from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, load_dump, target_directories
+from ..dump.format import target_name as name_of_target
+from ..dump.on_policy import CHOSEN_BY_PREFIX, OnPolicy, Tokens, claims_on_policy
+from ..dump.records import PromptKey, iter_rollouts
+from .pooled import Pooled
 
 log = logging.getLogger(__name__)
 
 Tag = TypeVar("Tag", bound="str | None")
 
 
-def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, list[Dump]]:
+def open_dumps(
+    paths: Mapping[Tag, Path], refusal: Callable[[Dump], str | None] = lambda dump: None
+) -> dict[Tag, list[Dump]]:
     """Open every dump, read all of its gradients once, and leave out those that say nothing.
 
     Rows with a NaN or an infinity, and rows that are zero throughout, are left out; the dump's `warnings` say how many.
+
+    Args:
+        paths: of each tag.
+        refusal: what makes a dump unfit, told before its gradients are read; None where nothing does.
 
     Returns:
         For each tag its dumps: one, or one for each target that was probed, in the order they were asked for.
@@ -34,11 +44,18 @@ def open_dumps(paths: Mapping[Tag, Path]) -> dict[Tag, list[Dump]]:
     problems: list[str] = []
     for tag, path in paths.items():
         try:
-            dumps[tag] = [_usable(load_dump(directory), problems) for directory in target_directories(path)]
+            dumps[tag] = [_usable(_fit(load_dump(target), refusal), problems) for target in target_directories(path)]
         except InputError as error:
             problems.extend(error.problems)
     raise_if_any(dict.fromkeys(problems))  # once, where two tags name the same dump
     return dumps
+
+
+def _fit(dump: Dump, refusal: Callable[[Dump], str | None]) -> Dump:
+    reason = refusal(dump)
+    if reason is not None:
+        raise InputError(f"{dump.path}: {reason}")
+    return dump
 
 
 def _usable(dump: Dump, problems: list[str]) -> Dump:
@@ -52,6 +69,84 @@ def _usable(dump: Dump, problems: list[str]) -> Dump:
     ]
     kept = np.setdiff1d(dump.row, np.concatenate([content.nonfinite, content.zero]))
     return replace(dump.only(kept), warnings=(*dump.warnings, *left_out))
+
+
+def pooled_of(dump: Dump) -> Pooled:
+    """A pooled dump as arrays, and all of its rollouts: those of `rollouts.jsonl`, of its rows where that is absent.
+
+    The outcome is the reward where every rollout has one, else whether it is correct. Codes of prompts follow the order
+    of their keys.
+
+    Raises:
+        InputError: rows and rollouts contradict each other.
+        ValueError: the dump is of single tokens.
+    """
+    if not dump.is_pooled:
+        raise ValueError(f"{dump.path} is a dump of single tokens")
+    rollouts = _rollouts_of(dump)
+    keys = sorted({key for key, _ in rollouts} | set(dump.prompt_keys))
+    code_of = {key: code for code, key in enumerate(keys)}
+    codes = np.array([code_of[key] for key in dump.prompt_keys], np.int64)
+    columns = np.array([list(facts) for facts in rollouts.values()], np.float64).reshape(-1, 3)
+    is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any()
+    return Pooled(
+        grads=dump.grads,
+        prompt=codes[dump.prompt],
+        sample=dump.sample_idx,
+        bucket=dump.bin,
+        n_tokens=dump.n_tokens,
+        rare=dump.rare,
+        rollout_prompt=np.array([code_of[key] for key, _ in rollouts], np.int64),
+        rollout_sample=np.array([sample for _, sample in rollouts], np.int64),
+        outcome=columns[:, 2 if is_rewarded else 0],
+        correct=columns[:, 0] > 0,
+        n_response_tokens=columns[:, 1].astype(np.int64),
+        n_buckets=dump.bins,
+    )
+
+
+def _rollouts_of(dump: Dump) -> dict[tuple[PromptKey, int], tuple[float, float, float]]:
+    """Whether it is correct, its tokens and its reward, or NaN, by each rollout's prompt and sample."""
+    rewards = np.full(len(dump.row), np.nan) if dump.reward is None else dump.reward
+    of_rows = {
+        (dump.prompt_keys[prompt], sample): facts
+        for prompt, sample, *facts in zip(
+            dump.prompt.tolist(),
+            dump.sample_idx.tolist(),
+            dump.correct.astype(float).tolist(),
+            dump.n_response_tokens.tolist(),
+            rewards.tolist(),
+            strict=True,
+        )
+    }
+    file = find_rollouts(dump.path)
+    if file is None:
+        return of_rows
+    found: dict[tuple[PromptKey, int], tuple[float, float, float]] = {}
+    for rollout in iter_rollouts(file):
+        key = rollout.prompt_idx, rollout.sample_idx
+        if key in found:
+            raise InputError(f"{file}: the rollout of prompt_idx {key[0]}, sample_idx {key[1]} stands twice")
+        reward = np.nan if rollout.reward is None else rollout.reward
+        found[key] = float(rollout.correct), len(rollout.response_ids), reward
+    missing = [
+        f"prompt_idx {prompt}, sample_idx {sample}" for prompt, sample in of_rows if (prompt, sample) not in found
+    ]
+    if missing:
+        raise InputError(f"{dump.path / META}: {len(missing)} rollouts are not in {file} ({first_of(missing)})")
+    return found
+
+
+def on_policy_by_bucket(dump: Dump) -> list[OnPolicy | None]:
+    """Of each bucket, whether its tokens were drawn from the model.
+
+    None where the rollouts are not at hand, or buckets were chosen by the very tokens drawn.
+    """
+    file = find_rollouts(dump.path)
+    if file is None or dump.manifest.get("bucket_by", "entropy") not in CHOSEN_BY_PREFIX:
+        return [None] * dump.bins
+    edges = np.array(dump.manifest["entropy_edges"])
+    return list(Tokens.of(iter_rollouts(file)).test_by_bucket(edges, claims_on_policy(dump.manifest)))
 
 
 def first_targets(dumps: Mapping[Tag, list[Dump]]) -> dict[Tag, Dump]:
@@ -78,8 +173,8 @@ def directory_name(path: Path) -> str:
 
 
 def target_name(dump: Dump) -> str:
-    """The weight and the row of it that was probed, for example `model.layers.14.mlp.down_proj.weight[0]`."""
-    return f"{dump.manifest['target']}[{dump.manifest['row_idx']}]"
+    """The weight and the row of it that was probed, or whole weights, as `format.target_name` writes them."""
+    return name_of_target(dump.manifest)
 
 
 def fingerprint(dump: Path) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..exp1.spectrum import read_rows
+from ..dump.blocks import SelectedRows, read_rows
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Pooled:
         n_buckets: B, empty buckets included.
     """
 
-    grads: np.ndarray
+    grads: np.ndarray | SelectedRows
     prompt: np.ndarray
     sample: np.ndarray
     bucket: np.ndarray

@@ -171,6 +171,11 @@ def smallest_bucket(buckets: Iterable[np.ndarray]) -> int:
     return int(min(counts, default=0))
 
 
+def refusal(dump: Dump) -> str | None:
+    """Why Exp 1 can't read a dump; None where it can."""
+    return "a pooled dump; Exp 1 reads token dumps only" if dump.is_pooled else None
+
+
 def sample_rollouts(dump: Dump, most: int = MAX_ROLLOUTS, seed: int = 0) -> Dump:
     """The dump, or a random `most` of its rollouts, of which its `warnings` then tell.
 
