@@ -172,19 +172,22 @@ def write_planted_signal(
     path: Path,
     signal: np.ndarray,
     *,
+    angle: np.ndarray | float = 0.0,
     seed: int = 0,
     n_prompts: int = 60,
     n_rollouts: int = 8,
     dim: int = 32,
     **others: Any,
 ) -> Path:
-    """A pooled dump in which bucket b carries `signal[b]` of the update, as the length that correct rollouts add in one
-    direction of their own, over noise of length 1 in every bucket; a rollout has 1 to 6 tokens a bucket.
+    """A pooled dump in which correct rollouts add a length of `signal[b]` to bucket b, over noise of length 1 in each.
+
+    What is added points `angle[b]` away from the first axis. A rollout has 1 to 6 tokens a bucket.
     """
     rng = np.random.default_rng(seed)
     shape = (n_prompts, n_rollouts, len(signal))
     correct = rng.random(shape[:2]) < rng.uniform(0.2, 0.8, (n_prompts, 1))
-    direction = np.eye(dim)[0]
+    added = np.zeros((len(signal), dim))
+    added[:, 0], added[:, 1] = signal * np.cos(angle), signal * np.sin(angle)
     sums = rng.standard_normal((*shape, dim)) / np.sqrt(dim)
-    sums += (correct - 0.5)[:, :, None, None] * np.asarray(signal)[:, None] * direction
+    sums += (correct - 0.5)[:, :, None, None] * added
     return write_pooled_dump(path, sums, correct, rng.integers(1, 7, shape), **others)

@@ -67,13 +67,12 @@ def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure
         n_cut = _draw_shares(ax, one, colour, limits)
         cut = f"\nview cut: {n_cut} of the intervals run on" if n_cut else ""
         ax.set_title(f"{panel_title(subject, subjects)}\n{signal_sentence(one)}{cut}", loc="left")
-    handles: list[Any] = [
-        Patch(color=colour, alpha=0.85, label=f"signal, 95% interval: {subject.label}")
-        for subject, colour in zip(subjects, series_colours(subjects), strict=True)
-    ]
+    colours = series_colours(subjects)
+    shade, whose = (colours[0], "") if len(colours) == 1 else (NOTE_COLOUR, ", in the colour of each")
+    handles: list[Any] = [Patch(color=shade, alpha=0.85, label=f"signal with 95% interval{whose}")]
     handles.append(Line2D([], [], color="black", marker="D", linestyle="none", markersize=6, label="noise"))
     handles.append(Line2D([], [], color=TOKENS_COLOUR, linewidth=5, label="tokens"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if len(subjects) > 2 else 4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(heading(f"Where do signal and noise of the {_objectives(numbers)} update sit?", subjects))
     return figure
 
@@ -86,10 +85,10 @@ def draw_keep(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     figure = new_figure(max(8.5, 6.0 * n_columns), 8.4 * n_lines + 1.4)
     axes = grid(figure, len(subjects), n_columns, rows_each=2)
     for (cosine, ratio), subject, one, colour in zip(axes, subjects, numbers, series_colours(subjects), strict=True):
-        _cosine_axes(cosine)
-        _ratio_axes(ratio)
+        _cosine_axes(cosine, numbers)
+        _ratio_axes(ratio, numbers)
         cosine.set_title(f"{panel_title(subject, subjects)}\n{_reading(one, 'cosine', 'cosine')}", loc="left")
-        ratio.set_title(_reading(one, "noise_scale_ratio", "noise scale, over that of all tokens,"), loc="left")
+        ratio.set_title(_reading(one, "noise_scale_ratio", "noise scale ratio"), loc="left")
         for which, dash in KEPT_STYLES.items():
             shade = colour if which == "top" else CONTROL_COLOUR
             for ax, measure in ((cosine, "cosine"), (ratio, "noise_scale_ratio")):
@@ -118,13 +117,13 @@ def draw_rules(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """As `draw_keep`, the highest tokens by several rules in the same axes."""
     figure = new_figure(14.5, 7.4)
     cosine, ratio = figure.subplots(1, 2)
-    _cosine_axes(cosine)
-    _ratio_axes(ratio)
+    _cosine_axes(cosine, numbers)
+    _ratio_axes(ratio, numbers)
     names = rule_names(subjects, numbers)
     for place, one in enumerate(numbers):
         colour = RULE_COLOURS[place % len(RULE_COLOURS)]
         dash = "-" if place < len(RULE_COLOURS) else "--"
-        offset = (place - (len(numbers) - 1) / 2) * 0.012
+        offset = (place - (len(numbers) - 1) / 2) * 0.009
         for ax, measure in ((cosine, "cosine"), (ratio, "noise_scale_ratio")):
             draw_curve(ax, one["keep_top"], measure, colour, dash, band=False)
             draw_reading(ax, one["at_20_percent"]["top"][measure], colour, offset)
@@ -135,8 +134,8 @@ def draw_rules(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     cosine.set_title(f"cosine with the full update\n{_count_read(numbers, 'cosine')}", loc="left")
     ratio.set_title(f"noise scale over that of all tokens\n{_count_read(numbers, 'noise_scale_ratio')}", loc="left")
     handles = [
-        Line2D([], [], color=RULE_COLOURS[place % len(RULE_COLOURS)], marker="o", label=name)
-        for place, name in enumerate(names)
+        Line2D([], [], color=RULE_COLOURS[place % len(RULE_COLOURS)], marker="o", label=name + _untold(one))
+        for place, (name, one) in enumerate(zip(names, numbers, strict=True))
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3 if len(names) > 4 else 4)
     counts = " and ".join(sorted({f"{one['n_prompts']} prompts" for one in numbers}))
@@ -153,13 +152,13 @@ def draw_trajectory(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figu
     colours = series_colours(subjects)
     name = f"top {CLAIMED_SHARE:.0%} of the tokens"
     _points(axes[0], [kept["signal_share"] for kept in top], colours, typeset_share_of)
-    axes[0].set_title(f"share of the signal in the {name}", loc="left")
+    axes[0].set_title(f"signal in the {name}", loc="left")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0].axhline(CLAIMED_SHARE, color=TOKENS_COLOUR, linewidth=3, zorder=1)
     axes[0].axhline(0.0, color="black", linewidth=1.0, zorder=1)
     _points(axes[1], [kept["cosine"] for kept in top], colours, typeset_value_of)
     axes[1].axhline(1.0, color="black", linewidth=1.0, zorder=1)
-    axes[1].set_title(f"cosine of the update of the {name} with the full one", loc="left")
+    axes[1].set_title(f"cosine, {name} with all", loc="left")
     _points(axes[2], [one["noise_scale_prompts"] for one in numbers], colours, typeset_prompts_of)
     axes[2].set_ylim(bottom=0)
     axes[2].set_ylabel("prompts")
@@ -286,23 +285,34 @@ def _shares_limits(numbers: Sequence[Numbers]) -> tuple[float, float]:
     return min(reach) - pad, max(reach) + pad
 
 
-def _cosine_axes(ax: Axes) -> None:
+def _cosine_axes(ax: Axes, numbers: Sequence[Numbers]) -> None:
     _share_axis(ax)
-    ax.set_ylim(*COSINE_VIEW)
+    low, high = _reach(numbers, "cosine", COSINE_VIEW)
+    ax.set_ylim(min(0.0, low) - 0.05, max(1.0, high) + 0.08)
     ax.axhline(1.0, color="black", linewidth=1.0, zorder=1.5)
     ax.axhline(0.0, color="black", linewidth=0.8, zorder=1.5)
     ax.set_ylabel("cosine with the full update")
 
 
-def _ratio_axes(ax: Axes) -> None:
+def _ratio_axes(ax: Axes, numbers: Sequence[Numbers]) -> None:
     _share_axis(ax)
     ax.set_yscale("log")
-    ax.set_ylim(*RATIO_VIEW)
+    low, high = _reach(numbers, "noise_scale_ratio", RATIO_VIEW)
+    ax.set_ylim(min(0.4, low) / 1.25, max(8.0, high) * 1.25)
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.axhline(1.0, color="black", linewidth=1.0, zorder=1.5)
     ax.set_ylabel("prompts needed, over those of all tokens")
+
+
+def _reach(numbers: Sequence[Numbers], measure: str, view: tuple[float, float]) -> tuple[float, float]:
+    """The least and the most that any curve or any interval at 20% comes to, within `view`."""
+    found = [kept[measure] for one in numbers for which in KEPT_STYLES for kept in one[f"keep_{which}"]]
+    reach = [one["value"] for one in found if one["value"] is not None]
+    reach += [end for one in numbers for kept in one["at_20_percent"].values() for end in kept[measure]["ci95"] or ()]
+    low, high = np.clip([min(reach, default=1.0), max(reach, default=1.0)], *view)
+    return float(low), float(high)
 
 
 def _share_axis(ax: Axes) -> None:
@@ -324,9 +334,14 @@ def _said(found: Numbers) -> str:
     return "can't tell" if found["value"] is None or found["ci95"] is None else typeset_estimate(found)
 
 
+def _untold(one: Numbers) -> str:
+    is_told = one["at_20_percent"]["top"]["cosine"]["ci95"] is not None
+    return "" if is_told else f": can't tell at {CLAIMED_SHARE:.0%}"
+
+
 def _count_read(numbers: Sequence[Numbers], measure: str) -> str:
     read = [one for one in numbers if one["at_20_percent"]["top"][measure]["ci95"] is not None]
-    return f"with 95% interval at {CLAIMED_SHARE:.0%} of the tokens: {len(read)} of {len(numbers)} have one"
+    return f"95% interval at {CLAIMED_SHARE:.0%} of the tokens: {len(read)} of {len(numbers)} have one"
 
 
 def _points(ax: Axes, found: Sequence[Numbers], colours: Sequence[str], typeset: Callable[[Numbers], str]) -> None:
@@ -340,7 +355,8 @@ def _points(ax: Axes, found: Sequence[Numbers], colours: Sequence[str], typeset:
             continue
         ax.plot([place, place], one["ci95"], color=colour, linewidth=2.4, zorder=2)
         ax.plot(place, one["value"], "o", color=colour, markersize=9, markeredgecolor="white", zorder=3)
-        ax.annotate(typeset(one), (place, one["value"]), (9, 0), textcoords="offset points", va="center", fontsize=10)
+        ax.annotate(typeset(one), (place, one["value"]), (9, 0), textcoords="offset points", va="center", fontsize=10,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def _objectives(numbers: Sequence[Numbers]) -> str:
