@@ -37,7 +37,7 @@ from gradprobe.probe.rules import RULES
 from gradprobe.probe.run import run_probe
 from gradprobe.probe.settings import BATCH_TOKENS, ProbeSettings, settings_of_task
 from gradprobe.probe.stopwatch import Stopwatch
-from gradprobe.rollouts.shapes import FORMATS
+from gradprobe.rollouts.formats import FORMATS
 
 SECONDS_FOR_A_LOST_NODE = 150
 
@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
         "--verifier-seconds",
         type=float,
         metavar="S",
-        help="time limit of one answer, for math-verify and functions (default: %(default)g)",
+        help="time limit of one answer, of all but boxed (default: %(default)g)",
     )
     add = parser.add_argument_group(
         "shards (default: by torchrun's or srun's tasks, if there are several)"

@@ -219,8 +219,9 @@ libraries_for_settings() { # -> needed: the tested versions of what these settin
         hf:*) names+=(datasets pyarrow) ;;
         *) if [[ -d "$DATASET" || ! -f "$DATASET" ]]; then names+=(datasets pyarrow); fi ;;
     esac
-    if [[ "$VERIFIER" == math-verify ]]; then names+=(math-verify); fi
+    if [[ "$VERIFIER" == math-verify || "$VERIFIER" == numeric ]]; then names+=(math-verify); fi
     if [[ " ${probe_args[*]} " == *" --adapter "* ]]; then names+=(peft); fi
+    if [[ " ${probe_args[*]} " == *" --sampler openai "* ]]; then names+=(urllib3); fi
     if [[ " ${probe_args[*]} " == *" --device-map "* ]]; then names+=(accelerate); fi
     for name in "${names[@]}"; do
         mapfile -t -O "${#needed[@]}" needed < <(grep -E "^${name}[=>]" "$PROJECT/requirements-dev.txt")

@@ -43,8 +43,8 @@ from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
 from gradprobe.probe.settings import BATCH_TOKENS  # noqa: E402
-from gradprobe.problems.load import load_problems, shard_of_study  # noqa: E402
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses  # noqa: E402
+from gradprobe.problems.data_set import load_problems, shard_of_study  # noqa: E402
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 
 SHAPES = {
@@ -181,11 +181,8 @@ def our_sampling(bench: Bench) -> tuple[list[list[int]], list[np.ndarray]]:
     batches = sample_responses(
         bench.model,
         bench.prompts,
-        args.num_samples,
         lambda p, s: rollout_uniforms(0, p, s, args.max_new_tokens),
-        1.0,
-        args.max_new_tokens,
-        bench.end_ids,
+        Sampling(args.num_samples, args.max_new_tokens, 1.0, bench.end_ids),
         max_rows=args.sample_rows,
     )
     responses = [response for batch in batches for samples in batch for response in samples]

@@ -51,7 +51,7 @@ from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses  # noqa: E402
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
@@ -689,9 +689,7 @@ def operation_seconds(device: torch.device, dtype: torch.dtype) -> float:
     ids = random_ids(thin, 1, 8)
 
     def work() -> None:
-        list(
-            sample_responses(model, ids, 1, lambda p, s: rollout_uniforms(0, p, s, n_steps), 1.0, n_steps, frozenset())
-        )
+        list(sample_responses(model, ids, lambda p, s: rollout_uniforms(0, p, s, n_steps), Sampling(1, n_steps)))
 
     work()
     return min(seconds_of(work, device) for _ in range(3)) / n_steps / operations_per_step(QWEN_1_5B)
@@ -723,7 +721,7 @@ def measured_card(device: torch.device, prompts: int, response: int) -> Card:
 
     def sample() -> None:
         uniforms = lambda p, s: rollout_uniforms(0, p, s, response)  # noqa: E731
-        list(sample_responses(model, ids, samples, uniforms, 1.0, response, frozenset(), prompts * samples))
+        list(sample_responses(model, ids, uniforms, Sampling(samples, response), prompts * samples))
 
     whole = random_ids(shape, prompts * samples, prompt + response, seed=1)
     starts, ends = [row[:prompt] for row in whole], [row[prompt:] for row in whole]

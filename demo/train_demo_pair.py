@@ -55,7 +55,7 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gradprobe.problems.verify import is_correct  # noqa: E402
+from gradprobe.problems.boxed import is_correct  # noqa: E402
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

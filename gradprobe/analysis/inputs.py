@@ -14,6 +14,7 @@ from ..common.errors import InputError, raise_if_any
 from ..dump.check import checksum_problems, first_of, read_content
 from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, load_dump, target_directories
 from ..dump.format import target_name as name_of_target
+from ..dump.on_policy import CHOSEN_BY_PREFIX, OnPolicy, Tokens, claims_on_policy
 from ..dump.records import PromptKey, iter_rollouts
 from .pooled import Pooled
 
@@ -134,6 +135,18 @@ def _rollouts_of(dump: Dump) -> dict[tuple[PromptKey, int], tuple[float, float, 
     if missing:
         raise InputError(f"{dump.path / META}: {len(missing)} rollouts are not in {file} ({first_of(missing)})")
     return found
+
+
+def on_policy_by_bucket(dump: Dump) -> list[OnPolicy | None]:
+    """Of each bucket, whether its tokens were drawn from the model.
+
+    None where the rollouts are not at hand, or buckets were chosen by the very tokens drawn.
+    """
+    file = find_rollouts(dump.path)
+    if file is None or dump.manifest.get("bucket_by", "entropy") not in CHOSEN_BY_PREFIX:
+        return [None] * dump.bins
+    edges = np.array(dump.manifest["entropy_edges"])
+    return list(Tokens.of(iter_rollouts(file)).test_by_bucket(edges, claims_on_policy(dump.manifest)))
 
 
 def first_targets(dumps: Mapping[Tag, list[Dump]]) -> dict[Tag, Dump]:

@@ -49,7 +49,11 @@ def first_of(items: Sequence[object], most: int = 10) -> str:
 
 
 def reason_of(error: BaseException, most: int = 300) -> str:
-    """What another library's exception says, on one line; its backticks mean nothing of ours."""
+    """What another library's exception says, on one line."""
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    text = str(error).replace("`", "'").strip() or type(error).__name__
-    return kind + textwrap.shorten(text, most, placeholder=" ...")
+    return kind + (one_line(str(error), most) or type(error).__name__)
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Text of others on one line, clipped; its backticks mean no parameter of ours."""
+    return textwrap.shorten(text.replace("`", "'"), most, placeholder=" ...")

@@ -391,3 +391,10 @@ def find_rollouts(path: Path) -> Path | None:
     if own.is_file():
         return own
     return above if above.is_file() and path.name in _names_of_targets(path.parent / SETTINGS) else None
+
+
+def find_manifest(rollouts: Path) -> Path | None:
+    """The manifest that says how a file of rollouts came about: beside it, or of the first of several targets below."""
+    names = _names_of_targets(rollouts.with_name(SETTINGS)) if rollouts.name == ROLLOUTS else []
+    found = (rollouts.parent / name / MANIFEST for name in ("", *names))
+    return next((file for file in found if file.is_file()), None)

@@ -26,7 +26,7 @@ class OnPolicy:
 
     Attributes:
         mean: nats per token; None without tokens.
-        z: in standard errors, clustered by prompt; None with fewer than 2 prompts.
+        z: in standard errors; None with fewer than 2 prompts.
         verdict: "off-policy" where |z| > 4, else "on-policy" where that is claimed, else None.
     """
 
@@ -35,13 +35,19 @@ class OnPolicy:
     verdict: str | None
 
 
-def on_policy(prompt: np.ndarray, excess: np.ndarray, is_claimed: bool) -> OnPolicy:
+def on_policy(prompt: np.ndarray, excess: np.ndarray, is_claimed: bool, variance: np.ndarray | None = None) -> OnPolicy:
     """Test tokens' log π(y) + H.
+
+    The standard error is the larger of two: the spread between prompts, which holds whatever tokens of a prompt have in
+    common; and the one that π itself implies, which counts rare tokens that did not come up. Where π is almost certain
+    nearly every token has log π + H slightly above 0, and a rare one far below: a spread between prompts that lack the
+    rare ones would make any model look off-policy.
 
     Args:
         prompt: [n] number of each token's prompt, from 0.
         excess: [n] log π(y) + H, nats.
         is_claimed: whether the tokens are said to be drawn from π.
+        variance: [n] of `excess` under π, or less; None where it is not known.
     """
     if len(excess) == 0:
         return OnPolicy(None, None, None)
@@ -49,7 +55,8 @@ def on_policy(prompt: np.ndarray, excess: np.ndarray, is_claimed: bool) -> OnPol
     n_tokens, sums = counts[counts > 0], np.bincount(prompt, excess)[counts > 0]
     mean, n = float(sums.sum() / n_tokens.sum()), len(sums)
     deviations = sums - mean * n_tokens
-    error = float(np.sqrt(n / (n - 1) * np.sum(deviations**2))) if n > 1 else 0.0
+    between = n / (n - 1) * np.sum(deviations**2) if n > 1 else 0.0
+    error = float(np.sqrt(max(between, 0.0 if variance is None else variance.sum()))) if n > 1 else 0.0
     if not error > 0:
         return OnPolicy(mean, None, None)
     z = float(sums.sum() / error)
@@ -63,14 +70,29 @@ class Tokens:
     Attributes:
         prompt: [n] number of each one's prompt.
         excess: [n] log π(y) + H, nats.
+        entropy: [n] H, nats.
         tail_mass: [n] 1 - max π; None where it is not known.
         score: [n] what buckets go by: the entropy, unless told otherwise.
     """
 
     prompt: np.ndarray
     excess: np.ndarray
+    entropy: np.ndarray
     tail_mass: np.ndarray | None
     score: np.ndarray
+
+    @property
+    def variance(self) -> np.ndarray | None:
+        """[n] of log π(y) under π, nats², as far as H and ε = 1 - max π tell: between the likeliest word and the rest.
+
+        ε (1 - ε) (a - b)², a = log(1 - ε) of the likeliest word and b = (-H - (1 - ε) a) / ε the others' mean. Where
+        a softmax is nearly certain that is nearly all of it. None where ε is not known.
+        """
+        if self.tail_mass is None:
+            return None
+        tail, a = self.tail_mass, np.log1p(-self.tail_mass)
+        b = np.divide(-self.entropy - (1 - tail) * a, tail, out=np.zeros(len(tail)), where=tail > 0)
+        return tail * (1 - tail) * (a - b) ** 2
 
     @staticmethod
     def of(rollouts: Iterable[Rollout]) -> "Tokens":
@@ -84,22 +106,24 @@ class Tokens:
             entropies = np.asarray(r.entropies)
             score = np.asarray(r.bucket_scores) if r.bucket_scores else entropies
             tail = np.asarray(r.tail_mass) if r.tail_mass else np.zeros(len(entropies))
-            parts.append((np.full(len(entropies), code), np.asarray(r.logprobs) + entropies, tail, score))
-        empty = (np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0))
-        prompt, excess, tail, score = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
-        return Tokens(prompt, excess, tail if is_known else None, score)
+            parts.append((np.full(len(entropies), code), np.asarray(r.logprobs) + entropies, entropies, tail, score))
+        empty = (np.zeros(0, int), *(np.zeros(0) for _ in range(4)))
+        prompt, excess, entropy, tail, score = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
+        return Tokens(prompt, excess, entropy, tail if is_known else None, score)
 
     def test(self, is_claimed: bool) -> OnPolicy:
         """`on_policy` of all of them."""
-        return on_policy(self.prompt, self.excess, is_claimed)
+        return on_policy(self.prompt, self.excess, is_claimed, self.variance)
 
     def test_by_bucket(self, edges: np.ndarray, is_claimed: bool) -> list[OnPolicy]:
         """`on_policy` of the tokens of each bucket. `edges`: [bins + 1]."""
-        bucket = bucket_of(self.score, edges)
-        return [
-            on_policy(self.prompt[bucket == index], self.excess[bucket == index], is_claimed)
-            for index in range(len(edges) - 1)
-        ]
+        bucket, variance = bucket_of(self.score, edges), self.variance
+        found = []
+        for index in range(len(edges) - 1):
+            own = bucket == index
+            of_own = None if variance is None else variance[own]
+            found.append(on_policy(self.prompt[own], self.excess[own], is_claimed, of_own))
+        return found
 
 
 def claims_on_policy(manifest: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ The unit of chance is the rollout: tokens of one rollout are not independent.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
@@ -22,6 +22,9 @@ MIN_TOKENS_OF_EACH_KIND = 2
 MIN_TOKENS_TO_SPLIT = 4
 MIN_ROLLOUTS_OF_EACH_KIND = 2
 ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED = "aligned", "opposed", "orthogonal", "underpowered"
+UNSAMPLED = "unsampled"
+MIN_RARE_TOKENS = 30
+"""Fewer to be expected behind a mean gradient, and it may rest on what did not come up: no interval knows that."""
 ORTHOGONAL_WITHIN = 0.25
 POWER_FACTOR = 2.8
 """Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""
@@ -158,7 +161,7 @@ class Alignment:
             rollouts that all share one direction (rho = 1) obey it. None without usable prompts.
         min_detectable: the |rho| found with 80% power at the 5% level; None where ci95 is.
         signal_correct, signal_incorrect: see `Signal`; None without usable prompts.
-        verdict: "aligned", "opposed", "orthogonal" or "underpowered".
+        verdict: "aligned", "opposed", "orthogonal" or "underpowered"; "unsampled" see `judged_by_tails`.
     """
 
     n_prompts: int
@@ -523,3 +526,31 @@ def _verdict(interval: tuple[float, float] | None) -> str:
     if high < 0:
         return OPPOSED
     return ORTHOGONAL if low > -ORTHOGONAL_WITHIN and high < ORTHOGONAL_WITHIN else UNDERPOWERED
+
+
+def rare_tokens(grams: RolloutGrams, tail_mass: np.ndarray | None, bucket: Bucket, correct: np.ndarray) -> float | None:
+    """The rare tokens to be expected behind the less sampled of the two mean gradients that ρ compares.
+
+    A token drawn where the likeliest word has 1 - ε is rare with chance ε, and has a gradient some 1/ε times as long as
+    the others': Σ ε counts those to be expected.
+
+    Args:
+        grams: of the bucket; only prompts with 2 rollouts of each kind have a part in ρ.
+        tail_mass: [n] ε of each of the bucket's gradients, a sum where several tokens are pooled; None: not known.
+        bucket: whose gradients.
+        correct: [n] bool.
+
+    Returns:
+        None where tail masses are not known, or no prompt has a part.
+    """
+    usable = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND).prompts
+    if tail_mass is None or len(usable) == 0:
+        return None
+    has_part = np.isin(bucket.prompt, usable)
+    return float(min(tail_mass[has_part & kind].sum() for kind in (correct, ~correct)))
+
+
+def judged_by_tails(found: Alignment, n_rare: float | None) -> Alignment:
+    """The same with the verdict "unsampled" where fewer than 30 rare tokens were to be expected behind a mean."""
+    is_unsampled = n_rare is not None and n_rare < MIN_RARE_TOKENS
+    return replace(found, verdict=UNSAMPLED) if is_unsampled else found

@@ -1,14 +1,18 @@
 """The whole of Exp 2, for one bucket and for dumps."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..analysis.bucket import Bucket, bucket_of
+from ..analysis.inputs import on_policy_by_bucket, pooled_of
+from ..analysis.jackknife import Estimate
+from ..analysis.opposition import rho_over_sums
 from ..common.console import progress_bar
 from ..dump.format import Dump
+from ..dump.on_policy import CHOSEN_BY_PREFIX, ON_POLICY, OnPolicy
 from .direction import (
     Alignment,
     Cancellation,
@@ -17,11 +21,14 @@ from .direction import (
     cancellation,
     compare_groups,
     half_split_cosines_by_rollout,
+    judged_by_tails,
     known,
+    rare_tokens,
     rollout_grams,
 )
 
 Tag = TypeVar("Tag", bound="str | None")
+REFERENCE = -1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,11 @@ class BucketDirections:
         alignment: noise-corrected cosine, its interval, test and verdict.
         cancellation: of advantages ±1.
         cancellation_group_normalised: of GRPO's advantages.
+        n_rare: see `direction.rare_tokens`.
         settings: the draws behind the intervals and p-values.
+        on_policy: of all response tokens of this bucket, picked or not; None where the rollouts are not at hand.
+        rho_over_sums: see `analysis.opposition`; None of single tokens.
+        reference: -1 where theory fixes ρ, else None.
     """
 
     directions: Directions
@@ -61,7 +72,11 @@ class BucketDirections:
     alignment: Alignment
     cancellation: Cancellation
     cancellation_group_normalised: Cancellation
+    n_rare: float | None
     settings: Exp2Settings
+    on_policy: OnPolicy | None = None
+    rho_over_sums: Estimate | None = None
+    reference: float | None = None
 
     @property
     def control_by_rollout_cosines(self) -> np.ndarray:
@@ -70,7 +85,11 @@ class BucketDirections:
 
 
 def directions_of_bucket(
-    bucket: Bucket, correct: np.ndarray, n_prompts: int, settings: Exp2Settings | None = None
+    bucket: Bucket,
+    correct: np.ndarray,
+    n_prompts: int,
+    settings: Exp2Settings | None = None,
+    tail_mass: np.ndarray | None = None,
 ) -> BucketDirections:
     """All of Exp 2 on some tokens; the same arguments give the same numbers.
 
@@ -82,6 +101,7 @@ def directions_of_bucket(
         correct: [n] bool, whether each one's rollout was correct.
         n_prompts: prompts in the dump.
         settings: None for the defaults.
+        tail_mass: [n] 1 - max π at each one's token, or their sum; None: not known.
 
     Raises:
         ValueError: a rollout has both correct and incorrect tokens.
@@ -89,16 +109,19 @@ def directions_of_bucket(
     settings = settings or Exp2Settings()
     seed, n_permutations = settings.seed, settings.permutations
     grams = rollout_grams(bucket, correct)
+    n_rare = rare_tokens(grams, tail_mass, bucket, correct)
+    found = alignment(
+        grams, np.random.default_rng([seed, 2]), n_bootstrap=settings.bootstrap, n_permutations=n_permutations
+    )
     return BucketDirections(
         directions=compare_groups(bucket, correct, n_prompts, seed),
         control_by_rollout=half_split_cosines_by_rollout(grams, np.random.default_rng([seed, 1])),
-        alignment=alignment(
-            grams, np.random.default_rng([seed, 2]), n_bootstrap=settings.bootstrap, n_permutations=n_permutations
-        ),
+        alignment=judged_by_tails(found, n_rare),
         cancellation=cancellation(grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations),
         cancellation_group_normalised=cancellation(
             grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations, group_normalised=True
         ),
+        n_rare=n_rare,
         settings=settings,
     )
 
@@ -106,9 +129,34 @@ def directions_of_bucket(
 def bucket_directions(
     dump: Dump, index: int, settings: Exp2Settings | None = None, device: str = "cpu"
 ) -> BucketDirections:
-    """All of Exp 2 at the tokens of one entropy bucket."""
+    """What Exp 2 takes from the gradients of one bucket."""
     bucket = bucket_of(dump, index, device)
-    return directions_of_bucket(bucket, dump.correct[bucket.rows], len(dump.prompt_keys), settings)
+    tails = None if dump.tail_masses is None else dump.tail_masses[bucket.rows]
+    return directions_of_bucket(bucket, dump.correct[bucket.rows], len(dump.prompt_keys), settings, tails)
+
+
+def directions_of_dump(
+    dump: Dump, settings: Exp2Settings | None = None, device: str = "cpu", on_bucket: Callable[[], Any] = int
+) -> list[BucketDirections]:
+    """All of Exp 2 of one dump, bucket by bucket. `on_bucket` is called after each."""
+    found = []
+    for index in range(dump.bins):
+        found.append(bucket_directions(dump, index, settings, device))
+        on_bucket()
+    tests = on_policy_by_bucket(dump)
+    sums = rho_over_sums(pooled_of(dump)).by_bucket if dump.is_pooled else (None,) * dump.bins
+    reference = reference_of(dump)
+    return [
+        replace(one, on_policy=test, rho_over_sums=rho, reference=reference)
+        for one, test, rho in zip(found, tests, sums, strict=True)
+    ]
+
+
+def reference_of(dump: Dump) -> float | None:
+    """-1, what ρ is where rollouts are the model's own and buckets are chosen by the prefix alone; else None."""
+    is_by_prefix = dump.manifest.get("bucket_by", "entropy") in CHOSEN_BY_PREFIX
+    is_on_policy = (dump.manifest.get("on_policy") or {}).get("verdict") == ON_POLICY
+    return REFERENCE if is_by_prefix and is_on_policy else None
 
 
 def measure_dumps(
@@ -126,6 +174,6 @@ def measure_dumps(
             return result
 
         for tag, (first, *others) in dumps.items():
-            found[tag] = [measured(first, index) for index in range(first.bins)]
+            found[tag] = directions_of_dump(first, settings, device, bar.update)
             top_of_others[tag] = [measured(dump, dump.bins - 1) for dump in others]
     return found, top_of_others

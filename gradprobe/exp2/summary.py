@@ -10,7 +10,14 @@ from ..analysis.replication import spread_of
 from ..analysis.text import format_number, format_p_value, format_replication, format_table, format_with_interval
 from ..common.console import printable
 from ..dump.format import Dump
-from .direction import MIN_ROLLOUTS_OF_EACH_KIND, MIN_TOKENS_OF_EACH_KIND, ORTHOGONAL_WITHIN, summarise
+from ..dump.on_policy import LARGEST_Z
+from .direction import (
+    MIN_RARE_TOKENS,
+    MIN_ROLLOUTS_OF_EACH_KIND,
+    MIN_TOKENS_OF_EACH_KIND,
+    ORTHOGONAL_WITHIN,
+    summarise,
+)
 from .measure import BucketDirections
 
 SUMMARY = "exp2_summary.json"
@@ -29,8 +36,14 @@ Cosines: +1 same direction (would cancel under advantages of ±1), 0 orthogonal,
   p (n)        under labels that mean nothing: correctness permuted over a prompt's rollouts, two-sided, n prompts;
                this is no test of rho = 0: rollouts that all share one direction obey it
   detectable   the least |rho| found with 80% power at the 5% level
+  theory       -1: what rho is, signal or no signal, where rollouts are the model's own at temperature 1 (the score has
+               mean zero); an estimate differs by noise, by picked tokens and means in the place of sums, by prompts of
+               different difficulty, by rare tokens that did not come up
+  rare         rare tokens to be expected behind the less sampled mean, the sum of 1 - max π
+  log π + H    nats per token over all of the bucket's tokens, zero on-policy; |z| > {LARGEST_Z:g}: off-policy
   verdict      aligned, opposed: the interval lies above, below 0; orthogonal: it holds 0 and lies inside
-               ±{ORTHOGONAL_WITHIN}; underpowered: can't tell
+               ±{ORTHOGONAL_WITHIN}; underpowered: can't tell; unsampled: fewer than {MIN_RARE_TOKENS} rare tokens to be
+               expected, so that what did not come up may decide the mean
   C            |sum of advantage × gradient|² / sum of |advantage × gradient|², mean over prompts with both kinds: 1
                where rollouts are orthogonal, less where they cancel; null: advantages permuted within each prompt"""
 
@@ -66,6 +79,8 @@ def summary_of(dump: Dump, buckets: list[BucketDirections]) -> dict[str, Any]:
         "row_idx": dump.manifest["row_idx"],
         "bucket": dump.bins - 1,
         "n_prompts": top.directions.n_prompts,
+        "bucket_by": dump.manifest.get("bucket_by", "entropy"),
+        "on_policy_all_tokens": dump.manifest.get("on_policy"),
         **measures_of(top),
         "draws": top.settings.to_dict(),
         "per_prompt": [
@@ -92,6 +107,10 @@ def measures_of(result: BucketDirections) -> dict[str, Any]:
         "control_within_group": _control(directions.control_cosines, len(directions.control)),
         "control_within_group_by_rollout": _control(result.control_by_rollout_cosines, len(result.control_by_rollout)),
         "alignment": asdict(result.alignment),
+        "n_rare": result.n_rare,
+        "on_policy": result.on_policy and asdict(result.on_policy),
+        "rho_over_sums": result.rho_over_sums and asdict(result.rho_over_sums),
+        "reference": result.reference,
         "cancellation": {
             **asdict(result.cancellation),
             "group_normalised": asdict(result.cancellation_group_normalised),
@@ -146,7 +165,7 @@ def report(summary: dict[str | None, dict[str, Any]]) -> str:
 def bucket_tables(name: str, buckets: dict[str, dict[str, Any]]) -> str:
     """One dump's alignment and cancellation per bucket."""
     columns = ["usable prompts", "mean cos", "token control", "rollout control"]
-    columns += ["rho [95%]", "p (n)", "detectable", "verdict"]
+    columns += ["rho [95%]", "theory", "p (n)", "detectable", "rare", "log π + H (z)", "verdict"]
     alignments = format_table([f"{name}: bucket", *columns], list(map(_alignment_row, buckets, buckets.values())))
     of_signs = ["C, advantages ±1", "null [95%]", "p (n)"]
     of_normalised = ["C, group-normalised", "null [95%]", "p (n)"]
@@ -168,10 +187,18 @@ def _alignment_row(bucket: str, numbers: dict[str, Any]) -> list[str]:
         str(numbers["n_prompts_usable"]),
         *(format_number(numbers[part]["mean"]) for part in parts),
         format_with_interval(found["rho"], found["ci95"]),
+        format_number(numbers["reference"], 0),
         format_p_value(found["p_value"], found["n_prompts"]),
         format_number(found["min_detectable"], 2),
+        format_number(numbers["n_rare"], 1),
+        _excess(numbers["on_policy"]),
         found["verdict"],
     ]
+
+
+def _excess(found: dict[str, Any] | None) -> str:
+    """`-0.002 (-0.4)`: mean and z of log π + H."""
+    return format_number(None) if found is None else f"{format_number(found['mean'])} ({format_number(found['z'], 1)})"
 
 
 def _cancellation_cells(found: dict[str, Any]) -> list[str]:

@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
-from ..analysis.inputs import pooled_of
+from ..analysis.inputs import on_policy_by_bucket, pooled_of
 from ..common.console import progress_bar
 from ..dump.format import Dump, find_rollouts
-from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy, is_chosen_by_prefix
+from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy
 from ..dump.records import iter_rollouts
 from .signal import Exp3, signal_of_pooled
 
@@ -57,11 +55,5 @@ def measure_dumps(
 def on_policy_of(dump: Dump) -> tuple[OnPolicy, tuple[OnPolicy, ...]]:
     """The test of all response tokens, and of those of each bucket."""
     file = find_rollouts(dump.path)
-    if file is None:
-        return NOT_TESTED, (NOT_TESTED,) * dump.bins
-    tokens, is_claimed = Tokens.of(iter_rollouts(file)), claims_on_policy(dump.manifest)
-    by_bucket = [NOT_TESTED] * dump.bins
-    if is_chosen_by_prefix(dump.manifest):
-        edges = np.asarray(dump.manifest["entropy_edges"], dtype=np.float64)
-        by_bucket = tokens.test_by_bucket(edges, is_claimed)
-    return tokens.test(is_claimed), tuple(by_bucket)
+    of_all = NOT_TESTED if file is None else Tokens.of(iter_rollouts(file)).test(claims_on_policy(dump.manifest))
+    return of_all, tuple(found or NOT_TESTED for found in on_policy_by_bucket(dump))

@@ -18,8 +18,10 @@ import numpy as np
 
 from ..analysis.bucket import bucket_of
 from ..analysis.inputs import first_targets, open_dumps, warn
+from ..analysis.jackknife import Estimate
 from ..common.files import aside, replace
 from ..dump.format import Dump
+from ..dump.on_policy import OnPolicy
 from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
 from ..exp1.measure import BucketNumbers, Exp1, Exp1Settings, measure_dumps, refusal, sample_rollouts
 from ..exp1.plane import Projection, project_to_plane
@@ -188,7 +190,11 @@ def read_directions(file: Path, summary: Mapping[str, Any], fingerprints: Finger
             alignment=_alignment(numbers["alignment"]),
             cancellation=_made_of(Cancellation, numbers["cancellation"]),
             cancellation_group_normalised=_made_of(Cancellation, numbers["cancellation"]["group_normalised"]),
+            n_rare=numbers["n_rare"],
             settings=Exp2Settings(**numbers["draws"]),
+            on_policy=numbers["on_policy"] and OnPolicy(**numbers["on_policy"]),
+            rho_over_sums=numbers["rho_over_sums"] and _made_of(Estimate, numbers["rho_over_sums"]),
+            reference=numbers["reference"],
         )
     return found
 

@@ -26,10 +26,10 @@ from ..model.checkpoint import (
 )
 from ..model.decoder import context_length
 from ..model.placement import Placement, read_placement
-from ..problems.load import ProblemSet, load_problems, shard_of_study
+from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
-from ..rollouts.foreign import read_rollouts
+from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.server import connect
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
@@ -197,8 +197,8 @@ def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, st
     if settings.rollouts is None or not settings.is_pooled:
         return None
     file = _rollout_file(settings)
-    manifest = file.with_name(contract.MANIFEST)
-    is_of_this_model = manifest.is_file() and read_json(manifest).get("model_identity") == model
+    manifest = contract.find_manifest(file)
+    is_of_this_model = manifest is not None and read_json(manifest).get("model_identity") == model
     if is_of_this_model and rule.name != LOGIT_NORM:
         return fitted_edges(stored_scores(rule, file), settings.bins)
     if settings.num_shards > 1:
@@ -278,16 +278,14 @@ def read_rollout_source(
     """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
     file = _rollout_file(settings)
     tokenizer = load_tokenizer(settings.checkpoint)
+    size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
         file,
-        tokenizer,
-        skeleton.config.get_text_config().vocab_size,
-        end_token_ids(skeleton, tokenizer),
+        Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
         file_format=settings.rollouts_format,
         problems=None if settings.dataset is None else read_problems(settings).problems,
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
-        context=context_length(skeleton),
     )
     for line in found.report.lines():
         log.info(line)
@@ -297,9 +295,9 @@ def read_rollout_source(
     places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
     mine = {prompts[i] for i in places}
     source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
-    # The manifest beside it says how they were sampled; without one that stays unknown.
-    manifest_file = file.with_name(contract.MANIFEST)
-    origin = read_json(manifest_file) if manifest_file.is_file() else {}
+    # Their manifest says how they were sampled; without one that stays unknown.
+    manifest_file = contract.find_manifest(file)
+    origin = {} if manifest_file is None else read_json(manifest_file)
     judge = {} if found.report.n_to_verify == 0 else {"verifier": described_verifier(settings, verifier)}
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),

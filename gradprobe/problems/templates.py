@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..common.errors import InputError
-from .load import Problem, ProblemSet
+from .data_set import Problem, ProblemSet
 
 PLACEHOLDER = "{problem}"
 PREVIEW_CHARACTERS = 600

@@ -15,6 +15,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,8 +27,9 @@ from types import TracebackType
 from typing import Any
 
 from ..common.errors import InputError
+from .boxed import is_correct
 
-MATH_VERIFY = "math-verify"
+BLANKS = re.compile("[ \\t]{2,}")
 SECONDS_TO_START = 120.0
 SECONDS_OF_GRACE = 5.0
 MAX_ERROR_CHARACTERS = 300
@@ -168,7 +170,7 @@ def _clipped(text: str) -> str:
 
 
 def _load(name: str) -> tuple[Judge, dict[str, str]]:
-    return _load_math_verify() if name == MATH_VERIFY else _load_function(name)
+    return BY_LIBRARY[name]() if name in BY_LIBRARY else _load_function(name)
 
 
 def _load_function(name: str) -> tuple[Judge, dict[str, str]]:
@@ -210,21 +212,40 @@ def _sha256_of_source(module: Any) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "no file"
 
 
-def _load_math_verify() -> tuple[Judge, dict[str, str]]:
+def _load_numeric() -> tuple[Judge, dict[str, str]]:
+    """The box's text or, failing that, math-verify; what is no mathematics equals nothing but its own text."""
+    same_mathematics, library = _load_math_verify(raises=False)
+
+    def judge(response: str, ground_truth: str) -> bool:
+        return is_correct(response, ground_truth) or same_mathematics(response, ground_truth)
+
+    return judge, library | {"name": "numeric"}
+
+
+def _load_math_verify(raises: bool = True) -> tuple[Judge, dict[str, str]]:
+    """Math-verify's judgement; with `raises` what it can't judge is an error, else it is wrong."""
     try:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError as error:
         raise InputError("takes the library 'math-verify'; pip install 'gradprobe[math]'") from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # or it warns that its time limits are off: ours isn't
+    # It warns that its time limits are off (ours isn't), and of each answer that it can't read.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     # A box goes before any other mathematics in the response; without one the library looks for the answer.
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     def judge(response: str, ground_truth: str) -> bool:
         boxed = ground_truth if "\\boxed" in ground_truth else f"\\boxed{{{ground_truth}}}"
-        gold = parse(boxed, extraction, parsing_timeout=None, raise_on_error=True)
-        if not gold:
+        gold = parse(boxed, extraction, parsing_timeout=None, raise_on_error=raises)
+        if raises and not gold:
             raise ValueError(f"no mathematics in the ground truth {ground_truth!r}")
-        answer = parse(response, extraction, parsing_timeout=None, raise_on_error=True)
-        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=True))
+        # Its patterns take minutes for a hundred thousand blanks.
+        answer = parse(BLANKS.sub(" ", response), extraction, parsing_timeout=None, raise_on_error=raises)
+        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=raises))
 
-    return judge, {"name": MATH_VERIFY, "version": importlib.metadata.version("math-verify")}
+    return judge, {"name": "math-verify", "version": importlib.metadata.version("math-verify")}
+
+
+BY_LIBRARY: dict[str, Callable[[], tuple[Judge, dict[str, str]]]] = {
+    "numeric": _load_numeric,
+    "math-verify": _load_math_verify,
+}

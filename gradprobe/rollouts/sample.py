@@ -1,6 +1,7 @@
 """Sampling from the policy itself; entropy and log-prob of every response token."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,31 @@ from ..model.batches import Budget, run_in_batches
 from ..model.placement import input_device
 
 COMPACT_BELOW = 0.75
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn from the full softmax, and what ends one.
+
+    Attributes:
+        n_samples: responses to each prompt.
+        max_new_tokens: tokens of a response at most.
+        temperature: divides the logits.
+        end_ids: any of them ends a response, which keeps it.
+        context: the most tokens of prompt and response together; None for no bound.
+    """
+
+    n_samples: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    end_ids: frozenset[int] = frozenset()
+    context: int | None = None
+
+    def room_after(self, prompt: list[int]) -> int:
+        """How many tokens a response to `prompt` can have."""
+        room = self.max_new_tokens if self.context is None else self.context - len(prompt)
+        return min(room, self.max_new_tokens)
+
 
 Uniforms = Callable[[int, int], np.ndarray]
 """(prompt number, sample number) -> [max_new_tokens] in [0, 1)."""
@@ -60,35 +86,29 @@ def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 def sample_responses(
     model: nn.Module,
     prompts: list[list[int]],
-    n_samples: int,
     uniforms: Uniforms,
-    temperature: float,
-    max_new_tokens: int,
-    end_ids: frozenset[int],
+    sampling: Sampling,
     max_rows: int | Budget = 256,
-    context: int | None = None,
 ) -> Iterator[list[list[list[int]]]]:
-    """Sample `n_samples` responses to each prompt from the model's full softmax.
+    """Sample responses to each prompt from the model's full softmax.
 
-    The model's generation config plays no part: neither top-k, top-p nor penalties apply. A response ends with
-    the first end-of-sequence id, which it keeps, after `max_new_tokens`, or where the model's context is full.
-    One uniform number decides each token, so a response depends on the batch around it only through rounding.
+    The model's generation config plays no part: neither top-k, top-p nor penalties apply. One uniform number decides
+    each token, so a response depends on the batch around it only through rounding.
 
     Args:
         prompts: token ids of each prompt.
         uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
         max_rows: how many responses are sampled at once.
-        context: the most tokens of prompt and response together; None for no bound.
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
     """
+    n_samples = sampling.n_samples
 
     def run(batch: list[int]) -> list[list[int]]:
-        steps = np.stack([uniforms(p, s)[:max_new_tokens] for p in batch for s in range(n_samples)])
-        rooms = [max_new_tokens if context is None else context - len(prompts[p]) for p in batch]
-        limits = np.minimum(np.repeat(rooms, n_samples), max_new_tokens)
-        return _sample_batch(model, [prompts[p] for p in batch], n_samples, steps, limits, temperature, end_ids)
+        steps = np.stack([uniforms(p, s)[: sampling.max_new_tokens] for p in batch for s in range(n_samples)])
+        rooms = np.repeat([sampling.room_after(prompts[p]) for p in batch], n_samples)
+        return _sample_batch(model, [prompts[p] for p in batch], sampling, steps, rooms)
 
     # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
     for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run):
@@ -97,52 +117,33 @@ def sample_responses(
 
 @torch.inference_mode()
 def _sample_batch(
-    model: nn.Module,
-    prompts: list[list[int]],
-    n_samples: int,
-    uniforms: np.ndarray,
-    limits: np.ndarray,
-    temperature: float,
-    end_ids: frozenset[int],
+    model: nn.Module, prompts: list[list[int]], sampling: Sampling, uniforms: np.ndarray, rooms: np.ndarray
 ) -> list[list[int]]:
     """One batch: prompts are run once, then their caches are repeated for the samples.
 
     Args:
         uniforms: [prompts * n_samples, steps].
-        limits: [prompts * n_samples] the most tokens of each response.
+        rooms: [prompts * n_samples] the most tokens of each response.
     """
     device = input_device(model)
-    ends = torch.tensor(sorted(end_ids), device=device)
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        mask[i, length - len(prompt) :] = 1
-    input_ids, mask = input_ids.to(device), mask.to(device)
+    ends = torch.tensor(sorted(sampling.end_ids), device=device)
+    input_ids, mask = (x.to(device) for x in _padded_left(prompts))
     cache = DynamicCache(config=model.config)
     position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_repeat_interleave(n_samples)
-    logits = logits.repeat_interleave(n_samples, dim=0)
-    mask = mask.repeat_interleave(n_samples, dim=0)
-    next_position = position_ids[:, -1].repeat_interleave(n_samples) + 1
+    logits = _next_logits(model, cache, input_ids, mask, position_ids)
+    cache.batch_repeat_interleave(sampling.n_samples)
+    logits = logits.repeat_interleave(sampling.n_samples, dim=0)
+    mask = mask.repeat_interleave(sampling.n_samples, dim=0)
+    next_position = position_ids[:, -1].repeat_interleave(sampling.n_samples) + 1
 
     n_rows, n_steps = uniforms.shape
     tokens = torch.zeros((n_rows, n_steps), dtype=torch.long, device=device)
     u = torch.from_numpy(uniforms).to(device)
-    lengths = torch.from_numpy(limits).to(device)
+    lengths = torch.from_numpy(rooms).to(device)
     row_of = torch.arange(n_rows, device=device)  # which row of `tokens` each row of the batch is
     live = torch.ones(n_rows, dtype=torch.bool, device=device)
     for step in range(n_steps):
-        drawn = sample_from(logits, u[row_of, step], temperature)
+        drawn = sample_from(logits, u[row_of, step], sampling.temperature)
         tokens[row_of, step] = drawn
         ended = live & (torch.isin(drawn, ends) | (lengths[row_of] == step + 1))
         lengths[row_of[ended]] = step + 1
@@ -155,13 +156,31 @@ def _sample_batch(
             cache.batch_select_indices(kept.cpu())  # layers may lie on several devices
             drawn, mask, next_position, row_of, live = (x[kept] for x in (drawn, mask, next_position, row_of, live))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = model(
-            input_ids=drawn[:, None],
-            attention_mask=mask,
-            position_ids=next_position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits = _next_logits(model, cache, drawn[:, None], mask, next_position[:, None])
         next_position = next_position + 1
     return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
+
+
+def _padded_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids with zeros before them, and a mask that is 0 there, both [prompts, length]."""
+    length = max(map(len, prompts))
+    input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        mask[i, length - len(prompt) :] = 1
+    return input_ids, mask
+
+
+def _next_logits(
+    model: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """[batch, vocab] logits after the last of `input_ids`, [batch, new]; the cache grows by these."""
+    return model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]

@@ -5,16 +5,17 @@ how to sample. A server that keeps the token ids to itself is refused, since tex
 """
 
 import json
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import InputError, one_line, raise_if_any, reason_of
+from .sample import Sampling
 
 FULL_SOFTMAX = {
     "top_p": 1.0,
@@ -35,6 +36,14 @@ FULL_SOFTMAX = {
 
 WITH_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True, "logprobs": 1}
 """How to ask for token ids: vLLM and SGLang by the first key, llama.cpp by the two after it."""
+
+RETRIES: dict[str, Any] = {
+    **{"total": 6, "connect": 2, "read": 0, "redirect": 0, "status_forcelist": (429, 502, 503, 504)},
+    **{"raise_on_status": False, "backoff_factor": 1.0, "backoff_max": 30.0, "retry_after_max": 60},
+}
+"""How a busy server is asked again: after 0, 2, 4, 8, 16 and 30 seconds, or when it says. A request that it may be
+working on is not sent twice."""
+SECONDS_TO_CONNECT, READ_BYTES, MOST_BYTES = 30.0, 1 << 16, 1 << 28
 
 Seeds = Callable[[int, int], int]
 """(prompt number, sample number) -> seed of that request."""
@@ -96,25 +105,19 @@ def request_seed(seed: int, prompt_idx: int, sample_idx: int) -> int:
 def sample_completions(
     server: CompletionsServer,
     prompts: Sequence[list[int]],
-    n_samples: int,
     seeds: Seeds,
-    temperature: float,
-    max_new_tokens: int,
-    end_ids: frozenset[int],
+    sampling: Sampling,
     vocab_size: int,
-    context: int | None = None,
     n_parallel: int = 16,
 ) -> Iterator[list[ServerResponse]]:
-    """Ask for `n_samples` responses to each prompt from the model's full softmax, one request each.
+    """Ask for responses to each prompt from the model's full softmax, one request each.
 
-    As with our own sampler a response ends with the first end-of-sequence id, which it keeps, after
-    `max_new_tokens`, or where the context is full. Seeds make a server's answers repeatable only as far as its own
-    arithmetic does; batching servers round differently from run to run.
+    Responses end as with our own sampler. Seeds make a server's answers repeatable only as far as its own arithmetic
+    does; batching servers round differently from run to run.
 
     Args:
         prompts: token ids of each prompt.
         vocab_size: ids must be below it.
-        context: the most tokens of prompt and response together; None for no bound.
         n_parallel: requests under way at once.
 
     Yields:
@@ -126,21 +129,20 @@ def sample_completions(
 
     def ask(prompt_number: int, sample_idx: int) -> ServerResponse:
         prompt = prompts[prompt_number]
-        room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
         request = {
             "prompt": prompt,
-            "max_tokens": room,
-            "temperature": temperature,
+            "max_tokens": sampling.room_after(prompt),
+            "temperature": sampling.temperature,
             "seed": seeds(prompt_number, sample_idx),
             **FULL_SOFTMAX,
             **WITH_IDS,
         }
         answer = server.post(request)
         raise_if_any(f"{server.url}: {fault}" for fault in faults_of(answer, prompt, vocab_size))
-        return _until_end(answer, end_ids)
+        return _until_end(answer, sampling.end_ids)
 
     with ThreadPoolExecutor(n_parallel) as pool:
-        waiting = [[pool.submit(ask, p, s) for s in range(n_samples)] for p in range(len(prompts))]
+        waiting = [[pool.submit(ask, p, s) for s in range(sampling.n_samples)] for p in range(len(prompts))]
         try:
             for requests in waiting:
                 yield [request.result() for request in requests]
@@ -235,21 +237,54 @@ def _logprobs_of(choice: dict[str, Any]) -> list[float]:
     return object_at(choice, "logprobs").get("token_logprobs") or []
 
 
-def _answer(url: str, timeout: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+def _answer(url: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object at `url`, asked for again where the server is busy; no redirect is followed.
+
+    Raises:
+        InputError: anything else comes of it; also an answer that is too large, or takes longer than `seconds`.
+    """
+    urllib3 = _urllib3(url)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as stream:
-            answer = json.load(stream)
-    except urllib.error.HTTPError as error:
-        message = error.read().decode("utf-8", "replace").strip()
-        raise InputError(f"{url}: HTTP {error.code} {error.reason}: {message[:300]}") from error
-    except urllib.error.URLError as error:
-        raise InputError(f"{url}: can't be reached ({error.reason})") from error
-    except TimeoutError as error:
-        raise InputError(f"{url}: no answer within {timeout:g} seconds") from error
-    except (OSError, ValueError) as error:
+        with urllib3.request(
+            "GET" if body is None else "POST",
+            url,
+            body=None if body is None else json.dumps(body),
+            headers={"Content-Type": "application/json", "Connection": "close"},
+            retries=urllib3.Retry(allowed_methods=None, **RETRIES),
+            redirect=False,
+            timeout=urllib3.Timeout(connect=min(seconds, SECONDS_TO_CONNECT), read=seconds),
+            preload_content=False,
+        ) as response:
+            content = _bounded_body(response, url, seconds)
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        reason = getattr(error, "reason", None) or error  # of retries: what the last one failed of
+        if isinstance(reason, urllib3.exceptions.ReadTimeoutError):
+            raise InputError(f"{url}: no answer within {seconds:g} seconds") from error
+        raise InputError(f"{url}: can't be reached ({reason_of(reason)})") from error
+    if response.status != 200:
+        said = one_line(content.decode("utf-8", "replace"))
+        raise InputError(f"{url}: HTTP {response.status} {response.reason}: {said}")
+    try:
+        answer = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{url}: no JSON answer ({error})") from error
     if not isinstance(answer, dict):
         raise InputError(f"{url}: the answer is not a JSON object")
     return answer
+
+
+def _bounded_body(response: Any, url: str, seconds: float) -> bytes:
+    deadline, content = time.monotonic() + seconds, b""
+    while part := response.read1(READ_BYTES):
+        content += part
+        if len(content) > MOST_BYTES or time.monotonic() > deadline:
+            raise InputError(f"{url}: its answer has more than {MOST_BYTES:,} bytes, or takes over {seconds:g} seconds")
+    return content
+
+
+def _urllib3(url: str) -> ModuleType:
+    try:
+        import urllib3
+    except ImportError as error:
+        raise InputError(f"`base_url` {url}: asking a server takes urllib3: pip install 'gradprobe[server]'") from error
+    return urllib3

@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from torch import nn
+
 from ..common.errors import InputError, raise_if_any
 from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
 from ..model.decoder import context_length
-from ..problems.load import Problem
+from ..problems.data_set import Problem
 from ..problems.verify import RunningVerifier
-from .sample import rollout_uniforms, sample_responses
+from .sample import Sampling, rollout_uniforms, sample_responses
 from .server import CompletionsServer, ServerResponse, request_seed, sample_completions
 
 log = logging.getLogger(__name__)
@@ -92,17 +94,22 @@ class SampledRollouts:
         Raises:
             InputError: a prompt has no tokens, or leaves no room in the model's context.
         """
-        prompts, context = self._encoded(checkpoint), context_length(checkpoint.model)
-        if context is not None and max(map(len, prompts)) + self.settings.max_new_tokens > context:
+        prompts = self._encoded(checkpoint)
+        settings, context = self.settings, context_length(checkpoint.model)
+        if context is not None and max(map(len, prompts)) + settings.max_new_tokens > context:
             log.info(f"note: responses end at the model's context of {context} tokens")
+        sampling = Sampling(
+            settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context
+        )
         rows = Budget(sample_rows)
 
         def sample(chunk: range) -> list[Rollout]:
             prompts_of_chunk = [prompts[i] for i in chunk]
+            idxs = [self.problems[i].idx for i in chunk]
             if self.server is None:
-                responses = self._sampled(checkpoint, chunk, prompts_of_chunk, context, rows)
+                responses = self._sampled(checkpoint.model, idxs, prompts_of_chunk, sampling, rows)
             else:
-                responses = self._asked(self.server, checkpoint, chunk, prompts_of_chunk, context)
+                responses = self._asked(self.server, checkpoint.model, idxs, prompts_of_chunk, sampling)
             return [
                 self._rollout(checkpoint, self.problems[i], prompts[i], sample_idx, ids)
                 for i, samples in zip(chunk, responses, strict=True)
@@ -124,48 +131,25 @@ class SampledRollouts:
         return prompts
 
     def _sampled(
-        self,
-        checkpoint: Checkpoint,
-        chunk: range,
-        prompts: list[list[int]],
-        context: int | None,
-        rows: Budget,
+        self, model: nn.Module, idxs: list[int], prompts: list[list[int]], sampling: Sampling, rows: Budget
     ) -> list[list[list[int]]]:
-        settings = self.settings
-        n_steps = settings.max_new_tokens if context is None else min(settings.max_new_tokens, context)
+        n_steps = sampling.room_after([])
         batches = sample_responses(
-            checkpoint.model,
-            prompts,
-            settings.num_samples,
-            lambda p, s: rollout_uniforms(settings.seed, self.problems[chunk[p]].idx, s, n_steps),
-            settings.temperature,
-            n_steps,
-            checkpoint.end_ids,
-            max_rows=rows,
-            context=context,
+            model, prompts, lambda p, s: rollout_uniforms(self.settings.seed, idxs[p], s, n_steps), sampling, rows
         )
         return [of_prompt for batch in batches for of_prompt in batch]
 
     def _asked(
-        self,
-        server: CompletionsServer,
-        checkpoint: Checkpoint,
-        chunk: range,
-        prompts: list[list[int]],
-        context: int | None,
+        self, server: CompletionsServer, model: nn.Module, idxs: list[int], prompts: list[list[int]], sampling: Sampling
     ) -> list[list[list[int]]]:
-        settings = self.settings
+        vocab_size = model.config.get_text_config().vocab_size
         by_prompt = list(
             sample_completions(
                 server,
                 prompts,
-                settings.num_samples,
-                lambda p, s: request_seed(settings.seed, self.problems[chunk[p]].idx, s),
-                settings.temperature,
-                settings.max_new_tokens,
-                checkpoint.end_ids,
-                checkpoint.model.config.get_text_config().vocab_size,
-                context,
+                lambda p, s: request_seed(self.settings.seed, idxs[p], s),
+                sampling,
+                vocab_size,
                 self.n_requests,
             )
         )

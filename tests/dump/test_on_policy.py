@@ -52,3 +52,16 @@ def test_tokens_of_rollouts_go_by_their_bucket_score():
     np.testing.assert_allclose(tokens.tail_mass, [0.1, 0.2, 0.3, 0.4])
     assert Tokens.of([rollout(7, [], [])]).tail_mass is None
     assert len(Tokens.of([rollout(7, [], [])]).test_by_bucket(np.array([0.0, 0.3, 1.0]), True)) == 2
+
+
+def test_rare_tokens_that_did_not_come_up_are_no_proof():
+    """A nearly certain softmax: without its rare tokens log π + H is above 0 throughout, and the same everywhere."""
+    n, tail = 64 * 50, 1e-5
+    entropy = -(1 - tail) * np.log1p(-tail) - tail * np.log(tail / 30)
+    prompt, excess = np.arange(n) // 50, np.full(n, np.log1p(-tail) + entropy)
+    excess = excess * np.random.default_rng(0).normal(1, 0.01, n)
+    assert on_policy(prompt, excess, True).verdict == OFF_POLICY  # what the spread between prompts alone would say
+    tokens = Tokens(prompt, excess, np.full(n, entropy), np.full(n, tail), np.full(n, entropy))
+    np.testing.assert_allclose(tokens.variance, (np.log(tail / 30)) ** 2 * tail, rtol=1e-3)
+    assert abs(tokens.test(True).z) < 1
+    assert tokens.test(True).verdict == ON_POLICY

@@ -33,7 +33,7 @@ from gradprobe.common.files import json_line
 from gradprobe.dump.check import problems_of
 from gradprobe.dump.format import load_dump, load_manifest
 from gradprobe.dump.records import iter_rollouts
-from gradprobe.problems.load import load_problems
+from gradprobe.problems.data_set import load_problems
 
 SLOW_SECONDS = 5.0
 N_PROMPTS, N_SAMPLES, N_TOKENS, DIM, BINS = 3, 2, 4, 5, 2

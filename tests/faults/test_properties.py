@@ -20,7 +20,7 @@ from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges
 from gradprobe.dump.check import problems_of
 from gradprobe.dump.format import load_dump
 from gradprobe.dump.growing import GrowingLines, GrowingRows, Piece, Record, new_rows
-from gradprobe.problems.verify import last_boxed
+from gradprobe.problems.boxed import last_boxed
 from gradprobe.rollouts.sample import chunks_of
 
 reproducible = settings(

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from gradprobe.gradients.engine import GradientEngine
 from gradprobe.gradients.targets import Target
 from gradprobe.model.decoder import layer_list, linear_weights
-from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_from, sample_responses
 from gradprobe.rollouts.score import score_responses
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +61,8 @@ def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
     model = tiny_of_family(family, torch.float32)  # as it is sampled; eager attention can't mask in float64
     prompts, _ = rollouts_of(4)
     n_steps, ends = 12, frozenset(range(3, VOCAB_SIZE, 5))
-    batches = sample_responses(model, prompts, 3, lambda p, s: rollout_uniforms(1, p, s, n_steps), 0.8, n_steps, ends)
+    sampling = Sampling(3, n_steps, 0.8, ends)
+    batches = sample_responses(model, prompts, lambda p, s: rollout_uniforms(1, p, s, n_steps), sampling)
     samples = [samples for batch in batches for samples in batch]
     flat = [(p, s, samples[p][s]) for p in range(4) for s in range(3)]
     assert len({len(response) for _, _, response in flat}) > 1

@@ -19,7 +19,7 @@ from gradprobe.model import placement as placement_module
 from gradprobe.model.checkpoint import CheckpointSource, load_checkpoint, load_skeleton, resolve_attention
 from gradprobe.model.decoder import decoder_hidden, head_logits, layer_list
 from gradprobe.model.placement import Placement, input_device, read_placement
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses
 from gradprobe.rollouts.score import score_responses
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def some_rollouts() -> tuple[list[list[int]], list[list[int]]]:
 
 def sampled(model: torch.nn.Module, prompts: list[list[int]]) -> list[list[list[int]]]:
     batches = sample_responses(
-        model, prompts, 2, lambda p, s: rollout_uniforms(0, p, s, 9), 1.0, 9, frozenset({7, 8}), max_rows=6
+        model, prompts, lambda p, s: rollout_uniforms(0, p, s, 9), Sampling(2, 9, 1.0, frozenset({7, 8})), max_rows=6
     )
     return [of_prompt for batch in batches for of_prompt in batch]
 

@@ -11,7 +11,7 @@ from engine_runs import TARGETS, engine_rows, random_rollouts
 from tiny import relative_error, tiny_model
 
 from gradprobe.model.batches import run_in_batches
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +60,7 @@ def test_gradients_and_samples_survive_running_out_of_memory(monkeypatch):
     positions = [np.arange(len(response)) for response in responses]
     expected = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=10_000)
     uniforms = lambda p, s: rollout_uniforms(0, p, s, 9)  # noqa: E731
-    sampled = list(sample_responses(model, prompts, 2, uniforms, 1.0, 9, frozenset(), max_rows=24))
+    sampled = list(sample_responses(model, prompts, uniforms, Sampling(2, 9), max_rows=24))
     forward = type(model.base_model).forward
 
     def limited(self, input_ids=None, **options):
@@ -72,7 +72,7 @@ def test_gradients_and_samples_survive_running_out_of_memory(monkeypatch):
     found = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=10_000)
     assert found.keys() == expected.keys()
     assert max(relative_error(found[key], expected[key]) for key in expected) < 1e-5
-    again = list(sample_responses(model, prompts, 2, uniforms, 1.0, 9, frozenset(), max_rows=24))
+    again = list(sample_responses(model, prompts, uniforms, Sampling(2, 9), max_rows=24))
     assert [r for batch in again for r in batch] == [r for batch in sampled for r in batch]
 
 

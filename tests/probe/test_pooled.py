@@ -113,6 +113,25 @@ def test_several_projected_targets_get_a_dump_each(tmp_path, checkpoint_dir, sam
     assert all(load_dump(path).row_dim == 6 for path in found)
 
 
+def test_shards_take_edges_and_origin_from_a_dump_of_several_targets(tmp_path, checkpoint_dir, problems_file):
+    flags = ["--dataset", problems_file, "--num-prompts", 6, *SMALL, "--row-idx", "0,1"]
+    assert probe(tmp_path / "rows", checkpoint_dir, *flags) == 0
+    assert not (tmp_path / "rows" / "manifest.json").exists()
+    shards = [tmp_path / f"s{i}" for i in range(2)]
+    for i, shard in enumerate(shards):
+        flags = ["--project", "2x2", "--shard-index", i, "--num-shards", 2]
+        assert pooled(shard, checkpoint_dir, tmp_path / "rows", *flags) == 0
+    assert merge_grad_vector_shards.main(list(map(str, [tmp_path / "merged", *shards]))) == 0
+    manifest, origin = (
+        json.loads((file / "manifest.json").read_text())
+        for file in (tmp_path / "merged", tmp_path / "rows" / "L1.mlp.down_proj.weight.r0")
+    )
+    assert manifest["entropy_edges"] == origin["entropy_edges"]
+    assert manifest["dataset"] == origin["dataset"]
+    assert manifest["prompt_idxs"] == origin["prompt_idxs"]
+    assert manifest["rollouts_from"]["identity"] == origin["model_identity"]
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gradprobe.common.console import printable
 from gradprobe.common.errors import InputError
-from gradprobe.problems.load import final_answer, load_problems, shard_of_study
+from gradprobe.problems.data_set import final_answer, load_problems, shard_of_study
 
 DATA = Path(__file__).parents[1] / "data" / "problems"
 GOOD = {"id": "a", "prompt": "1+1?", "ground_truth": "2", "meta": {}}
@@ -232,7 +232,8 @@ def test_text_needs_no_library(monkeypatch):
         ("a.parquet", b"PAR1 nothing more", "not readable as parquet"),
         ("a.parquet", (DATA / "gsm8k.parquet").read_bytes()[:-40], "not readable as parquet"),
         ("a.json", b'{"a": [1, 2]}', "a.json:1: key 'prompt' is missing"),
-        ("a.json", b'{\n "a": 1\n}', "not a list of JSON objects"),
+        ("a.json", b'{\n "a": 1\n}', "a.json: row 0: key 'prompt' is missing"),
+        ("a.json", b'{\n "a": 1,\n}', "not a list of JSON objects"),
         ("a.json", b"3", "not a list of JSON objects but of type int"),
         ("a.json", b"[3]", "row 0: not a JSON object"),
         ("a.json", b"[{]", "not JSON"),
@@ -331,3 +332,12 @@ def test_the_first_common_name_goes_first(tmp_path):
 def test_the_final_answer_of_any_solution(solution, number):
     assert final_answer(f"{solution}\n#### {number:,}") == str(number)
     assert final_answer(f"{solution} \\boxed{{{number}}}.") == str(number)
+
+
+def test_a_bug_of_ours_is_no_faulty_row(monkeypatch):
+    def planted(*args: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("gradprobe.problems.data_set._answer_of", planted)
+    with pytest.raises(ValueError, match="^a bug$"):
+        read("math.json")

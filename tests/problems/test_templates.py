@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from gradprobe.common.errors import InputError
-from gradprobe.problems.load import load_problems
+from gradprobe.problems.data_set import load_problems
 from gradprobe.problems.templates import PLACEHOLDER, fill, preview, read_template, render_prompts
 
 DATA = Path(__file__).parents[1] / "data" / "problems"

@@ -6,29 +6,32 @@ import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradprobe.common.errors import InputError
-from gradprobe.problems.numeric import last_number, read_number
-from gradprobe.problems.verify import (
-    BOX,
-    RunningVerifier,
-    Verdict,
-    is_correct,
-    is_correct_number,
-    last_boxed,
-    load_verifier,
-    verify_all,
-    verify_each,
-)
+from gradprobe.problems.boxed import BOX, is_correct, last_boxed
+from gradprobe.problems.verify import RunningVerifier, Verdict, Verifier, load_verifier
 from gradprobe.problems.verify_process import VerifierProcess
 
 ROOT = Path(__file__).parents[2]
+
+
+def judged(verifier: Verifier, pairs: list[tuple[str, str]], seconds: float = 10.0) -> list[Verdict]:
+    """The verdict on each (response, ground truth), by one process."""
+    with RunningVerifier(verifier, seconds) as running:
+        return [running.judge(response, ground_truth) for response, ground_truth in pairs]
+
+
+@pytest.fixture(scope="module")
+def numeric() -> Iterator[RunningVerifier]:
+    """The verifier by value, running."""
+    with RunningVerifier(load_verifier("numeric"), seconds=20) as running:
+        yield running
 
 
 @pytest.mark.parametrize(
@@ -73,10 +76,10 @@ def test_last_boxed_by_its_definition(text):
 @pytest.mark.parametrize(
     "text", [BOX * 20_000, "9" * 100_000, "1,111" * 20_000, "5" + " " * 100_000, "\\frac{" * 20_000, "1/" * 50_000]
 )
-def test_a_degenerate_response_takes_no_time(text):
+def test_a_degenerate_response_takes_no_time(numeric, text):
     start = time.perf_counter()
-    assert not is_correct_number(text, "3")
-    assert time.perf_counter() - start < 5
+    assert numeric.judge(text, "3") == Verdict(False)
+    assert time.perf_counter() - start < 10
 
 
 def test_white_space_is_folded_and_nothing_else():
@@ -88,7 +91,6 @@ def test_white_space_is_folded_and_nothing_else():
 
 EQUAL_NUMBERS = [
     ("4.0", "4"),
-    ("+4", "4."),
     ("-.5", r"-\frac{1}{2}"),
     ("- 3", "-3"),
     ("\u22123", "-3"),
@@ -98,7 +100,6 @@ EQUAL_NUMBERS = [
     (r"-\frac{2}{4}", "-0.5"),
     (r"1\frac{1}{2}", "3/2"),
     (r"-1\frac12", "-1.5"),
-    ("1 1/2", "1.5"),
     (r"50\%", "0.5"),
     ("50%", r"\frac{1}{2}"),
     ("50%", "50"),
@@ -106,19 +107,17 @@ EQUAL_NUMBERS = [
     ("0.5", "50%"),
     ("1,234", "1234"),
     ("1{,}234.50", "1234.5"),
-    (r"1\,234\!", "1,234"),
     ("12,345,678", "12345678"),
     (r"\$1,234", "$1234$"),
-    ("1e3", "1000"),
     ("1.2E-3", "0.0012"),
     (r"1.2 \times 10^{5}", "120000"),
     (r"3\cdot10^{-2}", "0.03"),
     ("10^6", "1,000,000"),
     ("0.1", "1/10"),
 ]
+EQUAL_NUMBERS += [("+4", "4"), ("0.33333333333333333", "1/3"), ("5 cm", "5"), ("x+1", "1+x")]
 UNEQUAL_NUMBERS = [
     ("0.333", "1/3"),
-    ("0.33333333333333333", "1/3"),
     ("5", "-5"),
     ("1,23", "123"),
     ("50%", "5"),
@@ -129,26 +128,27 @@ UNEQUAL_NUMBERS = [
     ("(1, 2)", "12"),
     ("1;2", "12"),
     ("1.5.2", "1.52"),
-    ("5 cm", "5"),
     ("x", "1"),
     ("", "0"),
     ("2^3", "23"),
     (r"\sqrt{4}", "4"),
     ("1e999999999", "1"),
     ("9" * 5000, "9"),
+    # By our own reading, which math-verify has replaced, these were equal.
+    *(("+4", "4."), ("1 1/2", "1.5"), ("1e3", "1000"), (r"1\,234\!", "1,234")),
 ]
 
 
 @pytest.mark.parametrize(("answer", "truth"), EQUAL_NUMBERS)
-def test_equal_values_are_correct(answer, truth):
-    assert is_correct_number(f"so \\boxed{{{answer}}}", truth)
-    assert is_correct_number(f"so \\boxed{{{truth}}}", answer)
+def test_equal_values_are_correct(numeric, answer, truth):
+    assert numeric.judge(f"so \\boxed{{{answer}}}", truth) == Verdict(True)
+    assert numeric.judge(f"so \\boxed{{{truth}}}", answer) == Verdict(True)
 
 
 @pytest.mark.parametrize(("answer", "truth"), UNEQUAL_NUMBERS)
-def test_unequal_values_are_not(answer, truth):
-    assert not is_correct_number(f"so \\boxed{{{answer}}}", truth)
-    assert not is_correct_number(f"so \\boxed{{{truth}}}", answer)
+def test_unequal_values_are_not(numeric, answer, truth):
+    assert numeric.judge(f"so \\boxed{{{answer}}}", truth) == Verdict(False)
+    assert numeric.judge(f"so \\boxed{{{truth}}}", answer) == Verdict(False)
 
 
 @pytest.mark.parametrize(
@@ -159,51 +159,30 @@ def test_unequal_values_are_not(answer, truth):
         ("He pays $1,234.50.", "1234.5"),
         ("so x = -5", "-5"),
         ("10 - 5", "5"),
-        ("between 3-4", "4"),
-        ("a half, 1/2!", "1/2"),
         (r"thus $a = \frac{3}{4}$", "3/4"),
         ("then 7, by x^2 and v2", "7"),
         ("9 of them, or x^{3}", "9"),
         ("3 apples and 4 pears", "4"),
-        ("in 2024,500 of them", "500"),
     ],
 )
-def test_without_a_box_the_last_number_answers(response, number):
-    found = last_number(response)
-    assert found is not None
-    assert found.value == Fraction(number)
-    assert is_correct_number(response, number)
-    assert not is_correct_number(f"\\boxed{{0}} {response}", number)
+def test_without_a_box_the_last_number_answers(numeric, response, number):
+    assert numeric.judge(response, number) == Verdict(True)
+    assert numeric.judge(f"\\boxed{{0}} {response}", number) == Verdict(False)
 
 
-def test_what_is_no_number_equals_its_own_text_only():
-    assert is_correct_number(r"\boxed{x+1}", "x+1")
-    assert not is_correct_number(r"\boxed{x+1}", "1+x")
-    assert not is_correct_number("nothing", "x")
+def test_what_is_no_mathematics_equals_its_own_text_only(numeric):
+    assert numeric.judge(r"\boxed{}", "") == Verdict(True)
+    assert numeric.judge(r"\boxed{5}", "") == Verdict(False)
+    assert numeric.judge("nothing", "x") == Verdict(False)
 
 
-@given(st.fractions(max_denominator=10**6))
-def test_a_fraction_is_read_back_exactly(value):
-    sign = "-" if value < 0 else ""
-    top, bottom = abs(value.numerator), value.denominator
-    for text in (str(value), f"{sign}\\frac{{{top}}}{{{bottom}}}", f"{sign}{top:,}/{bottom}"):
-        number = read_number(text)
-        assert number is not None
-        assert number.value == value
-
-
-@given(st.decimals(allow_nan=False, allow_infinity=False, places=6, min_value=-(10**12), max_value=10**12))
-def test_a_decimal_is_read_back_exactly(value):
-    for text in (f"{value:f}", f"{value:,f}", f"{value:e}"):
-        number = read_number(text)
-        assert number is not None
-        assert number.value == Fraction(value)
-
-
-@given(st.text(alphabet="0123456789.,/%$\\{}-+^e* frac\n"))
-def test_any_text_is_judged_without_a_fault(text):
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="0123456789.,/%$\\{}-+ frac\n"))
+def test_any_text_is_judged_without_a_fault(numeric, text):
     for response in (text, f"\\boxed{{{text}}}"):
-        assert is_correct_number(response, text) >= is_correct(response, text)
+        verdict = numeric.judge(response, text)
+        assert verdict.error == ""
+        assert verdict.correct >= is_correct(response, text)
 
 
 # Verifiers in a process of their own
@@ -274,11 +253,11 @@ def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
         time.sleep(0.05)
 
 
-def test_the_quick_ones_run_here():
+def test_boxed_runs_here_and_needs_no_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
     pairs = [(r"\boxed{0.5}", "1/2"), (r"\boxed{1/2}", "1/2")]
-    assert verify_all(load_verifier("boxed"), pairs) == [Verdict(False), Verdict(True)]
-    assert verify_all(load_verifier("numeric"), pairs) == [Verdict(True), Verdict(True)]
-    assert load_verifier("numeric").description == {"name": "numeric"}
+    assert judged(load_verifier("boxed"), pairs) == [Verdict(False), Verdict(True)]
+    assert load_verifier("boxed").description == {"name": "boxed"}
 
 
 def test_a_function_of_ones_own(own_verifiers, capfd):
@@ -286,9 +265,9 @@ def test_a_function_of_ones_own(own_verifiers, capfd):
     sha256 = hashlib.sha256((own_verifiers / "own.py").read_bytes()).hexdigest()
     assert verifier.description == {"name": "own:same", "source_sha256": sha256}
     pairs = [("a", "a"), ("a", "b"), ("\ud800", "\ud800"), ("x" * 10**6, "x" * 10**6), ("a\nb", "a\nb")]
-    assert [verdict.correct for verdict in verify_all(verifier, pairs)] == [True, False, True, True, True]
+    assert [verdict.correct for verdict in judged(verifier, pairs)] == [True, False, True, True, True]
     assert capfd.readouterr().out == ""
-    assert verify_all(load_verifier("own:Grader.judge"), [("a", "b")]) == [Verdict(True)]
+    assert judged(load_verifier("own:Grader.judge"), [("a", "b")]) == [Verdict(True)]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +282,7 @@ def test_a_function_of_ones_own(own_verifiers, capfd):
     ],
 )
 def test_no_verdict_is_an_error_and_the_next_answer_is_judged(own_verifiers, response, error):
-    verdicts = verify_all(load_verifier("own:odd"), [("a", "a"), (response, response), ("a", "a"), ("a", "b")])
+    verdicts = judged(load_verifier("own:odd"), [("a", "a"), (response, response), ("a", "a"), ("a", "b")])
     assert [verdict.correct for verdict in verdicts] == [True, None, True, False]
     assert verdicts[1].error.startswith(error)
 
@@ -312,13 +291,13 @@ def test_no_verdict_is_an_error_and_the_next_answer_is_judged(own_verifiers, res
 def test_a_verifier_that_hangs_is_stopped(own_verifiers, response):
     verifier = load_verifier("own:odd")
     start = time.monotonic()
-    verdicts = verify_all(verifier, [("a", "a"), (response, response), ("a", "b")], seconds=2)
+    verdicts = judged(verifier, [("a", "a"), (response, response), ("a", "b")], seconds=2)
     assert time.monotonic() - start < 60
     assert verdicts == [Verdict(True), Verdict(None, "took longer than 2 s"), Verdict(False)]
 
 
 def test_what_a_stopped_verifier_started_is_stopped_too(own_verifiers):
-    assert verify_all(load_verifier("own:odd"), [("child", "pids.txt")], seconds=3)[0].correct is None
+    assert judged(load_verifier("own:odd"), [("child", "pids.txt")], seconds=3)[0].correct is None
     wait_until_gone([int(pid) for pid in (own_verifiers / "pids.txt").read_text().split()])
 
 
@@ -340,11 +319,10 @@ def test_leaving_half_way_ends_the_process(own_verifiers):
     (own_verifiers / "whoami.py").write_text(
         "import os\ndef f(response, ground_truth):\n    open('pid.txt', 'w').write(str(os.getpid()))\n    return True\n"
     )
-    verdicts = verify_each(load_verifier("whoami:f"), [("a", "a"), ("b", "b")])
-    assert next(verdicts).correct
-    pid = int((own_verifiers / "pid.txt").read_text())
-    assert is_running(pid)
-    verdicts.close()
+    with RunningVerifier(load_verifier("whoami:f")) as running:
+        assert running.judge("a", "a").correct
+        pid = int((own_verifiers / "pid.txt").read_text())
+        assert is_running(pid)
     assert not is_running(pid)
 
 
@@ -356,8 +334,8 @@ def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how
         "    return sum(range(10**12)) > 0\n"
     )
     script = (
-        "from gradprobe.problems.verify import Verifier, verify_all; "
-        "verify_all(Verifier('stuck:f', {}), [('', '')], 600)"
+        "from gradprobe.problems.verify import RunningVerifier, Verifier; "
+        "RunningVerifier(Verifier('stuck:f', {}), 600).judge('', '')"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
@@ -403,10 +381,11 @@ def test_verifiers_that_are_none(own_verifiers, name, complaint):
     assert str(error.value).startswith(f"`verifier` {name}: {complaint}")
 
 
-def test_without_its_library_math_verify_names_the_extra(own_verifiers):
+@pytest.mark.parametrize("name", ["numeric", "math-verify"])
+def test_without_its_library_a_verifier_names_the_extra(own_verifiers, name):
     (own_verifiers / "math_verify.py").write_text("raise ImportError('as if it were not installed')\n")
-    with pytest.raises(InputError, match=r"`verifier` math-verify: .*pip install 'gradprobe\[math\]'"):
-        load_verifier("math-verify")
+    with pytest.raises(InputError, match=rf"`verifier` {name}: .*pip install 'gradprobe\[math\]'"):
+        load_verifier(name)
 
 
 MATH_EQUAL = [
@@ -429,7 +408,7 @@ def test_math_verify():
     assert verifier.description["name"] == "math-verify"
     assert verifier.description["version"]
     pairs = [(f"so $\\boxed{{{answer}}}$.", truth) for answer, truth in MATH_EQUAL + MATH_UNEQUAL]
-    verdicts = verify_all(verifier, pairs, 60)
+    verdicts = judged(verifier, pairs, 60)
     wrong = [
         (pair, verdict)
         for i, (pair, verdict) in enumerate(zip(pairs, verdicts, strict=True))
@@ -437,11 +416,11 @@ def test_math_verify():
     ]
     assert wrong == []
     # A box goes first; and a ground truth without any mathematics is nobody's wrong answer.
-    assert verify_all(verifier, [(r"$\boxed{5}$, as $2+2=4$", "5"), ("the answer is 5", "5")]) == [Verdict(True)] * 2
-    assert verify_all(verifier, [(r"\boxed{5}", "")])[0].error.startswith("raised ValueError: no mathematics")
+    assert judged(verifier, [(r"$\boxed{5}$, as $2+2=4$", "5"), ("the answer is 5", "5")]) == [Verdict(True)] * 2
+    assert judged(verifier, [(r"\boxed{5}", "")])[0].error.startswith("raised ValueError: no mathematics")
 
 
 @pytest.mark.slow
 def test_math_verify_is_stopped_too():
     pairs = [(r"\boxed{9^{9^9}}", "5"), (r"\boxed{5}", "5")]
-    assert verify_all(load_verifier("math-verify"), pairs, 5) == [Verdict(None, "took longer than 5 s"), Verdict(True)]
+    assert judged(load_verifier("math-verify"), pairs, 5) == [Verdict(None, "took longer than 5 s"), Verdict(True)]

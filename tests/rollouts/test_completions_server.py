@@ -1,15 +1,20 @@
 """The server sampler against llama.cpp's own server, started on loopback with the demo model."""
 
 import json
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+import urllib3
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 
@@ -17,6 +22,7 @@ import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint
 from gradprobe.rollouts import server as completions
+from gradprobe.rollouts.sample import Sampling
 from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.server import (
     CompletionsServer,
@@ -114,15 +120,15 @@ def sampled(
     server: CompletionsServer, checkpoint: Checkpoint, prompts: list[list[int]], n: int = 2, seed: int = 0, **more
 ) -> list[list[ServerResponse]]:
     """`sample_completions` for the demo model."""
-    options = {"temperature": 1.0, "max_new_tokens": N_NEW, "end_ids": checkpoint.end_ids, "vocab_size": 350, **more}
-    return list(sample_completions(server, prompts, n, lambda p, s: request_seed(seed, p, s), **options))
+    sampling = Sampling(**{"n_samples": n, "max_new_tokens": N_NEW, "end_ids": checkpoint.end_ids, **more})
+    return list(sample_completions(server, prompts, lambda p, s: request_seed(seed, p, s), sampling, vocab_size=350))
 
 
 def scored(checkpoint: Checkpoint, prompts: list[list[int]], responses: list[list[int]]) -> list[np.ndarray]:
     """Our log-probs of each response's ids."""
     found: dict[int, np.ndarray] = {}
     for batch in score_responses(checkpoint.model, prompts, responses, 4096):
-        found.update({i: logprobs for i, (_, logprobs) in batch.items()})
+        found.update({i: logprobs for i, (_, logprobs, *_) in batch.items()})
     return [found[i] for i in range(len(responses))]
 
 
@@ -227,6 +233,116 @@ def test_connecting_finds_the_model_or_says_why_not(address):
         connect("localhost:8000")
     with pytest.raises(InputError, match="HTTP 404"):
         connect(f"{address}/nowhere")
+
+
+class Playing(BaseHTTPRequestHandler):
+    """A server that plays what `server.script` says: (status, headers, body), the last one for ever."""
+
+    def do_GET(self) -> None:
+        script = self.server.script
+        status, headers, body = script.pop(0) if len(script) > 1 else script[0]
+        self.server.n_asked += 1
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """One on a free port of 127.0.0.1, asked without waiting between."""
+    monkeypatch.setitem(completions.RETRIES, "backoff_factor", 0.01)
+    found = ThreadingHTTPServer(("127.0.0.1", 0), Playing)
+    found.n_asked = 0
+    thread = threading.Thread(target=found.serve_forever)
+    thread.start()
+    yield found
+    found.shutdown()
+    thread.join()
+    found.server_close()
+
+
+MODELS = (200, {}, b'{"data": [{"id": "demo"}]}')
+BUSY = (503, {}, b"loading the model")
+
+
+def url_of(playing: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{playing.server_port}"
+
+
+@pytest.mark.parametrize("busy", [BUSY, (429, {"Retry-After": "1"}, b"slow down"), (502, {}, b""), (504, {}, b"")])
+def test_a_server_that_is_busy_is_asked_again(playing, busy):
+    playing.script = [busy, busy, MODELS]
+    assert connect(url_of(playing)).model == "demo"
+    assert playing.n_asked == 3
+    playing.script = [busy, (200, {}, b'{"choices": []}')]
+    assert CompletionsServer(f"{url_of(playing)}/v1", "demo").post({"prompt": [1]}) == {"choices": []}
+
+
+def test_a_server_that_stays_busy_ends_the_probe_with_one_line(playing, tmp_path, capsys):
+    playing.script = [MODELS, BUSY]
+    command = ["--model-path", str(DEMO / "base"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--sampler", "openai", "--base-url", url_of(playing), "--num-prompts", "2", "--num-samples", "1"]
+    start = time.monotonic()
+    assert probe_grad_vectors.main(command) == 2
+    assert time.monotonic() - start < 60
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "/v1/completions: HTTP 503 Service Unavailable: loading the model" in said[0]
+    assert playing.n_asked in (1 + 7, 1 + 2 * 7)
+
+
+def test_waiting_for_a_busy_server_is_bounded():
+    retry = urllib3.Retry(allowed_methods=None, **completions.RETRIES)
+    waits = []
+    while not retry.is_exhausted():
+        waits.append(retry.get_backoff_time())
+        try:
+            retry = retry.increment("POST", "/", urllib3.HTTPResponse(status=503))
+        except urllib3.exceptions.MaxRetryError:
+            break
+    assert waits == [0, 0, 2, 4, 8, 16, 30]
+    assert retry.parse_retry_after("999999") <= 60
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((307, {"Location": "http://example.com/"}, b""), "HTTP 307"),
+        ((200, {}, b"[1]"), "not a JSON object"),
+        ((200, {}, b"{"), "no JSON answer"),
+        ((200, {}, b"[" * 200_000), "no JSON answer"),
+        ((200, {}, b'{"a": "' + b"x" * 300_000 + b'"}'), "more than 200,000 bytes"),
+        ((200, {"Content-Length": "99"}, b"{}"), "can't be reached|no JSON answer"),
+        ((404, {}, b"no `such` \x1b[31mmodel"), "HTTP 404 Not Found: no 'such'"),
+    ],
+)
+def test_odd_answers_are_one_line(playing, monkeypatch, answer, says):
+    monkeypatch.setattr(completions, "MOST_BYTES", 200_000)
+    playing.script = [answer]
+    with pytest.raises(InputError, match=says):
+        connect(url_of(playing))
+
+
+def test_a_server_that_drips_or_is_silent_does_not_hold_the_probe(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        with pytest.raises(InputError, match="no answer within 0.5 seconds"):
+            connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5)
+        assert time.monotonic() - start < 10
+
+
+def test_without_urllib3_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "urllib3", None)
+    with pytest.raises(InputError, match=r"pip install 'gradprobe\[server\]'"):
+        connect("http://127.0.0.1:9")
 
 
 def test_the_probe_through_a_server(address, tmp_path, capsys):

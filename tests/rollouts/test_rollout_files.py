@@ -16,12 +16,14 @@ from transformers import AutoTokenizer
 from gradprobe.common.errors import InputError
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.model.checkpoint import load_checkpoint
-from gradprobe.problems.load import Problem
-from gradprobe.problems.verify import is_correct
-from gradprobe.rollouts import foreign as rollout_files
-from gradprobe.rollouts import shapes as rollout_shapes
-from gradprobe.rollouts.foreign import ForeignRollouts, read_rollouts
+from gradprobe.problems.boxed import is_correct
+from gradprobe.problems.data_set import Problem
+from gradprobe.problems.verify import RunningVerifier, Verdict, load_verifier
+from gradprobe.rollouts import files as rollout_files
+from gradprobe.rollouts import formats
+from gradprobe.rollouts.files import ForeignRollouts, Vocabulary, read_rollouts
 from gradprobe.rollouts.score import score_responses
+from gradprobe.rollouts.sources import judged
 
 HERE = Path(__file__).parents[1]
 DATA = HERE / "data" / "rollouts"
@@ -45,9 +47,10 @@ def problems() -> list[Problem]:
     return [Problem(10 + i, r["id"], r["prompt"], r["ground_truth"]) for i, r in enumerate(records)]
 
 
-def read(file: Path, tokenizer, **options) -> ForeignRollouts:
+def read(file: Path, tokenizer, context: int | None = None, **options) -> ForeignRollouts:
     """`read_rollouts` for the demo model."""
-    return read_rollouts(file, tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), **options)
+    vocabulary = Vocabulary(tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), context)
+    return read_rollouts(file, vocabulary, **options)
 
 
 def written(directory: Path, *records: dict | str, name: str = "rollouts.jsonl") -> Path:
@@ -92,8 +95,8 @@ def test_shapes_with_the_data_set_give_its_indices(tokenizer, problems, file, fi
     assert [r.ground_truth for r in found.rollouts] == [r.ground_truth for r in OWN]
     expected = [(p, ids if file_format != "verl" else ids[:-1]) for p, ids in IDS_OF_OWN]  # verl strips the end
     assert ids_of(found) == expected
-    judged = found.judged(is_correct(*pair) for pair in found.unverified())
-    assert [r.correct for r in judged] == [r.correct for r in OWN]
+    with RunningVerifier(load_verifier("boxed")) as running:
+        assert [r.correct for r in judged(found.rollouts, running)] == [r.correct for r in OWN]
 
 
 def test_own_and_foreign_rollouts_are_judged_alike(tokenizer):
@@ -120,13 +123,13 @@ def test_ids_from_a_file_are_where_the_server_had_them(tokenizer):
     lines = [json.loads(line) for line in (DATA / "llama_cpp.jsonl").read_text().splitlines()]
     recorded = [choice["logprobs"]["content"] for line in lines for choice in line["response"]["choices"]]
     for batch in score_responses(model, [r.prompt_ids for r in found], [r.response_ids for r in found], 4096):
-        for i, (_, logprobs) in batch.items():
+        for i, (_, logprobs, *_) in batch.items():
             np.testing.assert_allclose(logprobs, [entry["logprob"] for entry in recorded[i]], atol=0.02)
 
 
 def test_openai_batch_drops_failed_requests_and_appends_ends(tokenizer, problems):
     report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report
-    assert report.dropped == {rollout_shapes.FAILED_REQUEST: 1}
+    assert report.dropped == {formats.FAILED_REQUEST: 1}
     assert report.notes[rollout_files.END_APPENDED] == 6
     assert report.notes[rollout_files.FROM_DATASET] == 6
     assert any("openai_batch.jsonl:4" in line for line in report.lines())
@@ -209,7 +212,7 @@ def test_llama_cpp_answers_that_lack_some_ids_are_dropped(tokenizer, tmp_path):
     lines = [json.loads(line) for line in (DATA / "llama_cpp.jsonl").read_text().splitlines()]
     del lines[0]["response"]["choices"][1]["logprobs"]["content"][3]
     found = read(written(tmp_path, *lines), tokenizer)
-    assert found.report.dropped == {rollout_shapes.INCOMPLETE_IDS: 1}
+    assert found.report.dropped == {formats.INCOMPLETE_IDS: 1}
     assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts][:2] == [(0, 0), (1, 0)]
 
 
@@ -310,9 +313,27 @@ def test_correct_is_taken_where_given(tokenizer, tmp_path):
 def test_verdicts_fall_to_those_without_one_and_none_leaves_a_rollout_out(tokenizer, tmp_path):
     outputs = [{"text": "3", "correct": False}, {"text": "4"}, {"text": "5"}, {"text": "6"}]
     found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
-    assert found.unverified() == [("4", "3"), ("5", "3"), ("6", "3")]
-    judged = found.judged([True, None, False])
-    assert [(r.response, r.correct) for r in judged] == [("3", False), ("4", True), ("6", False)]
+    with RunningVerifier(load_verifier("boxed")) as running:
+        running.judge = lambda response, truth: {"4": Verdict(True), "5": Verdict(None, "no"), "6": Verdict(False)}[
+            response
+        ]
+        assert [(r.response, r.correct) for r in judged(found.rollouts, running)] == [
+            ("3", False), ("4", True), ("6", False)
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["files._ground_truth", "files._Judge.verdict", "formats._vllm"])
+def test_a_bug_of_ours_is_no_faulty_line(tokenizer, tmp_path, monkeypatch, where):
+    """A ValueError planted in a reader comes through as a traceback, not as a line of the user's that is at fault."""
+
+    def planted(*args: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(f"gradprobe.rollouts.{where}", planted)
+    if where == "formats._vllm":
+        monkeypatch.setitem(formats.PARSERS, "vllm", planted)
+    with pytest.raises(ValueError, match="^a bug$"):
+        read(written(tmp_path, vllm_line("1+2", {"text": "3"})), tokenizer)
 
 
 def test_rewards_need_a_threshold(tokenizer, tmp_path):
@@ -323,7 +344,7 @@ def test_rewards_need_a_threshold(tokenizer, tmp_path):
 
 
 def test_several_rewards_must_be_told_apart(tokenizer):
-    with pytest.raises(InputError, match=r"trl_chat.parquet: row 1: several rewards; .* boxed_answer, brevity"):
+    with pytest.raises(InputError, match=r"trl_chat.parquet: row 0: several rewards; .* boxed_answer, brevity"):
         read(DATA / "trl_chat.parquet", tokenizer, correct_above=0.5)
 
 
@@ -400,7 +421,7 @@ def test_whatever_stands_in_a_file_it_is_read_or_refused(tokenizer, problems, tm
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (["{broken"], r"rollouts.jsonl:1: not a JSON object \(Expecting"),
+        (["{broken"], r"rollouts.jsonl:1: not JSON \(Expecting"),
         ([vllm_line(), "[1]"], r"rollouts.jsonl:2: not a JSON object"),
         ([], r"no rollouts in it"),
         ([{"a": 1}], r"rollouts.jsonl:1: of no known shape: its keys are a; `rollouts_format`"),
@@ -432,14 +453,14 @@ def test_all_faults_are_named_at_once_up_to_a_bound(tokenizer, tmp_path):
         read(written(tmp_path, *lines), tokenizer)
     assert len(caught.value.problems) == 21
     assert re.search(r":3: its response ids have 901, .* \(and 1 more like it\)$", caught.value.problems[1])
-    assert caught.value.problems[-1] == "and 10 other faults"
+    assert caught.value.problems[-1] == "and 10 more faults"
 
 
 def test_missing_and_foreign_files_are_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="No such file"):
         read(tmp_path / "nothing.jsonl", tokenizer)
     (tmp_path / "not.parquet").write_bytes(b"PK")
-    with pytest.raises(InputError, match="not a parquet file"):
+    with pytest.raises(InputError, match="not readable as parquet"):
         read(tmp_path / "not.parquet", tokenizer)
     (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
     with pytest.raises(InputError, match="not UTF-8"):
@@ -461,7 +482,7 @@ def test_several_training_steps_are_said(tokenizer, tmp_path):
     rows[3]["step"] = 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "steps.parquet")
     found = read(tmp_path / "steps.parquet", tokenizer, correct_above=0.5)
-    assert found.report.notes[rollout_shapes.OTHER_STEPS] == 1
+    assert found.report.notes[formats.OTHER_STEPS] == 1
 
 
 def test_report_for_the_manifest_is_json_without_paths(tokenizer, problems):

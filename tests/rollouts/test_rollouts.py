@@ -8,24 +8,19 @@ from tiny import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_model
 
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import load_checkpoint
-from gradprobe.rollouts.sample import rollout_uniforms, sample_from, sample_responses
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_from, sample_responses
 from gradprobe.rollouts.score import score_block, score_responses
 
 CPU = torch.device("cpu")
 
 
-def sample(model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, end_ids=frozenset(), **options):
+def sample(
+    model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, end_ids=frozenset(), max_rows=256, context=None
+):
     """All responses, [prompt][sample][token]."""
-    batches = sample_responses(
-        model,
-        prompts,
-        n_samples,
-        lambda p, s: rollout_uniforms(seed, p, s, max_new_tokens),
-        temperature,
-        max_new_tokens,
-        end_ids,
-        **options,
-    )
+    sampling = Sampling(n_samples, max_new_tokens, temperature, end_ids, context)
+    uniforms = lambda p, s: rollout_uniforms(seed, p, s, max_new_tokens)  # noqa: E731
+    batches = sample_responses(model, prompts, uniforms, sampling, max_rows)
     return [samples for batch in batches for samples in batch]
 
 

@@ -247,6 +247,10 @@ MEASURES = {
     "control_within_group_by_rollout",
     "alignment",
     "cancellation",
+    "n_rare",
+    "on_policy",
+    "rho_over_sums",
+    "reference",
 }
 ALIGNMENT = {"n_prompts", "rho", "ci95", "p_value", "min_detectable", "signal_correct", "signal_incorrect", "verdict"}
 CANCELLATION = {"n_prompts", "ratio", "null_mean", "null_ci95", "p_value"}

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from gradprobe.model.checkpoint import end_token_ids, load_checkpoint
-from gradprobe.problems.load import load_problems, shard_of_study
-from gradprobe.problems.verify import is_correct
-from gradprobe.rollouts.sample import rollout_uniforms, sample_responses
+from gradprobe.problems.boxed import is_correct
+from gradprobe.problems.data_set import load_problems, shard_of_study
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses
 
 DEMO = Path(__file__).parents[2] / "demo"
 MEGABYTE = 1_000_000
@@ -88,7 +88,10 @@ def test_training_gained_what_the_readme_says(problems):
         checkpoint = load_checkpoint(str(DEMO / name), torch.device("cpu"), torch.float32)
         prompts = [checkpoint.tokenizer(p.prompt, add_special_tokens=False)["input_ids"] for p in chosen]
         batches = sample_responses(
-            checkpoint.model, prompts, 4, lambda p, s: rollout_uniforms(7, p, s, 128), 1.0, 128, checkpoint.end_ids
+            checkpoint.model,
+            prompts,
+            lambda p, s: rollout_uniforms(7, p, s, 128),
+            Sampling(4, 128, 1.0, checkpoint.end_ids),
         )
         correct, lengths = [], []
         for problem, samples in zip(chosen, [samples for batch in batches for samples in batch], strict=True):

@@ -393,7 +393,9 @@ def copy_of_the_project(project: Path) -> None:
     [
         ({}, []),
         ({"DATASET": "data.parquet"}, ["pyarrow"]),
+        ({"VERIFIER": "numeric"}, ["math-verify"]),
         ({"DATASET": "hf:openai/gsm8k", "VERIFIER": "math-verify"}, ["datasets", "pyarrow", "math-verify"]),
+        ({"PROBE_ARGS": "--sampler openai --base-url http://localhost:8000"}, ["urllib3"]),
         ({"DATASET": "saved", "PROBE_ARGS": "--adapter a"}, ["datasets", "pyarrow", "peft"]),
     ],
 )

@@ -6,8 +6,8 @@ care: what does not come back from its ids is dropped and counted, for its token
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from jinja2 import TemplateError
 from ..common.errors import FaultyRecord, InputError
 from ..common.fields import is_index
 from ..dump.records import PromptKey, Rollout, prompt_key_from_json
-from ..problems.load import Problem
+from ..problems.data_set import Problem
+from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .server import are_token_ids
-from .shapes import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 
 CACHED_TEXTS = 4096
 LOST_BYTES = "\ufffd"
@@ -50,46 +50,42 @@ class ForeignRollouts:
     rollouts: list[Rollout]
     report: RolloutReport
 
-    def unverified(self) -> list[tuple[str, str]]:
-        """(response, ground truth) of each rollout without a verdict, for a verifier."""
-        return [(r.response, r.ground_truth) for r in self.rollouts if r.correct is None]
 
-    def judged(self, verdicts: Iterable[bool | None]) -> list[Rollout]:
-        """The rollouts with a verdict each: the file's, or the next of `verdicts`.
+@dataclass(frozen=True)
+class Vocabulary:
+    """What token ids mean to the model to be probed.
 
-        Args:
-            verdicts: one for each of `unverified`; None, where nobody can say, leaves the rollout out.
-        """
-        following = iter(verdicts)
-        judged = [replace(r, correct=next(following)) if r.correct is None else r for r in self.rollouts]
-        return [rollout for rollout in judged if rollout.correct is not None]
+    Attributes:
+        size: ids are below it.
+        end_ids: its end-of-sequence ids.
+        context: the most tokens of prompt and response together; None for no bound.
+    """
+
+    tokenizer: Any
+    size: int
+    end_ids: frozenset[int]
+    context: int | None = None
 
 
 def read_rollouts(
     file: Path,
-    tokenizer: Any,
-    vocab_size: int,
-    end_ids: frozenset[int],
+    vocabulary: Vocabulary,
     *,
     file_format: str = "auto",
     problems: Sequence[Problem] | None = None,
     correct_from: str = "auto",
     correct_above: float | None = None,
-    context: int | None = None,
 ) -> ForeignRollouts:
     """Read rollouts of any of `FORMATS` from a JSONL, JSON or parquet file.
 
     Args:
-        tokenizer: of the model to be probed.
-        vocab_size: of that model; ids must be below it.
-        end_ids: its end-of-sequence ids.
+        vocabulary: of the model to be probed; what is longer than its context is dropped.
         file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
         problems: the data set the prompts come from; gives ground truths and prompt_idx. Without it prompts are
             numbered as they appear.
         correct_from: "auto" (a bool `correct`, verl's bool `acc`, else the reward), the name of a bool or a reward
             in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
-        context: drop what is longer than this many tokens; None for no bound.
 
     Raises:
         InputError: the file can't be read or understood; all faults are named with their lines.
@@ -98,7 +94,7 @@ def read_rollouts(
     if found_format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
     judge = _Judge(found_format, correct_from, correct_above)
-    resolve = _Resolver(tokenizer, vocab_size, end_ids, found_format, report, problems, context)
+    resolve = _Resolver(vocabulary, found_format, report, problems)
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
     n_samples_of: Counter = Counter()
@@ -202,16 +198,14 @@ class _Resolver:
 
     def __init__(
         self,
-        tokenizer: Any,
-        vocab_size: int,
-        end_ids: frozenset[int],
+        vocabulary: Vocabulary,
         file_format: str,
         report: RolloutReport,
         problems: Sequence[Problem] | None,
-        context: int | None,
     ):
-        self.tokenizer, self.vocab_size, self.end_ids = tokenizer, vocab_size, end_ids
-        self.format, self.report, self.context = file_format, report, context
+        tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
+        self.tokenizer, self.end_ids, self.vocabulary = tokenizer, end_ids, vocabulary
+        self.format, self.report = file_format, report
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
@@ -323,9 +317,10 @@ class _Resolver:
     def _checked(self, ids: Any, what: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise FaultyRecord(f"its {what} are not a list of integers")
-        if not are_token_ids(ids, self.vocab_size):
-            odd = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise FaultyRecord(f"its {what} have {odd}, the model's are 0 to {self.vocab_size - 1}: another model's?")
+        size = self.vocabulary.size
+        if not are_token_ids(ids, size):
+            odd = next(i for i in ids if not 0 <= i < size)
+            raise FaultyRecord(f"its {what} have {odd}, the model's are 0 to {size - 1}: another model's?")
         if what == "prompt ids" and not ids:
             raise FaultyRecord("its prompt has no tokens, at least 1 is needed")
         return ids
@@ -341,7 +336,8 @@ class _Resolver:
     def _fault_of_length(self, prompt_ids: list[int], ids: list[int]) -> str | None:
         if not ids:
             return EMPTY
-        return TOO_LONG if self.context is not None and len(prompt_ids) + len(ids) > self.context else None
+        context = self.vocabulary.context
+        return TOO_LONG if context is not None and len(prompt_ids) + len(ids) > context else None
 
     def _prompt_remarks(
         self, completion: Completion, text: str | None, problem: Problem | None, prompt_ids: list[int]

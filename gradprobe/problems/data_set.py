@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import raise_if_any
-from .tables import JSONL, Row, Table, lookup, open_table
-from .verify import last_boxed
+from ..common.errors import FaultyRecord, first_few, first_of, raise_if_any
+from ..common.record_files import JSONL, Record, RecordFile, lookup
+from .boxed import last_boxed
+from .data_files import open_data_set
 
 PROBLEM_KEYS = ("prompt", "problem", "question")
 ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "answer", "solution")
@@ -23,7 +24,7 @@ NO_ID = "none"
 ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
 FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*([^\n]*)\Z")
 THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
-MAX_FAULTS = 20
+MOST_KEYS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ProblemSet:
 def load_problems(
     source: str | Path, problem_key: str | None = None, answer_key: str | None = None, id_key: str | None = None
 ) -> ProblemSet:
-    """Read a data set; `open_table` in problem_files.py says what can be one.
+    """Read a data set; `open_data_set` says what can be one.
 
     Fields are found by the first of `PROBLEM_KEYS`, `ANSWER_KEYS` and `ID_KEYS` that any row has, upper and lower
     case alike, or are named: `problem_key`, `answer_key`, `id_key`, dotted for those inside of others
@@ -106,29 +107,24 @@ def load_problems(
     Raises:
         InputError: the source can't be read, lacks a field, has bad rows, or has no problems; all faults are named.
     """
-    table = open_table(str(source))
-    columns = _choose_columns(table, {"problem": problem_key, "answer": answer_key, "id": id_key})
-    rows = table.read([key for key in columns.values() if key != NO_ID])
-    problems, dropped, faults = _read_rows(rows, columns, table.kind == JSONL and columns == ORIGINAL_SCHEMA)
-    faults = [*table.faults, *faults]
+    opened = open_data_set(str(source))
+    columns = _choose_columns(opened, {"problem": problem_key, "answer": answer_key, "id": id_key})
+    rows = opened.read([key for key in columns.values() if key != NO_ID])
+    problems, dropped, faults = _read_rows(rows, columns, opened.kind == JSONL and columns == ORIGINAL_SCHEMA)
+    faults = [*opened.faults, *faults]
     if not problems and not faults:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {reasons}" if reasons else ""))
-    _raise_some(faults)
+    raise_if_any(first_few(faults, "faults"))
     return ProblemSet(
         source=str(source),
-        sha256=table.sha256 or _canonical_sha256(problems),
+        sha256=opened.sha256 or _canonical_sha256(problems),
         problems=problems,
-        kind=table.kind,
+        kind=opened.kind,
         n_rows=len(rows),
         columns=columns,
         dropped=dict(dropped),
     )
-
-
-def _raise_some(faults: list[str]) -> None:
-    left_out = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-    raise_if_any(faults[:MAX_FAULTS] + left_out)
 
 
 def _canonical_sha256(problems: list[Problem]) -> str:
@@ -139,33 +135,33 @@ def _canonical_sha256(problems: list[Problem]) -> str:
 # Which field is what
 
 
-def _choose_columns(table: Table, given: dict[str, str | None]) -> dict[str, str]:
+def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[str, str]:
     """The field of each of `problem`, `answer` and `id`, given or found by name.
 
     Raises:
         InputError: there is no field of the name, or of any of the common names.
     """
-    if not table.keys:
-        _raise_some(table.faults or [f"`dataset` {table.source}: no problems in it"])
+    if not opened.keys:
+        raise_if_any(first_few(opened.faults or [f"`dataset` {opened.source}: no problems in it"], "faults"))
     columns: dict[str, str] = {}
     faults: list[str] = []
     for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
         key = given[what]
-        found = _first_of((key,) if key else common, table.keys)
+        found = _first_of((key,) if key else common, opened.keys)
         if found:
             columns[what] = found
         elif what == "id" and key in (None, NO_ID):
             columns[what] = NO_ID
         elif key:
-            faults.append(f"`{what}_key` {key}: not in {table.source} ({_those_there(table)})")
+            faults.append(f"`{what}_key` {key}: not in {opened.source} ({_those_there(opened)})")
         else:
             others = ", ".join(f"'{name}'" for name in common[1:])
             faults.append(
-                f"{_first_place(table)}: key '{common[0]}' is missing, and so are {others} "
-                f"({_those_there(table)}); name another with --{what}-key"
+                f"{_first_place(opened)}: key '{common[0]}' is missing, and so are {others} "
+                f"({_those_there(opened)}); name another with --{what}-key"
             )
     if faults:
-        _raise_some([*table.faults, *faults])
+        raise_if_any(first_few([*opened.faults, *faults], "faults"))
     return columns
 
 
@@ -178,27 +174,23 @@ def _first_of(names: Sequence[str], keys: list[str]) -> str:
     return ""
 
 
-def _those_there(table: Table) -> str:
-    return f"there: {', '.join(table.keys[:MAX_FAULTS])}{', ...' if len(table.keys) > MAX_FAULTS else ''}"
+def _those_there(opened: RecordFile) -> str:
+    return f"there: {first_of(opened.keys, MOST_KEYS_SHOWN)}"
 
 
-def _first_place(table: Table) -> str:
-    return table.read([])[0].place if table.kind == JSONL else table.source
+def _first_place(opened: RecordFile) -> str:
+    return opened.read([])[0].place if opened.kind == JSONL else opened.source
 
 
 # A row's problem
 
 
-class _BadRowError(ValueError):
-    """The row has a wrong shape."""
-
-
-class _EmptyRowError(ValueError):
+class _EmptyRecord(FaultyRecord):
     """The row is well-formed and has nothing to work with: dropped, under the reason given."""
 
 
 def _read_rows(
-    rows: list[Row], columns: dict[str, str], is_strict: bool
+    rows: list[Record], columns: dict[str, str], is_strict: bool
 ) -> tuple[list[Problem], Counter[str], list[str]]:
     is_worked = not is_strict and _mostly_worked(rows, columns["answer"])
     problems: list[Problem] = []
@@ -208,11 +200,11 @@ def _read_rows(
     for row in rows:
         try:
             problem = _problem_of(row, columns, is_strict, is_worked)
-        except _BadRowError as error:
-            faults.append(f"{row.place}: {error}")
-            continue
-        except _EmptyRowError as error:
+        except _EmptyRecord as error:
             dropped[str(error)] += 1
+            continue
+        except FaultyRecord as error:
+            faults.append(f"{row.place}: {error}")
             continue
         if problem.id in first_place_of:
             faults.append(
@@ -225,15 +217,15 @@ def _read_rows(
     return problems, dropped, faults
 
 
-def _problem_of(row: Row, columns: dict[str, str], is_strict: bool, is_worked: bool) -> Problem:
+def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked: bool) -> Problem:
     values = {}
     for what, key in columns.items():
         try:
             values[what] = row.idx if (what, key) == ("id", NO_ID) else lookup(row.fields, key)
         except KeyError as error:
-            raise _BadRowError(f"key '{key}' is missing") from error
+            raise FaultyRecord(f"key '{key}' is missing") from error
     if isinstance(values["id"], bool) or not isinstance(values["id"], str | int):
-        raise _BadRowError(f"'{columns['id']}' is of type {type(values['id']).__name__}")
+        raise FaultyRecord(f"'{columns['id']}' is of type {type(values['id']).__name__}")
     prompt, messages = _prompt_of(values["problem"], columns["problem"], is_strict)
     if is_strict:
         answer = str(_scalar(values["answer"], columns["answer"]))
@@ -248,25 +240,25 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadRowError(f"half a surrogate pair ({text[error.start]!a}) in its text") from error
+        raise FaultyRecord(f"half a surrogate pair ({text[error.start]!a}) in its text") from error
 
 
 def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
     if not is_strict and (_is_blank(value) or value == []):
-        raise _EmptyRowError(f"without '{key}'")
+        raise _EmptyRecord(f"without '{key}'")
     if isinstance(value, str):
         return value, ()
     if isinstance(value, list):
         return "", tuple(_message_of(message, key) for message in value)
-    raise _BadRowError(f"'{key}' is of type {type(value).__name__}")
+    raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
 
 
 def _message_of(message: Any, key: str) -> tuple[str, str]:
     if not isinstance(message, dict):
-        raise _BadRowError(f"'{key}' is a list, but not one of chat messages (role and content)")
+        raise FaultyRecord(f"'{key}' is a list, but not one of chat messages (role and content)")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
-        raise _BadRowError(f"'{key}' has a chat message whose role or content is not text")
+        raise FaultyRecord(f"'{key}' has a chat message whose role or content is not text")
     return role, content
 
 
@@ -277,24 +269,24 @@ def _is_blank(value: Any) -> bool:
 
 def _scalar(value: Any, key: str) -> str | int | float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise _BadRowError(f"'{key}' is of type {type(value).__name__}")
+        raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
     return value
 
 
 def _answer_of(value: Any, key: str, is_worked: bool) -> str:
     if isinstance(value, list) and len(value) > 1:
-        raise _EmptyRowError(f"with several answers in '{key}'")
+        raise _EmptyRecord(f"with several answers in '{key}'")
     if isinstance(value, list):
         value = value[0] if value else None
     if _is_blank(value):
-        raise _EmptyRowError(f"without '{key}'")
+        raise _EmptyRecord(f"without '{key}'")
     value = _scalar(value, key)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # tables hold whole numbers as floats where the column has gaps
     text = str(value).strip()
     final = final_answer(text)
     if is_worked and not final:
-        raise _EmptyRowError(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
+        raise _EmptyRecord(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
     return final or text
 
 
@@ -310,7 +302,7 @@ def final_answer(text: str) -> str:
     return (last_boxed(text) or "").strip()
 
 
-def _mostly_worked(rows: Iterable[Row], key: str) -> bool:
+def _mostly_worked(rows: Iterable[Record], key: str) -> bool:
     """Whether more than half of a field's texts have a final answer in them: then one that has none is cut off."""
     n_texts = n_worked = 0
     for row in rows:

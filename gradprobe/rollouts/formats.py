@@ -4,19 +4,19 @@ Field names are those of vLLM 0.1x's RequestOutput, the OpenAI completions and b
 and llama.cpp's `logprobs.content[].id`), TRL 1.x's completion logs and verl 0.x's rollout and validation dumps.
 """
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import FaultyRecord, InputError, raise_if_any
-from ..dump.records import prompt_key_from_json
+from ..common.errors import FaultyRecord, InputError, first_few, raise_if_any
+from ..common.fields import ANYTHING, INDEX, faults_of
+from ..common.record_files import open_record_file
+from ..dump.records import PROMPT_KEY
 from .server import logprob_entries, object_at, token_ids_of
 
 FORMATS = ("gradprobe", "vllm", "openai", "trl", "verl")
-N_FAULTS_SHOWN = 20
 N_EXAMPLES = 3
 
 FAILED_REQUEST = "requests that failed"
@@ -103,7 +103,7 @@ class RolloutReport:
 
 def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion], RolloutReport]:
     """The file's format, its completions in order, and a report that has counted them."""
-    records = list(_records(file))
+    records = _records(file)
     if not records:
         raise InputError(f"`rollouts` {file}: no rollouts in it")
     if file_format == "auto":
@@ -117,7 +117,7 @@ def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion],
             if not IS_SHAPE[file_format](record):
                 raise FaultyRecord(f"not of the shape {file_format}: {_keys_of(record)}")
             found = PARSERS[file_format](where, record)
-        except _UnusableRecordError as error:
+        except _UnusableRecord as error:
             report.drop(error.reason, where)
             continue
         except FaultyRecord as error:
@@ -131,57 +131,14 @@ def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion],
     return file_format, completions, report
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file:line, record); every line that is none is named at once."""
-    read = {".parquet": _parquet_rows, ".json": _json_items}.get(file.suffix, _jsonl_lines)
-    faults = []
-    try:
-        for where, record in read(file):
-            if isinstance(record, dict):
-                yield where, record
-            else:
-                faults.append((where, f"not a JSON object{f' ({record})' if isinstance(record, ValueError) else ''}"))
-    except OSError as error:
-        raise InputError(f"`rollouts` {file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"`rollouts` {file}: not UTF-8 at byte {error.start}") from error
-    raise_folded(faults)
+def _records(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(place, record) of each; every line that is none is named at once."""
+    opened = open_record_file(file, "rollouts")
+    raise_if_any(first_few(opened.faults, "faults"))
+    return [(record.place, record.fields) for record in opened.read(opened.keys)]
 
 
-def _jsonl_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    yield f"{file}:{number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield f"{file}:{number}", error
-
-
-def _json_items(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}:{error.lineno}: not JSON ({error.msg}); JSON lines need the suffix .jsonl") from error
-    for number, item in enumerate(content if isinstance(content, list) else [content], 1):
-        yield f"{file}: item {number}", item
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"`rollouts` {file}: parquet needs pyarrow: pip install 'gradprobe[data]'") from error
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"`rollouts` {file}: not a parquet file ({error})") from error
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield f"{file}: row {number}", row
-
-
-class _UnusableRecordError(ValueError):
+class _UnusableRecord(FaultyRecord):
     """A well-formed record without completions to probe; dropped and counted under `reason`."""
 
     def __init__(self, reason: str):
@@ -189,6 +146,11 @@ class _UnusableRecordError(ValueError):
         self.reason = reason
 
 
+OWN_KINDS = {
+    **dict.fromkeys(("problem_id", "ground_truth", "correct"), ANYTHING),
+    "sample_idx": INDEX,
+    "prompt_idx": PROMPT_KEY,
+}
 IS_SHAPE: dict[str, Callable[[dict[str, Any]], bool]] = {
     "gradprobe": lambda r: {"prompt_idx", "sample_idx", "prompt_ids", "response_ids"} <= r.keys(),
     "vllm": lambda r: isinstance(r.get("outputs"), list),
@@ -211,12 +173,8 @@ def _keys_of(record: dict[str, Any]) -> str:
 
 
 def _own(where: str, record: dict[str, Any]) -> list[Completion]:
-    missing = [key for key in ("problem_id", "ground_truth", "correct") if key not in record]
-    if missing:
-        raise FaultyRecord(f"key '{missing[0]}' is missing")
-    if type(record["sample_idx"]) is not int:
-        raise FaultyRecord("'sample_idx' is not an integer")
-    prompt_key_from_json(record["prompt_idx"])
+    for fault in faults_of(record, OWN_KINDS):
+        raise FaultyRecord(fault)
     return [Completion(where, None, record["prompt_ids"], None, record["response_ids"], "cut", record)]
 
 
@@ -263,7 +221,7 @@ def _request_and_response(record: dict[str, Any]) -> tuple[dict[str, Any], dict[
     response = record.get("response", record)
     response = response.get("body", response) if isinstance(response, dict) else response
     if record.get("error") or not isinstance(response, dict) or response.get("error"):
-        raise _UnusableRecordError(FAILED_REQUEST)
+        raise _UnusableRecord(FAILED_REQUEST)
     request = record.get("request", record)
     if not isinstance(request, dict):
         raise FaultyRecord("'request' is not an object")
@@ -341,5 +299,4 @@ def raise_folded(faults: list[tuple[str, str]]) -> None:
         f"{places[0]}: {fault}" + (f" (and {len(places) - 1} more like it)" if len(places) > 1 else "")
         for fault, places in places_of.items()
     ]
-    n_more = len(said) - N_FAULTS_SHOWN
-    raise_if_any([*said[:N_FAULTS_SHOWN], *([f"and {n_more} other faults"] if n_more > 0 else [])])
+    raise_if_any(first_few(said, "faults"))
