@@ -89,3 +89,105 @@ def bucket_of(grads: np.ndarray, rows=None, prompt=None, rollout=None, **keyword
     rows = everyone if rows is None else rows
     prompt, rollout = (everyone if codes is None else codes for codes in (prompt, rollout))
     return Bucket(grads, rows, prompt[rows], rollout[rows], **keywords)
+
+
+def write_pooled_dump(
+    path: Path,
+    sums: np.ndarray,
+    correct: np.ndarray,
+    n_tokens: np.ndarray,
+    *,
+    tail_mass: float = 0.3,
+    excess: float = 0.0,
+    with_rollouts: bool = True,
+    reward: np.ndarray | None = None,
+    **manifest: Any,
+) -> Path:
+    """Write rollouts' sums of gradients by bucket as a pooled dump of a model's own rollouts.
+
+    Args:
+        path: of the dump.
+        sums: [P, R, B, d]; where `n_tokens` is 0 there is no row.
+        correct: [P, R] bool.
+        n_tokens: [P, R, B].
+        tail_mass: of every token.
+        excess: log π(y) + H in the mean, nats; other than 0, rollouts are off-policy.
+        with_rollouts: whether `rollouts.jsonl` is written.
+        reward: [P, R].
+        manifest: further keys.
+    """
+    path.mkdir(parents=True)
+    n_prompts, n_rollouts, bins, dim = sums.shape
+    rng = np.random.default_rng(0)
+    places, lines, rollouts = [], [], []
+    for p, r in np.ndindex(n_prompts, n_rollouts):
+        counts = n_tokens[p, r]
+        own = {"prompt_idx": p, "sample_idx": r, "correct": bool(correct[p, r])}
+        own |= {} if reward is None else {"reward": float(reward[p, r])}
+        entropies = np.repeat((np.arange(bins) + 0.5) / bins, counts)
+        logprobs = rng.choice([-0.4, 0.4], len(entropies)) - entropies + excess
+        for bucket in np.flatnonzero(counts).tolist():
+            of_row = {"row": len(lines), "bin": bucket, "n_tokens": int(counts[bucket]), "logprob": -0.5}
+            of_row |= {"n_response_tokens": int(counts.sum()), "entropy": (bucket + 0.5) / bins}
+            lines.append(own | of_row | {"rare": tail_mass * int(counts[bucket])})
+            places.append((p, r, bucket))
+        numbers = {"entropies": entropies.tolist(), "logprobs": logprobs.tolist()}
+        numbers |= {"tail_mass": [tail_mass] * len(entropies), "response_ids": [1] * len(entropies)}
+        texts = {"problem_id": str(p), "response": "", "ground_truth": ""}
+        rollouts.append(own | numbers | texts | {"prompt_ids": [1]})
+    grads = np.array([sums[place] for place in places], np.float32).reshape(-1, dim)
+    np.save(path / "grads.npy", grads)
+    (path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if with_rollouts:
+        (path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+    content = {
+        "model_path": "models/planted",
+        "model_identity": "planted",
+        "target": "model.layers.1.mlp.down_proj.weight",
+        "row_idx": None,
+        "projection": {"rows": 4, "cols": dim // 4, "seed": 0, "weights": []},
+        "pooling": "bucket",
+        "bucket_by": "entropy",
+        "row_dim": dim,
+        "num_prompts": n_prompts,
+        "num_samples_per_prompt": n_rollouts,
+        "num_rollouts": n_prompts * n_rollouts,
+        "num_positions": len(grads),
+        "entropy_edges": [i / bins for i in range(bins + 1)],
+        "entropy_edges_over": "response_tokens",
+        "bins": bins,
+        "seed": 0,
+        "max_new_tokens": 64,
+        "temperature": 1.0,
+        "sampling": {"distribution": "full softmax", "temperature": 1.0},
+        "num_correct_rollouts": int(correct.sum()),
+        "num_response_tokens": int(n_tokens.sum()),
+        "format_version": 1,
+    }
+    (path / "manifest.json").write_text(json.dumps(content | manifest))
+    return path
+
+
+def write_planted_signal(
+    path: Path,
+    signal: np.ndarray,
+    *,
+    angle: np.ndarray | float = 0.0,
+    seed: int = 0,
+    n_prompts: int = 60,
+    n_rollouts: int = 8,
+    dim: int = 32,
+    **others: Any,
+) -> Path:
+    """A pooled dump in which correct rollouts add a length of `signal[b]` to bucket b, over noise of length 1 in each.
+
+    What is added points `angle[b]` away from the first axis. A rollout has 1 to 6 tokens a bucket.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (n_prompts, n_rollouts, len(signal))
+    correct = rng.random(shape[:2]) < rng.uniform(0.2, 0.8, (n_prompts, 1))
+    added = np.zeros((len(signal), dim))
+    added[:, 0], added[:, 1] = signal * np.cos(angle), signal * np.sin(angle)
+    sums = rng.standard_normal((*shape, dim)) / np.sqrt(dim)
+    sums += (correct - 0.5)[:, :, None, None] * added
+    return write_pooled_dump(path, sums, correct, rng.integers(1, 7, shape), **others)

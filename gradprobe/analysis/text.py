@@ -1,6 +1,7 @@
 """Numbers as people read them: in tables on a terminal, and typeset in figures and the report."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 MISSING = "-"
 MISSING_TYPESET = "–"
@@ -19,6 +20,14 @@ def format_with_interval(value: float | None, interval: Sequence[float] | None, 
         return MISSING
     ends = MISSING if interval is None else ", ".join(format_number(end, decimals) for end in interval)
     return f"{format_number(value, decimals)} [{ends}]"
+
+
+def format_share(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """`66% [46, 86]`; without brackets where there is no interval, `-` for None."""
+    if value is None:
+        return MISSING
+    ends = "" if interval is None else f" [{', '.join(f'{100 * end:.0f}' for end in interval)}]"
+    return f"{round(100 * value) + 0:d}%{ends}"
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -50,6 +59,22 @@ def typeset_number(value: float | int | None, decimals: int = 3) -> str:
     if value is None:
         return MISSING_TYPESET
     return f"{value:,}" if isinstance(value, int) else f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
+
+
+def typeset_share(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """As `format_share`, with a proper minus, never minus zero, and `–` for None."""
+    if value is None:
+        return MISSING_TYPESET
+    ends = "" if interval is None else f" [{', '.join(typeset_number(100 * end, 0) for end in interval)}]"
+    return f"{typeset_number(100 * value, 0)}%{ends}"
+
+
+def typeset_estimate(found: Mapping[str, Any], decimals: int = 2) -> str:
+    """A number with its interval, {value, ci95}: `0.93 [0.85, 1.01]`; a number without an interval is not said."""
+    if found["value"] is None or found["ci95"] is None:
+        return MISSING_TYPESET
+    ends = ", ".join(typeset_number(end, decimals) for end in found["ci95"])
+    return f"{typeset_number(found['value'], decimals)} [{ends}]"
 
 
 def typeset_interval(bounds: Sequence[float] | None) -> str:

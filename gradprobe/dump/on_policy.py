@@ -16,8 +16,8 @@ from .records import Rollout
 
 ON_POLICY, OFF_POLICY = "on-policy", "off-policy"
 LARGEST_Z = 4.0
-CHOSEN_BY_PREFIX = ("entropy", "position", "random")
-"""Rules of buckets that don't look at the token drawn."""
+CHOSEN_BY_PREFIX, CHOSEN_BY_TOKEN = ("entropy", "position", "random"), ("surprisal", "logit-norm")
+"""Rules that buckets go by (`bucket_by`): those of the first kind don't look at the token that was drawn."""
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,9 @@ def claims_on_policy(manifest: Mapping[str, Any]) -> bool:
     sampling, origin = manifest.get("sampling") or {}, manifest.get("rollouts_from")
     is_plain = sampling.get("distribution") == "full softmax" and sampling.get("temperature") == 1.0
     return is_plain and (origin is None or origin.get("identity") == manifest.get("model_identity"))
+
+
+def is_chosen_by_prefix(manifest: Mapping[str, Any]) -> bool | None:
+    """Whether a token's bucket is fixed before it is drawn, so that its score has mean zero; None of scores unknown."""
+    rule = manifest.get("bucket_by", "entropy")
+    return True if rule in CHOSEN_BY_PREFIX else False if rule in CHOSEN_BY_TOKEN else None

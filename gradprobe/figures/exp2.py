@@ -1,6 +1,6 @@
 """Exp 2's figures, in the look of `look`: what the prompts' cosines are, and rho with what it can tell."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..analysis.text import typeset_interval, typeset_number
 from ..dump.format import Dump
 from ..exp2.direction import (
     ALIGNED,
+    MIN_RARE_TOKENS,
     MIN_ROLLOUTS_OF_EACH_KIND,
     MIN_TOKENS_OF_EACH_KIND,
     MIN_TOKENS_TO_SPLIT,
@@ -21,6 +22,7 @@ from ..exp2.direction import (
     ORTHOGONAL,
     ORTHOGONAL_WITHIN,
     UNDERPOWERED,
+    UNSAMPLED,
     Alignment,
 )
 from ..exp2.measure import BucketDirections
@@ -37,6 +39,7 @@ from .look import (
     panel_title,
     panels,
     series_colours,
+    shortened,
     styled,
     subjects_of,
     top_bucket_name,
@@ -51,20 +54,28 @@ FURTHEST_RHO = 2.0
 MAX_BUCKETS_IN_WORDS = 7
 MAX_ABREAST = 3
 MAX_BARS = 300
-MARKERS = {ALIGNED: "^", OPPOSED: "v", ORTHOGONAL: "s", UNDERPOWERED: "o"}
+MARKERS = {ALIGNED: "^", OPPOSED: "v", ORTHOGONAL: "s", UNDERPOWERED: "o", UNSAMPLED: "X"}
 MEANINGS = {
     ALIGNED: "interval above 0",
     OPPOSED: "interval below 0",
     ORTHOGONAL: f"holds 0, inside ±{ORTHOGONAL_WITHIN}",
     UNDERPOWERED: "can't tell",
+    UNSAMPLED: f"fewer than {MIN_RARE_TOKENS} rare tokens expected",
 }
+HOLLOW = (UNDERPOWERED, UNSAMPLED)
+UNSAMPLED_COLOUR = "#8c8c8c"
+REFERENCE_WORDS = "−1: fixed by theory on-policy"
 
 
 def draw_analysis(dumps: Mapping[str | None, Dump], results: list[list[BucketDirections]]) -> dict[str, Figure]:
     """Both figures of the analysis by file name. `results`: per dump, per bucket."""
     subjects = subjects_of(dumps)
     return {
-        ALIGNMENT: draw_alignment(subjects, [[bucket.alignment for bucket in buckets] for buckets in results]),
+        ALIGNMENT: draw_alignment(
+            subjects,
+            [[bucket.alignment for bucket in buckets] for buckets in results],
+            references=[buckets[-1].reference for buckets in results],
+        ),
         HISTOGRAM: draw_direction_histogram(subjects, [buckets[-1] for buckets in results]),
     }
 
@@ -89,7 +100,7 @@ def draw_direction_headline(subjects: list[Subject], directions: list[BucketDire
     figure = new_figure(max(7.5, 6.4 * n_columns), 8.2 * n_lines + 1.2)
     axes = grid(figure, len(subjects), n_columns, rows_each=2)
     for subject, result, column, colour in zip(subjects, directions, axes, series_colours(subjects), strict=True):
-        lines = [panel_title(subject, subjects), _rho_sentence(result.alignment), _test_sentence(result.alignment)]
+        lines = [panel_title(subject, subjects), _rho_sentence(result), _test_sentence(result.alignment)]
         lines.append(_cosine_sentence(result))
         column[0].set_title("\n".join(lines), loc="left")
         _sorted_bars(column[1], result, colour)
@@ -101,12 +112,15 @@ def draw_direction_headline(subjects: list[Subject], directions: list[BucketDire
 
 
 @styled
-def draw_alignment(subjects: list[Subject], alignments: list[list[Alignment]]) -> Figure:
+def draw_alignment(
+    subjects: list[Subject], alignments: list[list[Alignment]], references: Sequence[float | None] = ()
+) -> Figure:
     """rho per bucket and subject with its 95% interval, its verdict, and the |rho| that could be detected.
 
     Args:
         subjects: any number.
         alignments: per subject, per bucket.
+        references: per subject, what theory fixes rho at, -1 of on-policy rollouts; None where it fixes nothing.
     """
     n_buckets = max(map(len, alignments))
     in_words = n_buckets <= MAX_BUCKETS_IN_WORDS
@@ -114,6 +128,7 @@ def draw_alignment(subjects: list[Subject], alignments: list[list[Alignment]]) -
     ax = figure.subplots()
     limit = rho_limit(alignments)
     n_outside = 0
+    draw_reference(ax, subjects, references)
     ax.axhspan(-ORTHOGONAL_WITHIN, ORTHOGONAL_WITHIN, color=ORTHOGONAL_COLOUR, linewidth=0, zorder=0)
     ax.axhline(0.0, color="black", linewidth=1.0, zorder=1.5)
     for i, (colour, buckets) in enumerate(zip(series_colours(subjects), alignments, strict=True)):
@@ -124,7 +139,7 @@ def draw_alignment(subjects: list[Subject], alignments: list[list[Alignment]]) -
                 ax.annotate(
                     f"{result.verdict}, n = {result.n_prompts}", (bucket, 0), (0, -22 - 16 * i),
                     xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top",
-                    color=colour, annotation_clip=False,
+                    color=UNSAMPLED_COLOUR if result.verdict == UNSAMPLED else colour, annotation_clip=False,
                 )  # fmt: skip
     ax.set_xlim(-0.5, n_buckets - 0.5)
     ax.set_ylim(-limit, limit)
@@ -148,7 +163,7 @@ def draw_alignment(subjects: list[Subject], alignments: list[list[Alignment]]) -
 
 def rho_limit(alignments: list[list[Alignment]]) -> float:
     """The view's reach: every point, interval and detectable bar if that is not too far, and ±1.1 at least."""
-    reach = [1.0]
+    reach = [1.05]
     for result in (result for buckets in alignments for result in buckets if result.ci95 is not None):
         reach.extend(map(abs, (result.rho, *result.ci95, result.min_detectable)))
     return min(FURTHEST_RHO, 1.1 * max(reach))
@@ -165,6 +180,7 @@ def draw_rho(ax: Axes, place: float, width: float, result: Alignment, colour: st
         return False
     low, high = result.ci95
     detectable = result.min_detectable
+    colour = UNSAMPLED_COLOUR if result.verdict == UNSAMPLED else colour
     ax.bar(place, 2 * detectable, width, -detectable, color=DETECTABLE_COLOUR, alpha=0.7, linewidth=0, zorder=1)
     shown = np.clip([low, high], -limit, limit)
     ax.plot([place, place], shown, color=colour, linewidth=2.4, solid_capstyle="butt", zorder=3)
@@ -172,12 +188,26 @@ def draw_rho(ax: Axes, place: float, width: float, result: Alignment, colour: st
         cap = "_" if end == inside else ("^" if end > 0 else "v")
         ax.plot(place, inside, cap, color=colour, markersize=9, markeredgewidth=2.0, clip_on=False, zorder=3)
     if abs(result.rho) <= limit:
-        hollow = result.verdict == UNDERPOWERED
+        hollow = result.verdict in HOLLOW
         ax.plot(
             place, result.rho, MARKERS[result.verdict], markersize=13, markerfacecolor="white" if hollow else colour,
             markeredgecolor=colour if hollow else "white", markeredgewidth=2.0 if hollow else 1.0, zorder=4,
         )  # fmt: skip
     return max(abs(result.rho), abs(low), abs(high), detectable) > limit
+
+
+def draw_reference(ax: Axes, subjects: Sequence[Subject], references: Sequence[float | None]) -> None:
+    """A dashed line at what theory fixes rho at, and for whom where not for all."""
+    known = [reference for reference in references if reference is not None]
+    for value in sorted(set(known)):
+        ax.axhline(value, color="black", linewidth=1.3, linestyle=(0, (5, 3)), zorder=1.6)
+        named = [one.tag or one.label for one, found in zip(subjects, references, strict=True) if found == value]
+        whose = "" if len(named) == len(subjects) else f" ({shortened(', '.join(named), 30)} only)"
+        ax.annotate(
+            f"{REFERENCE_WORDS}{whose}", (1.0, value), (-4, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="bottom", fontsize=9, color="black",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}, zorder=5,
+        )  # fmt: skip
 
 
 def _alignment_legend(figure: Figure, subjects: list[Subject]) -> None:
@@ -193,7 +223,7 @@ def rho_handles() -> list[Any]:
     handles: list[Any] = []
     style = {"color": NOTE_COLOUR, "linestyle": "none", "markersize": 9}
     for verdict, marker in MARKERS.items():
-        face = "white" if verdict == UNDERPOWERED else NOTE_COLOUR
+        face = "white" if verdict in HOLLOW else NOTE_COLOUR
         label = f"{verdict}: {MEANINGS[verdict]}"
         handles.append(Line2D([], [], marker=marker, markerfacecolor=face, label=label, **style))
     handles.append(Patch(color=DETECTABLE_COLOUR, alpha=0.7, label="|ρ| too small to be detected (80% power)"))
@@ -213,17 +243,19 @@ def _no_prompt_note(result: BucketDirections) -> str:
     )
 
 
-def _rho_sentence(result: Alignment) -> str:
-    """rho, its interval, n and verdict."""
+def _rho_sentence(found: BucketDirections) -> str:
+    """rho, its interval, n and verdict, and what theory fixes it at."""
+    result = found.alignment
     if result.n_prompts == 0:
         return f"no ρ, no prompt has {MIN_ROLLOUTS_OF_EACH_KIND} rollouts of each kind: {result.verdict}"
     if result.rho is None:
         rho = "no ρ, signal not above 0"
     elif result.ci95 is None:
-        rho = f"ρ = {typeset_number(result.rho, 2)}, no finite interval"
+        rho = "no ρ, no finite interval"
     else:
         rho = f"ρ = {typeset_number(result.rho, 2)} {typeset_interval(result.ci95)}"
-    return f"{rho}, n = {result.n_prompts} prompts: {result.verdict}"
+    fixed = "" if found.reference is None else f" (on-policy: {typeset_number(found.reference, 0)} by theory)"
+    return f"{rho}, n = {result.n_prompts} prompts: {result.verdict}{fixed}"
 
 
 def _test_sentence(result: Alignment) -> str:

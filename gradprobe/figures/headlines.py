@@ -45,6 +45,7 @@ def draw_headlines(sources: Mapping[str, Any], found: Headlines) -> dict[str, Fi
             [one.buckets for one in of_subjects],
             [result.alignment for result in found.directions.values()],
             [correct_share(source.manifest) for source in sources.values()],
+            [result.reference for result in found.directions.values()],
         )
     return drawn
 

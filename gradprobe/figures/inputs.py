@@ -5,6 +5,7 @@ The analyses write `exp1_arrays.npz` and `exp2_arrays.npz`; together with the su
 with the fingerprints of the dumps, so that a reader knows whose numbers they are.
 """
 
+import dataclasses
 import json
 import logging
 import zipfile
@@ -27,7 +28,7 @@ from ..exp1.measure import BucketNumbers, Exp1, Exp1Settings, measure_dumps, ref
 from ..exp1.plane import Projection, project_to_plane
 from ..exp1.spectrum import Spectrum
 from ..exp2.direction import Alignment, Cancellation, Directions, PromptDirection, Signal
-from ..exp2.measure import BucketDirections, Exp2Settings, bucket_directions
+from ..exp2.measure import BucketDirections, Exp2Settings, bucket_directions, reference_of
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,10 @@ def headlines_of(
         results, compared = measure_dumps(of_rollouts, Exp1Settings(ceiling=0, null=0))
         exp1 = {tag: compression_of(dump, results[tag]) for tag, dump in of_rollouts.items()}, compared
     if directions is None:
-        directions = {tag: bucket_directions(dump, dump.bins - 1) for tag, dump in dumps.items()}
+        directions = {
+            tag: dataclasses.replace(bucket_directions(dump, dump.bins - 1), reference=reference_of(dump))
+            for tag, dump in dumps.items()
+        }
     return Headlines(*exp1, directions)
 
 

@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ..exp1.measure import BucketNumbers
 from ..exp2.direction import ORTHOGONAL_WITHIN, Alignment
-from .exp2 import ORTHOGONAL_COLOUR, draw_rho, rho_handles, rho_limit
+from .exp2 import ORTHOGONAL_COLOUR, draw_reference, draw_rho, rho_handles, rho_limit
 from .look import (
     MAX_NUMBERED_BUCKETS,
     MAX_TAG_LENGTH,
@@ -36,6 +36,7 @@ def draw_trajectory(
     buckets: list[list[BucketNumbers]],
     alignments: list[Alignment],
     correct_shares: Sequence[float | None],
+    references: Sequence[float | None] = (),
 ) -> Figure:
     """Unit-norm participation ratio, rho and the share of correct rollouts of each checkpoint, in the order given.
 
@@ -44,11 +45,12 @@ def draw_trajectory(
         buckets: per checkpoint, the numbers of each bucket.
         alignments: per checkpoint, that of the bucket of highest entropy.
         correct_shares: per checkpoint, of its rollouts; None where the manifest does not say.
+        references: per checkpoint, what theory fixes rho at; None where it fixes nothing.
     """
     figure = new_figure(max(16.0, 1.6 * len(subjects) + 6.0), 7.0)
     axes = figure.subplots(1, 3)
     _ratios(axes[0], buckets)
-    _rhos(axes[1], subjects, alignments)
+    _rhos(axes[1], subjects, alignments, references)
     _shares(axes[2], subjects, correct_shares)
     names = [shortened(subject.tag or subject.label, MAX_TAG_LENGTH) for subject in subjects]
     for ax in axes:
@@ -84,8 +86,9 @@ def _ratios(ax: Axes, buckets: list[list[BucketNumbers]]) -> None:
     ax.set_title("PR of unit-norm rows per bucket, 95% interval", loc="left")
 
 
-def _rhos(ax: Axes, subjects: list[Subject], alignments: list[Alignment]) -> None:
+def _rhos(ax: Axes, subjects: list[Subject], alignments: list[Alignment], references: Sequence[float | None]) -> None:
     limit = rho_limit([alignments])
+    draw_reference(ax, subjects, references)
     ax.axhspan(-ORTHOGONAL_WITHIN, ORTHOGONAL_WITHIN, color=ORTHOGONAL_COLOUR, linewidth=0, zorder=0)
     ax.axhline(0.0, color="black", linewidth=1.0, zorder=1.5)
     n_outside = sum(

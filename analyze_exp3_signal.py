@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Exp 3: which tokens carry the expected update, which its noise, and what does keeping only the top 20% do?
+
+Reads pooled dumps (`probe_grad_vectors.py --pool bucket`), a prompt at a time. Per bucket: its share of the tokens, of
+the signal (the update that prompts share, freed of noise, with its 95% interval) and of the noise; then, with the
+highest, the lowest or random tokens kept: the cosine with the full update and the prompts that a batch needs. No share
+is given where no signal is seen. Writes `exp3_summary.json`, `exp3_headline.png`, `exp3_keep_top.png` and, of three or
+more checkpoints, `exp3_trajectory.png`; tables go to stdout.
+
+The study's dumps, results in out/exp12/exp12_figures:
+    python analyze_exp3_signal.py base=out/exp12/exp3_base trained=out/exp12/exp3_trained
+
+Rules to choose tokens by, side by side: the same rollouts pooled with other --bucket-by:
+    python analyze_exp3_signal.py --output-dir out/rules entropy=out/e surprisal=out/s position=out/p random=out/r
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
+from gradprobe.common.files import make_directory, write_json
+from gradprobe.exp3.measure import measure_dumps, refusal
+from gradprobe.exp3.summary import SUMMARY, report, summary_over_targets
+from gradprobe.exp3.weights import OBJECTIVES
+from gradprobe.figures.exp3 import draw_analysis
+from gradprobe.figures.look import save, subjects_of
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dumps", nargs="+", metavar="TAG=DUMP", help="pooled dumps, with a name for each")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="D", help="made if needed (default: exp12_figures beside the first dump)"
+    )
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="dapo",
+        help="whose update: dapo, advantage over the standard deviation, all tokens alike; grpo, the same over the "
+        "response's length; dr-grpo, advantage alone; reinforce, reward alone (default: dapo)",
+    )
+    add_common_flags(parser)
+    return parser.parse_args(argv)
+
+
+@script_main
+def main(argv: list[str] | None = None) -> int:
+    """Read the dumps, measure signal and noise, then write the summary, the figures and the tables."""
+    args = parse_args(argv)
+    paths = parse_tagged_dumps(args.dumps)
+    dumps = open_dumps(paths, refusal)
+    output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
+    results, others = measure_dumps(dumps, args.objective)
+    make_directory(output_dir)
+    warn(dumps)
+
+    fingerprints = fingerprints_of(dumps)
+    summary = {
+        tag: summary_over_targets(targets, results[tag], others[tag], fingerprints[tag])
+        for tag, targets in dumps.items()
+    }
+    drawn = draw_analysis(subjects_of(first_targets(dumps)), list(summary.values()))
+
+    write_json(output_dir / SUMMARY, summary)
+    for name, figure in drawn.items():
+        save(figure, output_dir / name)
+    print(report(summary), end="\n\n")
+    print("\n".join(printable(f"wrote {output_dir / name}") for name in (SUMMARY, *drawn)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
