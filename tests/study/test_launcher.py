@@ -597,3 +597,40 @@ def test_another_scheduler_gets_the_commands(environment, tmp_path):
     assert steps(environment) == []
     assert calls(environment, ".checks") == [["probe_grad_vectors.py:nothing"]] * 6
     assert (Path(out) / "config.resolved.env").exists()
+
+
+SBATCH = r"""#!/usr/bin/env bash
+# Takes a job and never runs it: notes its name, what it waits for and its array, and gives it a number.
+printf '%s\n' "$@" | sed -n 's/^--\(job-name\|dependency\|array\)=//p' | paste -sd' ' >>"$STUB_CALLS.jobs"
+wc -l <"$STUB_CALLS.jobs"
+"""
+
+
+@pytest.mark.parametrize(
+    ("exp3", "jobs"),
+    [
+        (
+            "1",
+            "probe_base 0,1; merge_base afterok:1; probe_exp3_base 0,1 afterok:2; merge_exp3_base afterok:3; "
+            "probe_trained 0,1; merge_trained afterok:5; probe_exp3_trained 0,1 afterok:6; "
+            "merge_exp3_trained afterok:7; exp1 afterok:2:6; exp2 afterok:2:6; exp3 afterok:4:8; plot afterok:9:10:11",
+        ),
+        (
+            "0",
+            "probe_base 0,1; merge_base afterok:1; probe_trained 0,1; merge_trained afterok:3; exp1 afterok:2:4; "
+            "exp2 afterok:2:4; plot afterok:5:6",
+        ),
+    ],
+)
+def test_jobs_of_slurm_wait_for_what_they_read(environment, tmp_path, exp3, jobs):
+    write_program(tmp_path / "bin" / "sbatch", SBATCH)
+    for name in ("squeue", "scancel"):
+        write_program(tmp_path / "bin" / name, "#!/bin/sh\n")
+    result = launch(environment, LAUNCHER="slurm", EXP3=exp3)
+    assert result.returncode == 0, result.stderr
+    assert Path(environment["STUB_CALLS"] + ".jobs").read_text().splitlines() == jobs.split("; ")
+    assert "merge base: job 2, after 1\n" in result.stderr
+    if exp3 == "1":
+        assert "probe exp3_base: job 3, 2 of 2 shards (0,1), after 2\n" in result.stderr
+        command = (Path(environment["OUT_ROOT"]) / "slurm" / "probe_exp3_base.1").read_text().split("\0")
+        assert command[command.index("--rollouts") + 1] == f"{environment['OUT_ROOT']}/exp12_base"
