@@ -55,6 +55,12 @@ def model_name(path: str) -> str:
     return shortened(path if WITHIN_A_HUB.fullmatch(path) else re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path, 80)
 
 
+def named_model(tag: str, path: str) -> str:
+    """`base = Qwen2.5-1.5B`; the tag alone where it is the model's name."""
+    name = model_name(path)
+    return tag if tag == name else f"{tag} = {name}"
+
+
 def directions_statements(exp1: Summary) -> list[Statement]:
     """How many directions does the bucket of highest entropy span? A statement per tag."""
     return [Statement(tag, *_directions(numbers)) for tag, numbers in exp1.items()]
@@ -72,8 +78,8 @@ def _directions(numbers: Summary) -> tuple[str, str]:
         verdict = "fewer than random directions"
     elif interval[0] > random:
         verdict = "more than random directions"
-    said = f"{gradients} span {typeset_number(ratio, 1)} {_interval(interval, 1)} directions, where random ones"
-    said += f" of their length and dimension ({numbers['row_dim']:,}) would span {typeset_number(random, 1)}"
+    said = f"{gradients}, scaled to one length, span {typeset_number(ratio, 1)} {_interval(interval, 1)} directions;"
+    said += f" random ones in {numbers['row_dim']:,} dimensions would span {typeset_number(random, 1)}"
     return verdict, said + "".join(_comparison(other, found) for other, found in _comparisons(numbers))
 
 
@@ -188,9 +194,8 @@ def limits_of(exp1: Summary, exp2: Summary, exp3: Summary, manifests: Summary) -
         limits.append(Limit("prompts for the signal", _sentences(exp3, _prompts_of_signal)))
     limits.append(Limit("rare tokens", _sentences(exp2, _rare)))
     limits.append(Limit("on-policy?", _sentences(manifests, _policy)))
-    tests = {tag: {"on_policy": one["on_policy"]} for tag, one in exp3.items() if tag not in manifests}
-    if tests:
-        limits.append(Limit("on-policy? (Exp 3)", _sentences(tests, _policy)))
+    if exp3:
+        limits.append(Limit("on-policy? (the signal's rollouts)", _sentences(exp3, _policy)))
     looking = sorted({one["bucket_by"] for one in exp3.values() if one.get("is_chosen_by_prefix") is False})
     if looking:
         text = f"Buckets by {' and '.join(looking)} are chosen by the very tokens drawn: their scores' mean is not 0."

@@ -21,6 +21,7 @@ from .answers import (
     directions_statements,
     limits_of,
     model_name,
+    named_model,
     rho_with_interval,
     signal_statements,
 )
@@ -98,7 +99,7 @@ def render_report(
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title="How many directions, do they cancel, where does the signal sit?",
         subtitle=f"{target_name(first)}, {first['row_dim']:,} numbers a gradient: "
-        + "; ".join(f"{tag} = {model_name(numbers['model'])}" for tag, numbers in exp1.items()),
+        + "; ".join(named_model(tag, numbers["model"]) for tag, numbers in exp1.items()),
         answers=[
             Answer(
                 "How many directions do the gradients of high-entropy tokens span?",
