@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Both experiments from start to end: probe the shards of every model (one per GPU, or as many at once as the CPU
-# has cores), merge, analyse, plot.
+# The experiments from start to end: probe the shards of every model (one per GPU, or as many at once as the CPU
+# has cores), merge, probe the same rollouts again for Exp 3, merge, analyse, plot.
 #
 #     bash run_exp1_exp2.sh                     the study in config.env: by default the demo pair
 #     bash run_exp1_exp2.sh my_study.env        another file of settings
@@ -72,8 +72,25 @@ else
 fi
 figures="$OUT_ROOT/exp12_figures"
 logs="$OUT_ROOT/logs"
+# Which dumps there are of each model: OUT_ROOT/PART_TAG, of shards OUT_ROOT/PART_TAG_sN.
+parts=(exp12)
+if [[ "$EXP3" == 1 ]]; then parts+=(exp3); fi
 
-probe_command() { # tag, shard -> the array `command`
+label_of() { # part, tag: what the part's steps are called in logs and messages
+    case "$1" in
+        exp12) printf '%s' "$2" ;;
+        *) printf '%s' "$1_$2" ;;
+    esac
+}
+
+probe_command() { # part, tag, shard -> the array `command`
+    case "$1" in
+        exp12) sampling_probe_command "$2" "$3" ;;
+        exp3) pooling_probe_command "$2" "$3" ;;
+    esac
+}
+
+sampling_probe_command() { # tag, shard -> the array `command`
     command=(
         "$python" "$PROJECT/probe_grad_vectors.py"
         --model-path "${model_of[$1]}" --dataset "$DATASET" --output-dir "$OUT_ROOT/exp12_$1_s$2"
@@ -91,24 +108,74 @@ probe_command() { # tag, shard -> the array `command`
     command+=("${probe_args[@]}")
 }
 
-merge_command() { # tag -> the array `command`
-    command=("$python" "$PROJECT/merge_grad_vector_shards.py" "$OUT_ROOT/exp12_$1")
-    local shard
-    for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do command+=("$OUT_ROOT/exp12_$1_s$shard"); done
+pooling_probe_command() { # tag, shard -> the array `command`, which reads the rollouts of the merged dump
+    pooling_command "$1"
+    command+=(
+        --rollouts "$OUT_ROOT/exp12_$1" --output-dir "$OUT_ROOT/exp3_$1_s$2"
+        --shard-index "$2" --num-shards "$SHARDS_PER_MODEL"
+    )
 }
 
-analysis_command() { # script -> the array `command`
-    command=("$python" "$PROJECT/$1" --output-dir "$figures")
-    local tag
-    for tag in "${tags[@]}"; do command+=("$tag=$OUT_ROOT/exp12_$tag"); done
+pooling_command() { # tag -> the array `command`: Exp 3's probe, but not of what
+    local kept_args
+    keep_probe_args
+    command=(
+        "$python" "$PROJECT/probe_grad_vectors.py"
+        --model-path "${model_of[$1]}" --pool bucket --bins "$EXP3_BINS" --project "$EXP3_PROJECT"
+        --param-suffix "${EXP3_PARAM_SUFFIX:-$PARAM_SUFFIX}" --seed "$SEED" --device "$device" --dtype "$DTYPE"
+    )
+    if [[ -n "$EXP3_LAYER$LAYER" ]]; then command+=(--layer "${EXP3_LAYER:-$LAYER}"); fi
+    command+=("${kept_args[@]}")
 }
+
+keep_probe_args() { # -> kept_args: those of probe_args that say which model, which weights and how to compute
+    local with_value="--revision --adapter --device-map --max-memory --offload-dir --attention --batch-tokens"
+    local alone="--trust-remote-code --overwrite --quiet --verbose -q -v" word is_value_kept=0
+    with_value+=" --seed --device --dtype" # which win over SEED, DEVICE and DTYPE
+    if [[ -z "$EXP3_LAYER" ]]; then with_value+=" --layer"; fi
+    if [[ -z "$EXP3_PARAM_SUFFIX" ]]; then with_value+=" --param-suffix"; fi
+    kept_args=()
+    for word in "${probe_args[@]}"; do
+        if ((is_value_kept)); then
+            kept_args+=("$word")
+            is_value_kept=0
+        elif [[ " $with_value " == *" ${word%%=*} "* ]]; then
+            kept_args+=("$word")
+            [[ "$word" == *=* ]] || is_value_kept=1
+        elif [[ " $alone " == *" $word "* ]]; then
+            kept_args+=("$word")
+        fi
+    done
+}
+
+merge_command() { # part, tag -> the array `command`
+    local shard merged="$OUT_ROOT/$1_$2"
+    command=("$python" "$PROJECT/merge_grad_vector_shards.py" "$merged")
+    for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do command+=("${merged}_s$shard"); done
+}
+
+analysis_command() { # script, part, flags -> the array `command`
+    command=("$python" "$PROJECT/$1" --output-dir "$figures" "${@:3}")
+    local tag
+    for tag in "${tags[@]}"; do command+=("$tag=$OUT_ROOT/$2_$tag"); done
+}
+
+experiment_command() { # number -> the array `command`
+    case "$1" in
+        1) analysis_command analyze_exp1_compression.py exp12 ;;
+        2) analysis_command analyze_exp2_direction.py exp12 ;;
+        3) analysis_command analyze_exp3_signal.py exp3 --objective "$EXP3_OBJECTIVE" ;;
+    esac
+}
+experiments=(1 2)
+if [[ "$EXP3" == 1 ]]; then experiments+=(3); fi
 
 plot_command() { # -> the array `command`
     if [[ "${tags[*]}" == "base trained" ]]; then
         command=("$python" "$PROJECT/plot_exp12_intuitive.py" --output-dir "$figures")
         command+=(--base "$OUT_ROOT/exp12_base" --trained "$OUT_ROOT/exp12_trained")
     else
-        analysis_command plot_exp12_intuitive.py
+        analysis_command plot_exp12_intuitive.py exp12
     fi
 }
 
@@ -118,18 +185,21 @@ print_command() {
 }
 
 print_plan() {
-    local tag shard processors="$device${gpus[*]:+ ${gpus[*]}}"
+    local part tag shard number processors="$device${gpus[*]:+ ${gpus[*]}}"
     if [[ "$LAUNCHER" == slurm ]]; then
         printf '# %d shards, through Slurm, on %s\n' "$n_jobs" "$processors"
     else
         printf '# %d shards, %d at once, on %s\n' "$n_jobs" "$((n_slots < n_jobs ? n_slots : n_jobs))" "$processors"
     fi
-    for tag in "${tags[@]}"; do
-        for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do probe_command "$tag" "$shard" && print_command; done
+    for part in "${parts[@]}"; do
+        for tag in "${tags[@]}"; do
+            for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
+                probe_command "$part" "$tag" "$shard" && print_command
+            done
+        done
+        for tag in "${tags[@]}"; do merge_command "$part" "$tag" && print_command; done
     done
-    for tag in "${tags[@]}"; do merge_command "$tag" && print_command; done
-    analysis_command analyze_exp1_compression.py && print_command
-    analysis_command analyze_exp2_direction.py && print_command
+    for number in "${experiments[@]}"; do experiment_command "$number" && print_command; done
     plot_command && print_command
 }
 
@@ -249,46 +319,57 @@ if [[ "$LAUNCHER" == slurm ]]; then
     exit
 fi
 
-began=$SECONDS
-freed_slot=""
-free_slots=()
-for ((slot = 0; slot < n_slots; slot++)); do free_slots+=("$slot"); done
-for tag in "${tags[@]}"; do
-    for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
-        if ((${#free_slots[@]} == 0)); then
-            finish_one
-            free_slots=("$freed_slot")
-        fi
-        slot="${free_slots[0]}"
-        free_slots=("${free_slots[@]:1}")
-        probe_command "$tag" "$shard"
-        if [[ "$device" == cuda ]]; then
-            where=(env "CUDA_VISIBLE_DEVICES=${gpus[$slot]}")
-            say "probe $tag shard $shard: started on GPU ${gpus[$slot]}"
-        else
-            with_threads "$threads"
-            say "probe $tag shard $shard: started on the CPU, $threads threads"
-        fi
-        start "probe $tag shard $shard" "$logs/${tag}_s$shard.log" "$slot" "${where[@]}" "${command[@]}"
+run_probes() { # part: the shards of every model, as many at once as there are slots
+    local began=$SECONDS freed_slot="" free_slots=() slot tag shard label
+    for ((slot = 0; slot < n_slots; slot++)); do free_slots+=("$slot"); done
+    for tag in "${tags[@]}"; do
+        label="$(label_of "$1" "$tag")"
+        for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
+            if ((${#free_slots[@]} == 0)); then
+                finish_one
+                free_slots=("$freed_slot")
+            fi
+            slot="${free_slots[0]}"
+            free_slots=("${free_slots[@]:1}")
+            probe_command "$1" "$tag" "$shard"
+            if [[ "$device" == cuda ]]; then
+                where=(env "CUDA_VISIBLE_DEVICES=${gpus[$slot]}")
+                say "probe $label shard $shard: started on GPU ${gpus[$slot]}"
+            else
+                with_threads "$threads"
+                say "probe $label shard $shard: started on the CPU, $threads threads"
+            fi
+            start "probe $label shard $shard" "$logs/${label}_s$shard.log" "$slot" "${where[@]}" "${command[@]}"
+        done
     done
-done
-while ((${#name_of[@]} > 0)); do finish_one; done
-say "all shards: $((SECONDS - began)) s"
+    while ((${#name_of[@]} > 0)); do finish_one; done
+    say "all shards of $1: $((SECONDS - began)) s"
+}
 
-for tag in "${tags[@]}"; do
-    merge_command "$tag"
-    run_step "merge $tag" "$logs/merge_$tag.log" "${command[@]}"
+run_merges() { # part
+    local tag label
+    for tag in "${tags[@]}"; do
+        label="$(label_of "$1" "$tag")"
+        merge_command "$1" "$tag"
+        run_step "merge $label" "$logs/merge_$label.log" "${command[@]}"
+    done
+}
+
+began=$SECONDS
+for part in "${parts[@]}"; do
+    run_probes "$part"
+    run_merges "$part"
 done
-analysis_command analyze_exp1_compression.py
-run_analysis "experiment 1" exp1.txt "${command[@]}"
-analysis_command analyze_exp2_direction.py
-run_analysis "experiment 2" exp2.txt "${command[@]}"
+for number in "${experiments[@]}"; do
+    experiment_command "$number"
+    run_analysis "experiment $number" "exp$number.txt" "${command[@]}"
+done
 plot_command
 run_analysis "plots" plot.txt "${command[@]}"
 say "everything: $((SECONDS - began)) s"
 
 {
-    cat -- "$figures/exp1.txt" "$figures/exp2.txt"
+    for number in "${experiments[@]}"; do cat -- "$figures/exp$number.txt"; done
     printf '\nFigures:\n'
     printf '  %s\n' "$figures"/*.png
     printf 'All of it on one page:\n  %s\n' "$figures/report.html"

@@ -38,8 +38,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
+from gradprobe.gradients.chosen import Chosen  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
-from gradprobe.gradients.targets import Target  # noqa: E402
+from gradprobe.gradients.targets import Projection, Target, expand_projected  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
 from gradprobe.probe.settings import BATCH_TOKENS  # noqa: E402
@@ -367,6 +368,41 @@ def compare_targets(
     results["many_targets_ratio"] = spread(ratios)
 
 
+def compare_pooled(
+    bench: Bench, results: dict[str, Any], responses: list[list[int]], entropies: list[np.ndarray]
+) -> None:
+    """Picked tokens against all tokens pooled by bucket, and all linear weights, by tokens covered per second."""
+    layer = len(layer_list(bench.model)[1]) // 2
+    edges = fit_edges(np.concatenate(entropies), BINS)
+    buckets = [bucket_of(e, edges) for e in entropies]
+    picked = [Chosen.each(positions) for positions in choose(entropies)]
+    pooled = [Chosen.pooled(of_rollout) for of_rollout in buckets]
+    row, projection = [Target(layer, SUFFIX, 0)], Projection(16, 16, 0)
+    (projected,) = expand_projected(bench.model, str(layer), SUFFIX, projection)
+    (network,) = expand_projected(bench.model, "all", "all-linear", projection)
+    ways = {
+        "picked tokens, one row": (row, picked),
+        "pooled, one row": (row, pooled),
+        "pooled, one weight 16x16": ([projected], pooled),
+        "pooled, all-linear 16x16": ([network], pooled),
+    }
+    prompts = repeated(bench)[: len(responses)]
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(bench.args.repeats):
+        for name, (targets, chosen) in ways.items():
+            batches = GradientEngine(bench.model, targets).batches(prompts, responses, chosen, bench.args.batch_tokens)
+            elapsed, _ = bench.seconds(name, lambda batches=batches: sum(len(k) for _, k, _ in batches))
+            rates[name].append(sum(len(one.positions) for one in chosen) / elapsed)
+    for name, (_, chosen) in ways.items():
+        show(f"{name}, tokens covered", spread(rates[name]), "tokens/s")
+        n_tokens = sum(len(one.positions) for one in chosen)
+        show("  seconds per rollout", spread([n_tokens / rate / len(responses) for rate in rates[name]]), "s")
+    ratios = [b / a for a, b in zip(rates["picked tokens, one row"], rates["pooled, one row"], strict=True)]
+    show("  pooled : picked, one row", spread(ratios), "× the tokens a second")
+    results["tokens_covered_per_s"] = {name: spread(values) for name, values in rates.items()}
+    results["pooled_ratio"] = spread(ratios)
+
+
 def scaling_tables(
     bench: Bench, results: dict[str, Any], responses: list[list[int]], entropies: list[np.ndarray]
 ) -> None:
@@ -422,6 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     compare_gradients(bench, results, responses, positions, ceiling)
     if not args.skip_scaling:
         compare_targets(bench, results, responses, positions)
+        compare_pooled(bench, results, responses, entropies)
         scaling_tables(bench, results, responses, entropies)
     results["peak_bytes"] = bench.peak_bytes
     for name, n_bytes in bench.peak_bytes.items():

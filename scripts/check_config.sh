@@ -5,7 +5,7 @@
 declare -a tags=() gpus=()           # the models' tags in their order; the GPUs' numbers, none: on the CPU
 declare -a probe_args=()             # the words of PROBE_ARGS
 declare -A model_of=()               # by tag
-declare -A bytes_of=() targets_of=() # by tag: what one shard takes at most, and how many dumps it has
+declare -A bytes_of=() targets_of=() # by part and tag: what one shard takes at most, and how many dumps it has
 nearest_parent=""                    # of OUT_ROOT, which may have to be made
 problems=()
 
@@ -38,6 +38,11 @@ check_choices() {
     [[ "$DTYPE" =~ ^(auto|bfloat16|float32)$ ]] || problem_with DTYPE "must be auto, bfloat16 or float32"
     [[ "$DRY_RUN" =~ ^[01]$ ]] || problem_with DRY_RUN "must be 0 or 1"
     [[ "$CHAT_TEMPLATE" =~ ^[01]$ ]] || problem_with CHAT_TEMPLATE "must be 0 or 1"
+    [[ "$EXP3" =~ ^[01]$ ]] || problem_with EXP3 "must be 0 or 1"
+    [[ "$EXP3_PROJECT" =~ ^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$ ]] ||
+        problem_with EXP3_PROJECT "must be rows x columns, like 16x16"
+    [[ "$EXP3_OBJECTIVE" =~ ^(dapo|grpo|dr-grpo|reinforce)$ ]] ||
+        problem_with EXP3_OBJECTIVE "must be dapo, grpo, dr-grpo or reinforce"
     # shellcheck disable=SC2034,SC2153
     read -r -d '' -a probe_args <<<"$PROBE_ARGS" || true # no delimiter is there to be found
     [[ "$LAUNCHER" =~ ^(local|slurm)$ ]] || problem_with LAUNCHER "must be local or slurm"
@@ -53,6 +58,7 @@ check_numbers() {
     local name
     for name in SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES MAX_NEW_TOKENS; do check_whole_number "$name" 1; done
     check_whole_number BINS 2
+    check_whole_number EXP3_BINS 2
     check_whole_number POS_PER_BIN_PER_ROLLOUT 0
     check_whole_number SEED 0
     if ((${#problems[@]} == 0 && SHARDS_PER_MODEL > NUM_PROMPTS)); then
@@ -117,6 +123,8 @@ check_names_of_dumps() { # exp12_a_s0 would be both the merged dump of a_s0 and 
     for tag in "${tags[@]}"; do
         if [[ "$tag" == figures || ("$tag" =~ ^(.+)_s[0-9]+$ && -n "${model_of[${BASH_REMATCH[1]}]-}") ]]; then
             problems+=("MODELS: tag $tag: exp12_$tag is the name of another directory of the study; choose another tag")
+        elif [[ "$tag" == exp3_* && -n "${model_of[${tag#exp3_}]-}" ]]; then
+            problems+=("MODELS: tag $tag: its logs would be those of Exp 3 of ${tag#exp3_}; choose another tag")
         fi
     done
 }
@@ -175,51 +183,86 @@ read_gpus() { # GPUS, or what nvidia-smi lists -> gpus; none for the CPU and whe
 
 # ---- what the probe can tell ---------------------------------------------------------------------------------------
 
-ask_probe() { # an empty directory: the first shard of every model, checked without loading weights -> its answers
-    local tag n_started=0 elsewhere=()
+ask_probe() { # an empty directory: the probes of every model, checked without loading weights -> its answers
+    local part tag n_started=0 elsewhere=()
     # Where jobs are submitted there may be no GPU, and what it would change is no other setting: so nothing is
     # compared with dumps that are there. The probe does so on its node.
     if [[ "$LAUNCHER" == slurm ]]; then elsewhere=(--device cpu --output-dir "$1/nothing"); fi
     with_threads 1
-    for tag in "${tags[@]}"; do
-        if ((n_started++ >= n_cores)); then wait_for_one; fi
-        probe_command "$tag" 0
-        start "$tag" "$1/check_$tag" 0 "${where[@]}" "${command[@]}" "${elsewhere[@]}" --check-only
+    for part in "${parts[@]}"; do
+        for tag in "${tags[@]}"; do
+            if ((n_started++ >= n_cores)); then wait_for_one; fi
+            question "$part" "$tag" "$1"
+            start "$part $tag" "$1/${part}_$tag" 0 "${where[@]}" "${command[@]}" "${elsewhere[@]}" --check-only
+        done
     done
     while ((${#name_of[@]} > 0)); do wait_for_one; done
 }
 
-check_models() { # the directory of answers -> bytes_of and targets_of each model's shard
-    local tag answer line
-    local -A tags_with=()
-    for tag in "${tags[@]}"; do
-        answer="$(<"$1/check_$tag")"
-        if [[ "$answer" =~ \"bytes_at_most\":\ *([0-9]{1,18})[^0-9] ]]; then
-            bytes_of[$tag]="${BASH_REMATCH[1]}"
-            targets_of[$tag]=1
-            if [[ "$answer" =~ \"targets\":\ *([0-9]{1,9})[^0-9] ]]; then targets_of[$tag]="${BASH_REMATCH[1]}"; fi
-            continue
-        fi
-        answer="$(printable <<<"$answer")"
-        line="$(grep '^error: ' <<<"$answer" || tail -n 1 <<<"$answer")"
-        tags_with[${line:-no answer}]+=" $tag" # one that several models have is said once
+question() { # part, tag, a directory that stays empty -> the array `command`: what the probe is asked about
+    if [[ "$1" == exp12 ]]; then
+        probe_command "$1" "$2" 0
+    else
+        # The rollouts that Exp 3 reads don't exist yet. Model, weights and projection can be judged without them, and
+        # the most that one rollout takes, for which any problem stands in; nothing is compared with dumps that are
+        # there.
+        pooling_command "$2"
+        command+=(
+            --num-prompts 1 --num-samples 1 --max-new-tokens "$MAX_NEW_TOKENS"
+            --shard-index 0 --num-shards 1 --output-dir "$3/new/$1_$2"
+        )
+    fi
+}
+
+check_models() { # the directory of answers -> bytes_of and targets_of each model's shards
+    local part tag answer line n_prompts bytes
+    local -A tags_with=() said=()
+    n_prompts=$(((NUM_PROMPTS + SHARDS_PER_MODEL - 1) / SHARDS_PER_MODEL)) # of the largest shard
+    for part in "${parts[@]}"; do
+        for tag in "${tags[@]}"; do
+            answer="$(<"$1/${part}_$tag")"
+            if [[ "$answer" =~ \"bytes_at_most\":\ *([0-9]{1,18})[^0-9] ]]; then
+                bytes="${BASH_REMATCH[1]}"
+                if [[ "$part" == exp3 ]]; then bytes="$(at_most $((n_prompts * NUM_SAMPLES)) "$bytes")"; fi
+                bytes_of[$part $tag]="$bytes"
+                targets_of[$part $tag]=1
+                if [[ "$answer" =~ \"targets\":\ *([0-9]{1,9})[^0-9] ]]; then
+                    targets_of[$part $tag]="${BASH_REMATCH[1]}"
+                fi
+                continue
+            fi
+            answer="$(printable <<<"$answer")"
+            line="$(grep '^error: ' <<<"$answer" || tail -n 1 <<<"$answer")"
+            line="${line#error: }"
+            # What several models or both probes of one model complain of is said once.
+            [[ "${said[$tag]-}" != "$line" ]] || continue
+            said[$tag]="$line"
+            if [[ "$part" == exp3 ]]; then line="Exp 3: $line"; fi
+            tags_with[${line:-no answer}]+=" $tag"
+        done
     done
     for line in "${!tags_with[@]}"; do
-        problems+=("${line#error: } (model:${tags_with[$line]})")
+        problems+=("$line (model:${tags_with[$line]})")
     done
     refuse_problems
 }
 
+at_most() { # rollouts, bytes of one -> bytes of all; a pebibyte stands for more, so that sums can still be told
+    if (($2 > 2 ** 50 / $1)); then printf '%d' $((2 ** 50)); else printf '%d' $(($1 * $2)); fi
+}
+
 check_disk_space() { # gradients of shards and their merged copies, less what is there already
-    local tag shard dump need=0 bytes there block_size blocks free
-    for tag in "${tags[@]}"; do
-        bytes="${bytes_of[$tag]}"
-        for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
-            dump="$OUT_ROOT/exp12_${tag}_s$shard"
-            there="$(bytes_in "$dump")"
-            if ! is_finished "$dump" "${targets_of[$tag]}" && ((there < bytes)); then ((need += bytes - there)); fi
+    local part tag shard merged dump need=0 bytes n_targets there block_size blocks free
+    for part in "${parts[@]}"; do
+        for tag in "${tags[@]}"; do
+            bytes="${bytes_of[$part $tag]}" n_targets="${targets_of[$part $tag]}" merged="$OUT_ROOT/${part}_$tag"
+            for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
+                dump="${merged}_s$shard"
+                there="$(bytes_in "$dump")"
+                if ! is_finished "$dump" "$n_targets" && ((there < bytes)); then ((need += bytes - there)); fi
+            done
+            if ! is_finished "$merged" "$n_targets"; then ((need += SHARDS_PER_MODEL * bytes)); fi
         done
-        if ! is_finished "$OUT_ROOT/exp12_$tag" "${targets_of[$tag]}"; then ((need += SHARDS_PER_MODEL * bytes)); fi
     done
     read -r blocks block_size < <(stat --file-system --format '%a %S' -- "$nearest_parent")
     free=$((blocks * block_size))

@@ -1,10 +1,11 @@
 # Sourced by run_exp1_exp2.sh where LAUNCHER=slurm: the chain as jobs of Slurm that wait for each other
-# (docs/cluster.md). The shards of each model are one job array; the model's merge waits for all of them, the analyses
-# for all merges, the plots for both analyses. What is done is not submitted. Each job runs scripts/slurm_step.sh.
+# (docs/cluster.md). The shards of each model are one job array; the model's merge waits for all of them, Exp 3's array
+# for that merge, the analyses for all merges, the plots for the analyses. What is done is not submitted. Each job runs
+# scripts/slurm_step.sh.
 # shellcheck shell=bash
 #
 # From run_exp1_exp2.sh: PROJECT DATASET OUT_ROOT SHARDS_PER_MODEL SLURM_ARGS SLURM_PROBE_ARGS SLURM_ANALYSIS_ARGS
-# python figures logs tags model_of, die, say, and the functions that set the array `command`.
+# python figures logs tags model_of parts experiments, die, say, label_of, and the functions that set the array `command`.
 # shellcheck disable=SC2154
 
 slurm_dir="$OUT_ROOT/slurm" # each step's command (scripts/slurm_step.sh), and `jobs`: "ID STEP" of what was submitted
@@ -16,14 +17,16 @@ submit_chain() {
     mkdir -p -- "$slurm_dir"
     refuse_if_queued
     : >"$slurm_dir/jobs"
-    local tag merges=()
+    local part tag
+    local -A merges_of=() # by part: ids of the jobs, with blanks between them
     for tag in "${tags[@]}"; do
         after=()
-        submit_probes "$tag"
-        submit_merge "$tag"
-        merges+=("${after[@]}")
+        for part in "${parts[@]}"; do # what is made of the merged dump of one part is the next one's input
+            submit_probes "$part" "$tag"
+            submit_merge "$part" "$tag"
+            merges_of[$part]+=" ${after[*]}"
+        done
     done
-    after=("${merges[@]}")
     submit_analyses
     print_jobs
 }
@@ -42,48 +45,56 @@ refuse_if_queued() { # two submissions of one study would write the same files
 
 # ---- steps ------------------------------------------------------------------------------------------------------
 
-submit_probes() { # tag: an array of its shards that aren't done -> after
-    local shard dump missing=() inputs=() indexes
-    if [[ -e "${model_of[$1]}" ]]; then inputs+=("${model_of[$1]}"); fi # else a name on the Hub
-    if [[ -e "$DATASET" ]]; then inputs+=("$DATASET"); fi
+submit_probes() { # part, tag: an array of its shards that aren't done -> after
+    local shard dump missing=() inputs=() indexes label dependency=() words
+    label="$(label_of "$1" "$2")"
+    if [[ -e "${model_of[$2]}" ]]; then inputs+=("${model_of[$2]}"); fi # else a name on the Hub
+    if [[ "$1" == exp3 ]]; then
+        inputs+=("$OUT_ROOT/exp12_$2") # its rollouts
+    elif [[ -e "$DATASET" ]]; then
+        inputs+=("$DATASET")
+    fi
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
-        dump="$OUT_ROOT/exp12_$1_s$shard"
-        probe_command "$1" "$shard"
-        if is_done "probe_$1.$shard" "${inputs[@]}" "$dump" && is_sound "$dump"; then continue; fi
-        write_step "probe_$1.$shard"
+        dump="$OUT_ROOT/$1_$2_s$shard"
+        probe_command "$1" "$2" "$shard"
+        if is_done "probe_$label.$shard" "${inputs[@]}" "$dump" && is_sound "$dump"; then continue; fi
+        write_step "probe_$label.$shard"
         missing+=("$shard")
     done
     if ((${#missing[@]} == 0)); then return; fi
     indexes="$(join , "${missing[@]}")"
+    depend_on_after
     words_of "${SLURM_PROBE_ARGS:-}"
     # What a requeued shard says is added to the log of its first run.
-    submit "probe_$1" --array="$indexes" --output="$(log_pattern "$logs/$1")_s%a.log" --open-mode=append "${words[@]}"
-    say "probe $1: job $job_id, ${#missing[@]} of $SHARDS_PER_MODEL shards ($indexes)"
+    submit "probe_$label" --array="$indexes" --output="$(log_pattern "$logs/$label")_s%a.log" --open-mode=append \
+        "${dependency[@]}" "${words[@]}"
+    say "probe $label: job $job_id, ${#missing[@]} of $SHARDS_PER_MODEL shards ($indexes)${after[*]:+, after ${after[*]}}"
     after=("$job_id")
 }
 
-submit_merge() { # tag -> after
-    local shard dump="$OUT_ROOT/exp12_$1" shards=()
+submit_merge() { # part, tag -> after
+    local shard dump="$OUT_ROOT/$1_$2" shards=() label
+    label="$(label_of "$1" "$2")"
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do shards+=("${dump}_s$shard"); done
-    merge_command "$1"
-    if is_done "merge_$1.0" "${shards[@]}" "$dump" && is_sound "$dump"; then return; fi
-    submit_single "merge_$1" "$logs/merge_$1.log"
+    merge_command "$1" "$2"
+    if is_done "merge_$label.0" "${shards[@]}" "$dump" && is_sound "$dump"; then return; fi
+    submit_single "merge_$label" "$logs/merge_$label.log"
 }
 
 submit_analyses() { # and the plots
-    local tag dumps=() merges=("${after[@]}") analyses=()
-    local summaries=("$figures/exp1_summary.json" "$figures/exp2_summary.json")
-    for tag in "${tags[@]}"; do dumps+=("$OUT_ROOT/exp12_$tag"); done
-    analysis_command analyze_exp1_compression.py
-    is_done exp1.0 "${dumps[@]}" "${summaries[0]}" || submit_single exp1 "$figures/exp1.txt"
-    analyses+=("${after[@]}")
-    after=("${merges[@]}")
-    analysis_command analyze_exp2_direction.py
-    is_done exp2.0 "${dumps[@]}" "${summaries[1]}" || submit_single exp2 "$figures/exp2.txt"
-    analyses+=("${after[@]}")
+    local number tag part summary dumps summaries=() all_dumps=() analyses=()
+    for number in "${experiments[@]}"; do
+        part=exp12 dumps=() summary="$figures/exp${number}_summary.json"
+        if ((number == 3)); then part=exp3; fi
+        for tag in "${tags[@]}"; do dumps+=("$OUT_ROOT/${part}_$tag"); done
+        read -r -a after <<<"${merges_of[$part]}"
+        experiment_command "$number"
+        is_done "exp$number.0" "${dumps[@]}" "$summary" || submit_single "exp$number" "$figures/exp$number.txt"
+        analyses+=("${after[@]}") all_dumps+=("${dumps[@]}") summaries+=("$summary")
+    done
     after=("${analyses[@]}")
     plot_command
-    is_done plot.0 "${dumps[@]}" "${summaries[@]}" "$figures/plot.txt" || submit_single plot "$figures/plot.txt"
+    is_done plot.0 "${all_dumps[@]}" "${summaries[@]}" "$figures/plot.txt" || submit_single plot "$figures/plot.txt"
 }
 
 # ---- what is done -------------------------------------------------------------------------------------------------
@@ -108,16 +119,18 @@ is_sound() { # dump: finished, and nothing in it is damaged
 # ---- sbatch -------------------------------------------------------------------------------------------------------
 
 submit_single() { # step, log; the arrays `command` and `after` -> after
-    local options=() when="at once"
-    if ((${#after[@]} > 0)); then
-        options=(--dependency="afterok:$(join : "${after[@]}")")
-        when="after $(join ' ' "${after[@]}")"
-    fi
+    local dependency=() words
+    depend_on_after
     write_step "$1.0"
     words_of "${SLURM_ANALYSIS_ARGS:-}"
-    submit "$1" --output="$(log_pattern "$2")" --open-mode=truncate "${options[@]}" "${words[@]}"
-    say "${1/_/ }: job $job_id, $when"
+    submit "$1" --output="$(log_pattern "$2")" --open-mode=truncate "${dependency[@]}" "${words[@]}"
+    say "${1/_/ }: job $job_id, ${after[*]:+after }${after[*]:-at once}"
     after=("$job_id")
+}
+
+depend_on_after() { # the array `after` -> dependency: an option of sbatch, none where there is nothing to wait for
+    dependency=()
+    if ((${#after[@]} > 0)); then dependency=(--dependency="afterok:$(join : "${after[@]}")"); fi
 }
 
 submit() { # step, options of sbatch -> job_id

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 FIGURES = """exp1_cumulative_energy exp1_cross_bucket_cosine exp1_norms exp1_headline exp1_bin4_energy
-    exp2_direction_cosine_hist exp2_alignment exp2_headline""".split()
+    exp2_direction_cosine_hist exp2_alignment exp2_headline exp3_headline exp3_keep_top""".split()
+N_EXP3_BINS = 20
+SHARES = ("share_of_tokens", "signal_share", "signal_share_within_prompts", "noise_share")
+"""Of each bucket of Exp 3: parts of a whole."""
 BANDS = {
     "base accuracy": (0.28, 0.75),
     "trained accuracy": (0.50, 0.97),
@@ -45,6 +48,29 @@ def numbers_of(root: Path) -> dict[str, float]:
     return numbers
 
 
+def check_exp3(root: Path) -> None:
+    """Pooled dumps of all tokens of the very same rollouts, and shares that add up to 1 where they can be told."""
+    summary = json.loads((root / "exp12_figures" / "exp3_summary.json").read_text())
+    assert list(summary) == ["base", "trained"]
+    for tag, numbers in summary.items():
+        sampled, pooled = (
+            json.loads((root / f"{part}_{tag}" / "manifest.json").read_text()) for part in ("exp12", "exp3")
+        )
+        assert (pooled["pooling"], pooled["bins"], pooled["row_dim"]) == ("bucket", N_EXP3_BINS, 16 * 16)
+        same = ("num_rollouts", "num_prompts", "num_correct_rollouts", "num_response_tokens", "prompt_idxs", "dataset")
+        assert {key: pooled[key] for key in same} == {key: sampled[key] for key in same}
+        lines = (root / f"exp3_{tag}" / "meta.jsonl").read_text().splitlines()
+        assert sum(json.loads(line)["n_tokens"] for line in lines) == sampled["num_response_tokens"]
+        assert (numbers["bins"], numbers["n_rollouts"]) == (N_EXP3_BINS, sampled["num_rollouts"])
+        for name in SHARES:
+            shares = [bucket[name] for bucket in numbers["per_bucket"].values()]
+            values = [share["value"] if isinstance(share, dict) else share for share in shares]
+            known = [value for value in values if value is not None]
+            print(f"{tag} {name}: {f'{sum(known):.9f} in all' if known else 'not told'}")
+            assert len(values) == N_EXP3_BINS
+            assert not known or (len(known) == N_EXP3_BINS and abs(sum(known) - 1) < 1e-6), (tag, name, values)
+
+
 def main(root: Path) -> int:
     """Check files and bands."""
     for name in FIGURES:
@@ -52,8 +78,9 @@ def main(root: Path) -> int:
         assert content.startswith(b"\x89PNG"), name
         assert len(content) > 20_000, name
     assert (root / "exp12_figures" / "report.html").stat().st_size > 500_000
-    for name in ("exp1.txt", "exp2.txt", "plot.txt"):
+    for name in ("exp1.txt", "exp2.txt", "exp3.txt", "plot.txt"):
         assert (root / "exp12_figures" / name).stat().st_size > 200, name
+    check_exp3(root)
     outside = 0
     for name, value in numbers_of(root).items():
         low, high = BANDS[name]

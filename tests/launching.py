@@ -14,10 +14,11 @@ STUB = r"""#!/usr/bin/env bash
 set -u
 arguments=("$@")
 script="$(basename "$1")"; shift
-output=""; shard=""; check=""
+output=""; shard=""; check=""; bytes="$STUB_BYTES"
 [[ "$script" != merge* ]] || output="$1"
 while (($#)); do
-    case "$1" in --output-dir) output="$2" ;; --shard-index) shard="$2" ;; --check-only) check=1 ;; esac
+    case "$1" in --output-dir) output="$2" ;; --shard-index) shard="$2" ;; --check-only) check=1 ;;
+        --pool) bytes="$STUB_BYTES_POOLED" ;; esac
     shift
 done
 step="$script${shard:+:$(basename "$output")}"
@@ -25,7 +26,7 @@ if [[ -n "$check" ]]; then
     printf '%s\n' "$step" >>"$STUB_CALLS.checks"
     case " $STUB_REFUSE " in *" $step "*) printf 'error: --layer 99: the model has 2 layers\n' >&2; exit 2 ;; esac
     printf 'a warning of some library\n' >&2
-    printf '{"bytes_at_most": %s, "positions_at_most": 10, "row_dims": [8], "targets": 1}\n' "$STUB_BYTES"
+    printf '{"bytes_at_most": %s, "positions_at_most": 10, "row_dims": [8], "targets": 1}\n' "$bytes"
     exit 0
 fi
 printf '%s\t%s\t%s\n' "$step" "${CUDA_VISIBLE_DEVICES-}" "${OMP_NUM_THREADS-}" >>"$STUB_CALLS"
@@ -48,9 +49,13 @@ fi
 NVIDIA_SMI = "#!/usr/bin/env bash\nprintf '%s\\n' $STUB_GPUS\n"
 SETTINGS = (
     "BASE_MODEL TRAINED_MODEL MODELS DATASET OUT_ROOT GPUS SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES MAX_NEW_TOKENS "
-    "TEMPERATURE LAYER PARAM_SUFFIX ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT SEED DTYPE DEVICE LAUNCHER PYTHON DRY_RUN"
+    "TEMPERATURE LAYER PARAM_SUFFIX ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT SEED DTYPE DEVICE LAUNCHER PYTHON DRY_RUN "
+    "EXP3 EXP3_BINS EXP3_PROJECT EXP3_PARAM_SUFFIX EXP3_LAYER EXP3_OBJECTIVE"
 ).split()
-PROBES = [f"probe_grad_vectors.py:exp12_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1)]
+PROBES, POOLED_PROBES = (
+    [f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1)]
+    for part in ("exp12", "exp3")
+)
 
 
 def write_program(file: Path, text: str) -> None:
@@ -78,6 +83,7 @@ def stub_environment(directory: Path) -> dict[str, str]:
         "STUB_DEAF": "",
         "STUB_REFUSE": "",
         "STUB_BYTES": "1000",
+        "STUB_BYTES_POOLED": "1000",
         "STUB_SLEEP": "0",
         "STUB_GPUS": "",
     }

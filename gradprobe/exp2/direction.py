@@ -17,14 +17,13 @@ from scipy.special import ndtr, stdtrit
 
 from ..analysis.bucket import Bucket, to_device
 from ..dump.blocks import read_rows
+from ..dump.on_policy import MIN_RARE_TOKENS
 
 MIN_TOKENS_OF_EACH_KIND = 2
 MIN_TOKENS_TO_SPLIT = 4
 MIN_ROLLOUTS_OF_EACH_KIND = 2
 ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED = "aligned", "opposed", "orthogonal", "underpowered"
 UNSAMPLED = "unsampled"
-MIN_RARE_TOKENS = 30
-"""Fewer to be expected behind a mean gradient, and it may rest on what did not come up: no interval knows that."""
 ORTHOGONAL_WITHIN = 0.25
 POWER_FACTOR = 2.8
 """Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""

@@ -27,6 +27,7 @@ from ..analysis.jackknife import (
     z_of,
 )
 from ..analysis.pooled import Pooled
+from ..dump.on_policy import MIN_RARE_TOKENS
 from .tables import Moments, PromptTables, moments_of, prompt_tables
 
 SEEN, UNDERPOWERED = "seen", "underpowered"
@@ -57,7 +58,8 @@ class ScoreMean:
 
     Attributes:
         share_of_energy: Σ_p ‖E G_b‖², from pairs of different rollouts of a prompt, over Σ_p E ‖G_b‖².
-        z: the numerator in standard errors, over prompts.
+        z: the numerator in standard errors, over prompts; None where fewer than 30 rare tokens were to be expected, as
+            what did not come up would have made the mean 0.
     """
 
     share_of_energy: float | None
@@ -229,15 +231,16 @@ def _bucket(
 ) -> BucketSignal:
     only = np.eye(pooled.n_buckets)[index]
     kept = kept_tokens(moments, tokens, only)
+    n_rare = None if pooled.rare is None else float(pooled.rare[pooled.bucket == index].sum())
     return BucketSignal(
         share_of_tokens=kept.share_of_tokens,
-        n_rare=None if pooled.rare is None else float(pooled.rare[pooled.bucket == index].sum()),
+        n_rare=n_rare,
         signal_share=kept.signal_share,
         signal_share_within_prompts=_share_within(tables.within, index),
         noise_share=kept.noise_share,
         noise_scale_prompts=_noise_scale(moments, only).value,
         cosine_with_update=kept.cosine,
-        score_mean=_score_mean(tables.score_product[:, index], tables.score_energy[:, index]),
+        score_mean=_score_mean(tables.score_product[:, index], tables.score_energy[:, index], n_rare),
     )
 
 
@@ -271,11 +274,12 @@ def _share_within(within: np.ndarray, index: int) -> Estimate:
     return ratio_of(stack_of_means(within[:, index]), stack_of_means(within.sum(axis=1)))
 
 
-def _score_mean(product: np.ndarray, energy: np.ndarray) -> ScoreMean:
+def _score_mean(product: np.ndarray, energy: np.ndarray, n_rare: float | None) -> ScoreMean:
     """`product`, `energy`: [P''] of one bucket."""
     if not energy.sum() > 0:
         return ScoreMean(None, None)
-    z = z_of(stack_of_means(product)) if len(product) >= 2 else None
+    is_unsampled = n_rare is not None and n_rare < MIN_RARE_TOKENS
+    z = z_of(stack_of_means(product)) if len(product) >= 2 and not is_unsampled else None
     return ScoreMean(float(product.sum() / energy.sum()), z)
 
 

@@ -4,10 +4,11 @@ Whatever the shape, what comes out is token ids. Ids in the file are taken as th
 care: what does not come back from its ids is dropped and counted, for its tokens can't be known.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def read_rollouts(
             faults.append((completion.where, str(error)))
             continue
         if rollout is not None:
-            rollouts.append(rollout)
+            rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
     raise_folded(faults)
     if correct_above is not None and not judge.n_rewards:
         raise InputError(f"`correct_above` {correct_above:g}: {file} has no reward to hold against it")
@@ -160,6 +161,12 @@ class _Judge:
         if self.format == "trl":
             return [key for key in fields if key not in NO_REWARDS]
         return ("score",) if self.format == "verl" else ("correct", "score", "reward")
+
+    def reward(self, fields: dict[str, Any]) -> float | None:
+        """The number that a completion was rewarded with, where one and only one is known."""
+        named = [self.correct_from] if self.correct_from not in ("auto", "verifier") else self._reward_keys(fields)
+        found = [fields[key] for key in named if _is_number(fields.get(key)) and math.isfinite(fields[key])]
+        return float(found[0]) if len(found) == 1 else None
 
 
 def _is_number(value: Any) -> bool:

@@ -9,11 +9,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from launching import PROBES, calls, launch, processes_of, start_launcher, stub_environment, wait_until
+from launching import POOLED_PROBES, PROBES, calls, launch, processes_of, start_launcher, stub_environment, wait_until
 
 N_KILLS = int(os.environ.get("LAUNCHER_KILLS", "5"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-WHOLE_RUN_SECONDS = 1.7
+WHOLE_RUN_SECONDS = 2.7
 """About what a run takes, checks and all, with steps of STUB_SLEEP: kills are spread over it."""
 
 
@@ -47,5 +47,5 @@ def end_and_run_again(environment: dict[str, str], moment: float, signal_number:
     finished = [call[0] for call in calls(environment, ".finished")]
     assert len(finished) == len(set(finished)), f"{where}: a finished shard was computed again"
     dumps = {manifest.parent.name for manifest in Path(environment["OUT_ROOT"]).glob("*/manifest.json")}
-    assert dumps == {probe.partition(":")[2] for probe in PROBES}, where
+    assert dumps == {probe.partition(":")[2] for probe in (*PROBES, *POOLED_PROBES)}, where
     return cut_short, finished_before

@@ -340,7 +340,9 @@ def test_rewards_need_a_threshold(tokenizer, tmp_path):
     file = written(tmp_path, vllm_line("1+2", {"text": "3", "reward": 0.5}, {"text": "4", "reward": 1.0}))
     with pytest.raises(InputError, match=r"rollouts.jsonl:1: 'reward' is a number: `correct_above` THRESHOLD"):
         read(file, tokenizer)
-    assert [r.correct for r in read(file, tokenizer, correct_above=0.5).rollouts] == [False, True]
+    rollouts = read(file, tokenizer, correct_above=0.5).rollouts
+    assert [r.correct for r in rollouts] == [False, True]
+    assert [r.reward for r in rollouts] == [0.5, 1.0]
 
 
 def test_several_rewards_must_be_told_apart(tokenizer):

@@ -125,16 +125,16 @@ PY
 
 compare_studies() {
     local dump file
-    for dump in exp12_{base,trained}{_s0,_s1,}; do
+    for dump in exp{12,3}_{base,trained}{_s0,_s1,}; do
         for file in grads.npy meta.jsonl rollouts.jsonl; do
             cmp -- "$work/local/$dump/$file" "$work/slurm/$dump/$file" || fail "$dump/$file differs"
         done
     done
-    for file in exp1_summary.json exp2_summary.json; do
+    for file in exp{1,2,3}_summary.json; do
         cmp -- <(numbers_of "$work/local/exp12_figures/$file") <(numbers_of "$work/slurm/exp12_figures/$file") ||
             fail "$file differs"
     done
-    note "equal bytes: gradients, meta lines, rollouts of 4 shards and 2 merged dumps; equal numbers: both summaries"
+    note "equal bytes: gradients, meta lines, rollouts of 8 shards and 4 merged dumps; equal numbers: all summaries"
 }
 
 # The nodes have one CPU each; the same number of threads for each shard here needs two cores.
@@ -159,7 +159,7 @@ note "once more: nothing to submit"
 
 launch slurm NUM_SAMPLES=4
 wait_until 300 "the queue is empty" queue_is_empty
-show_jobs | tail -n 9
+show_jobs | tail -n 14
 for log in "$work"/slurm/logs/{base,trained}_s[01].log; do
     tail -n 1 -- "$log" | grep -q 'num_samples_per_prompt: 8, now 4' || fail "${log##*/}: other settings, not refused"
 done
@@ -175,7 +175,7 @@ rm -rf "$work"/slurm/exp12_trained_s[01]
 : >"$work/slurm/exp12_trained_s1"
 launch slurm
 wait_until 300 "the queue is empty" queue_is_empty
-show_jobs | tail -n 6
+show_jobs | tail -n 9
 [[ -e "$work/slurm/exp12_trained_s0/manifest.json" ]] || fail "the other element did not go on"
 rm "$work/slurm/exp12_trained_s1"
 launch slurm | tee "$work/again"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from launching import (
+    POOLED_PROBES,
     PROBES,
     ROOT,
     calls,
@@ -25,7 +26,12 @@ from launching import (
     write_program,
 )
 
-ANALYSES = ["analyze_exp1_compression.py", "analyze_exp2_direction.py", "plot_exp12_intuitive.py"]
+ANALYSES = [
+    "analyze_exp1_compression.py",
+    "analyze_exp2_direction.py",
+    "analyze_exp3_signal.py",
+    "plot_exp12_intuitive.py",
+]
 MERGE = "merge_grad_vector_shards.py"
 AWKWARD = "a b'c\"d\ne $(touch pwned); é"
 
@@ -39,6 +45,12 @@ def arguments_of_calls(environment: dict[str, str]) -> list[str]:
     return Path(environment["STUB_CALLS"] + ".arguments").read_bytes().decode().split("\0")
 
 
+def planned(environment: dict[str, str], what: str, **settings: str) -> list[list[str]]:
+    """The words of each command of the plan that has the word `what` in it."""
+    lines = launch(environment, DRY_RUN="1", **settings).stdout.splitlines()[1:]
+    return [words for words in map(shlex.split, lines) if what in words]
+
+
 # ---- the chain -------------------------------------------------------------------------------------------------------
 
 
@@ -47,8 +59,67 @@ def test_the_chain_runs_in_order(environment):
     assert result.returncode == 0, result.stderr
     ran = steps(environment)
     assert sorted(ran[:4]) == PROBES
-    assert ran[4:] == [MERGE, MERGE, *ANALYSES]
-    assert "this is analyze_exp2_direction.py" in result.stdout
+    assert ran[4:6] == [MERGE, MERGE]
+    assert sorted(ran[6:10]) == POOLED_PROBES
+    assert ran[10:] == [MERGE, MERGE, *ANALYSES]
+    assert all(f"this is {script}" in result.stdout for script in ANALYSES[:3])
+    assert (Path(environment["OUT_ROOT"]) / "exp12_figures" / "exp3.txt").is_file()
+    for label in ("exp3_base", "exp3_trained"):
+        assert re.search(rf"^\S+  probe {label} shard 1: done in \d+ s$", result.stderr, re.MULTILINE)
+        assert re.search(rf"^\S+  merge {label}: done in \d+ s$", result.stderr, re.MULTILINE)
+
+
+def test_exp3_can_be_left_out(environment):
+    result = launch(environment, EXP3="0", STUB_BYTES_POOLED=str(2**50))
+    assert result.returncode == 0, result.stderr
+    ran = steps(environment)
+    assert sorted(ran[:4]) == PROBES
+    assert ran[4:] == [MERGE, MERGE, ANALYSES[0], ANALYSES[1], ANALYSES[3]]
+    assert "probe exp3" not in result.stderr
+    assert "analyze_exp3" not in result.stdout
+    assert not list(Path(environment["OUT_ROOT"]).rglob("exp3*"))
+    assert sorted(calls(environment, ".checks")) == [[PROBES[0]], [PROBES[2]]]
+
+
+def test_exp3_probes_the_merged_dumps_rollouts(environment):
+    out = environment["OUT_ROOT"]
+    settings = {"EXP3_BINS": "12", "EXP3_PROJECT": "8x4", "SEED": "3", "PARAM_SUFFIX": "a,b", "LAYER": "1,2"}
+    probes = planned(environment, "--pool", DTYPE="float32", EXP3_OBJECTIVE="dr-grpo", **settings)
+    assert probes[3][1:] == [
+        *(str(ROOT / "probe_grad_vectors.py"), "--model-path", str(ROOT / "demo/trained"), "--pool", "bucket"),
+        *("--bins", "12", "--project", "8x4", "--param-suffix", "a,b", "--seed", "3"),
+        *("--device", "cpu", "--dtype", "float32", "--layer", "1,2", "--rollouts", f"{out}/exp12_trained"),
+        *("--output-dir", f"{out}/exp3_trained_s1", "--shard-index", "1", "--num-shards", "2"),
+    ]
+    assert len(probes) == 4
+    merges = planned(environment, str(ROOT / MERGE))
+    assert merges[2][2:] == [f"{out}/exp3_base", f"{out}/exp3_base_s0", f"{out}/exp3_base_s1"]
+    (analysis,) = planned(environment, str(ROOT / "analyze_exp3_signal.py"), EXP3_OBJECTIVE="dr-grpo")
+    dumps = [f"{tag}={out}/exp3_{tag}" for tag in ("base", "trained")]
+    assert analysis[2:] == ["--output-dir", f"{out}/exp12_figures", "--objective", "dr-grpo", *dumps]
+
+
+def test_exp3_has_a_weight_and_layer_of_its_own(environment):
+    settings = {"LAYER": "1", "EXP3_LAYER": "all", "EXP3_PARAM_SUFFIX": "all-linear", "PROBE_ARGS": "--layer 3"}
+    for words in planned(environment, "--pool", **settings):
+        assert (words.count("--layer"), words.count("--param-suffix")) == (1, 1)
+        after = dict(itertools.pairwise(words))
+        assert (after["--layer"], after["--param-suffix"]) == ("all", "all-linear")
+    assert all("--layer" not in words for words in planned(environment, "--pool"))
+
+
+def test_exp3_loads_the_same_model_and_asks_nothing_of_prompts_and_sampling(environment):
+    kept = "--revision v2 --adapter a --trust-remote-code --device-map auto --max-memory=0=70GiB --offload-dir off "
+    kept += "--device auto --attention eager --batch-tokens 512 --dtype float32 --layer 3 -q"
+    dropped = "--problem-key --answer-key=b --sampler openai --base-url http://x --verifier-seconds 3 --row-idx 7 "
+    dropped += "--correct-from reward --entropy-edges e --num-samples 4 --bins 3 --sample-rows 8 --temperature 2"
+    settings = {"CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be brief.", "PROMPT_TEMPLATE": "{problem}"}
+    settings |= {"PROBE_ARGS": f"{dropped} {kept}", "VERIFIER": "numeric"}
+    plain = planned(environment, "--pool")
+    for words, without in zip(planned(environment, "--pool", **settings), plain, strict=True):
+        place = words.index("--rollouts")
+        assert words[place - len(kept.split()) : place] == kept.split()
+        assert [word for word in words if word not in kept.split()] == [w for w in without if w not in kept.split()]
 
 
 def test_problems_verdicts_and_further_flags_reach_the_probe(environment):
@@ -67,7 +138,7 @@ def test_one_shard_per_gpu(environment):
     result = launch(environment, DEVICE="auto", GPUS="3,5", SHARDS_PER_MODEL="3", STUB_GPUS="0 1 2 3 4 5")
     assert result.returncode == 0, result.stderr
     probes = [call for call in calls(environment) if call[0].startswith("probe")]
-    assert len(probes) == 6
+    assert len(probes) == 12
     assert {call[1] for call in probes} == {"3", "5"}
 
 
@@ -90,11 +161,16 @@ def test_any_number_of_models(environment, tags):
     result = launch(environment, MODELS=f"  {models}\n")
     assert result.returncode == 0, result.stderr
     ran = steps(environment)
-    assert sorted(ran[: 2 * len(tags)]) == sorted(f"probe_grad_vectors.py:exp12_{t}_s{i}" for t in tags for i in (0, 1))
-    assert ran[2 * len(tags) :] == [MERGE] * len(tags) + ANALYSES
+    of_part, merges = 2 * len(tags), [MERGE] * len(tags)
+    for number, part in enumerate(("exp12", "exp3")):
+        begin = number * (of_part + len(tags))
+        probes = sorted(f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in tags for i in (0, 1))
+        assert sorted(ran[begin : begin + of_part]) == probes
+        assert ran[begin + of_part :][: len(tags)] == merges
+    assert ran[2 * (of_part + len(tags)) :] == ANALYSES
     merged = [f"{tag}={environment['OUT_ROOT']}/exp12_{tag}" for tag in tags]
     arguments = arguments_of_calls(environment)
-    for script in ANALYSES:
+    for script in (ANALYSES[0], ANALYSES[1], ANALYSES[3]):
         call = arguments[arguments.index(str(ROOT / script)) :][: 3 + len(tags)]
         assert call == [str(ROOT / script), "--output-dir", f"{environment['OUT_ROOT']}/exp12_figures", *merged]
 
@@ -104,16 +180,17 @@ def test_base_and_trained_are_plotted_by_name(environment):
     assert re.search(r"--base \S+ \S*exp12_base --trained", plan.replace("\\ ", " ").replace("'", ""))
 
 
-def test_a_model_is_checked_once(environment):
+def test_each_probe_of_a_model_is_checked_once(environment):
     launch(environment, SHARDS_PER_MODEL="3")
     checked = [call[0] for call in calls(environment, ".checks")]
-    assert sorted(checked) == ["probe_grad_vectors.py:exp12_base_s0", "probe_grad_vectors.py:exp12_trained_s0"]
+    dumps = ("exp12_base_s0", "exp12_trained_s0", "exp3_base", "exp3_trained")
+    assert sorted(checked) == [f"probe_grad_vectors.py:{name}" for name in dumps]
 
 
 # ---- failures and interruptions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", ["probe_grad_vectors.py:exp12_trained_s0", "analyze_exp2_direction.py"])
+@pytest.mark.parametrize("failing", [PROBES[2], POOLED_PROBES[1], "analyze_exp2_direction.py"])
 def test_a_failing_step_is_named_with_its_log_and_stops_the_run(environment, failing):
     result = launch(environment, STUB_FAIL=failing)
     assert result.returncode == 1
@@ -140,9 +217,20 @@ def test_a_second_run_continues_and_keeps_the_first_log(environment):
     result = launch(environment)
     assert result.returncode == 0, result.stderr
     finished = [call[0] for call in calls(environment, ".finished")]
-    assert sorted(finished) == PROBES, "each shard is computed once over both runs"
+    assert sorted(finished) == PROBES + POOLED_PROBES, "each shard is computed once over both runs"
     log = (Path(environment["OUT_ROOT"]) / "logs" / "base_s0.log").read_text()
     assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", log, re.DOTALL)
+
+
+def test_a_second_run_continues_amid_exp3(environment):
+    assert launch(environment, STUB_FAIL=POOLED_PROBES[3]).returncode == 1
+    before = calls(environment, ".finished")
+    assert sorted(call[0] for call in before if call[0] in PROBES) == PROBES
+    result = launch(environment)
+    assert result.returncode == 0, result.stderr
+    finished = [call[0] for call in calls(environment, ".finished")]
+    assert sorted(finished) == PROBES + POOLED_PROBES
+    assert "==== " in (Path(environment["OUT_ROOT"]) / "logs" / "exp3_trained_s1.log").read_text()
 
 
 def test_the_tail_of_a_log_is_of_this_run(environment):
@@ -214,14 +302,14 @@ def test_a_full_disk_is_a_failed_step_and_the_next_run_completes(environment):
     assert processes_of(environment) == []
     result = launch(environment)
     assert result.returncode == 0, result.stderr
-    assert sorted(call[0] for call in calls(environment, ".finished")) == PROBES
+    assert sorted(call[0] for call in calls(environment, ".finished")) == PROBES + POOLED_PROBES
 
 
 def test_without_setpriv_the_chain_runs_all_the_same(environment, tmp_path):
     write_program(tmp_path / "bin" / "setpriv", "#!/bin/sh\nexit 127\n")
     result = launch(environment)
     assert result.returncode == 0, result.stderr
-    assert len(steps(environment)) == 9
+    assert len(steps(environment)) == 16
 
 
 # ---- what is refused before anything begins --------------------------------------------------------------------------
@@ -252,6 +340,11 @@ BAD_SETTINGS = [
     ({"GPUS": "0,,1"}, "GPUS=0\\,\\,1: '' is not the number of a GPU"),
     ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
     ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi does not list 8, but 0 1"),
+    ({"EXP3": "yes"}, "EXP3=yes: must be 0 or 1"),
+    ({"EXP3_BINS": "1"}, "EXP3_BINS=1: must be a whole number from 2"),
+    ({"EXP3_PROJECT": "16"}, "EXP3_PROJECT=16: must be rows x columns, like 16x16"),
+    ({"EXP3_PROJECT": "0x16"}, "EXP3_PROJECT=0x16: must be rows x columns, like 16x16"),
+    ({"EXP3_OBJECTIVE": "ppo"}, "EXP3_OBJECTIVE=ppo: must be dapo, grpo, dr-grpo or reinforce"),
     ({"DATASET": "/nowhere/problems.jsonl"}, "DATASET=/nowhere/problems.jsonl: no such file"),
     ({"CHAT_TEMPLATE": "yes"}, "CHAT_TEMPLATE=yes: must be 0 or 1"),
     ({"BASE_MODEL": "/nowhere/base"}, "model base=/nowhere/base: no such directory"),
@@ -263,12 +356,20 @@ BAD_SETTINGS = [
     ({"MODELS": "-a=x"}, "MODELS: -a=x: a tag has letters"),
     ({"MODELS": "a=x a_s0=y"}, "MODELS: tag a_s0: exp12_a_s0 is the name of another directory"),
     ({"MODELS": "figures=x"}, "MODELS: tag figures: exp12_figures is the name of another directory"),
+    ({"MODELS": "a=x exp3_a=y"}, "MODELS: tag exp3_a: its logs would be those of Exp 3 of a"),
     ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: no such program"),
     ({"OUT_ROOT": "/etc/passwd"}, "OUT_ROOT=/etc/passwd: /etc/passwd is not a directory"),
     ({"OUT_ROOT": "/etc/passwd/out"}, "OUT_ROOT=/etc/passwd/out: /etc/passwd is not a directory"),
     ({"OUT_ROOT": "/proc/out"}, "OUT_ROOT=/proc/out: "),
     ({"STUB_REFUSE": PROBES[0]}, "--layer 99: the model has 2 layers (model: base)"),
     ({"STUB_REFUSE": f"{PROBES[0]} {PROBES[2]}"}, "--layer 99: the model has 2 layers (model: base trained)"),
+    ({"STUB_REFUSE": "probe_grad_vectors.py:exp3_base"}, "Exp 3: --layer 99: the model has 2 layers (model: base)"),
+    (
+        {"STUB_REFUSE": f"{PROBES[0]} probe_grad_vectors.py:exp3_base"},
+        "error: --layer 99: the model has 2 layers (model: base)",
+    ),
+    ({"STUB_BYTES_POOLED": str(2**34)}, "up to 65536.0 GiB are needed there, "),  # a rollout: 2 models × 1024, twice
+    ({"STUB_BYTES_POOLED": str(10**18 - 1)}, "up to 8388608.0 GiB are needed there, "),
     ({"STUB_BYTES": str(2**50)}, "up to 8388608.0 GiB are needed there, "),
 ]
 
@@ -300,10 +401,10 @@ def test_all_problems_are_reported_at_once(environment):
 def test_what_is_finished_needs_no_room(environment):
     assert launch(environment).returncode == 0
     out = Path(environment["OUT_ROOT"])
-    for tag in ("base", "trained"):
-        (out / f"exp12_{tag}").mkdir()
-        (out / f"exp12_{tag}" / "manifest.json").write_text("{}")
-    assert launch(environment, STUB_BYTES=str(2**50)).returncode == 0
+    for dump in ("exp12_base", "exp12_trained", "exp3_base", "exp3_trained"):
+        (out / dump).mkdir()
+        (out / dump / "manifest.json").write_text("{}")
+    assert launch(environment, STUB_BYTES=str(2**50), STUB_BYTES_POOLED=str(2**50)).returncode == 0
     (out / "exp12_base_s1" / "manifest.json").unlink()
     result = launch(environment, STUB_BYTES=str(2**50))
     assert "1048575.9 GiB are needed" in result.stderr, "one shard, less what lies there"
@@ -332,7 +433,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(environment, tmp_path):
     result = launch(environment, DRY_RUN="1", SHARDS_PER_MODEL="3", LAYER="2", SEED="11")
     assert result.returncode == 0
     lines = result.stdout.splitlines()
-    assert sum("probe_grad_vectors.py" in line for line in lines) == 6
+    assert sum("probe_grad_vectors.py" in line for line in lines) == 12
     assert all("--seed 11" in line and "--layer 2" in line for line in lines if "probe_grad" in line)
     assert re.match(r"# 6 shards, \d+ at once, on cpu", lines[0])
     assert sorted(tmp_path.rglob("*")) == before
@@ -439,6 +540,7 @@ def test_awkward_paths_everywhere(environment, tmp_path):
     assert str(project / "../model one") in arguments
     assert str(project / "../model=two") in arguments
     assert arguments.count(str(here / "data.jsonl")) == 4
+    assert arguments.count(str(here / "out" / "exp12_one")) == 3, "what the merge makes, and both probes read"
     assert f"two={here / 'out' / 'exp12_two'}" in arguments
     plan = launch(environment, here / "my.env", root=project, cwd=here, DRY_RUN="1", **settings).stdout
     saved = here / "out" / "config.resolved.env"
@@ -452,10 +554,11 @@ submit_chain() {
     local tag
     printf '%s\\n' "python=$python" "figures=$figures" "logs=$logs" "shards=$SHARDS_PER_MODEL"
     for tag in "${tags[@]}"; do
-        probe_command "$tag" 1 && printf '<%s>' "${command[@]}"
-        merge_command "$tag" && printf '<%s>' "${command[@]}"
+        probe_command exp12 "$tag" 1 && printf '<%s>' "${command[@]}"
+        merge_command exp12 "$tag" && printf '<%s>' "${command[@]}"
+        probe_command exp3 "$tag" 1 && printf '<%s>' "${command[@]}"
     done
-    analysis_command analyze_exp1_compression.py && printf '<%s>' "${command[@]}"
+    experiment_command 1 && printf '<%s>' "${command[@]}"
     plot_command && printf '<%s>\\n' "${command[@]}"
 }
 """
@@ -489,9 +592,47 @@ def test_another_scheduler_gets_the_commands(environment, tmp_path):
     out = environment["OUT_ROOT"]
     assert f"python={environment['PYTHON']}\nfigures={out}/exp12_figures\nlogs={out}/logs\nshards=2\n" in result.stdout
     assert f"<--output-dir><{out}/exp12_b_s1>" in result.stdout
+    assert f"<--rollouts><{out}/exp12_b><--output-dir><{out}/exp3_b_s1>" in result.stdout
     assert f"<{out}/exp12_c><{out}/exp12_c_s0><{out}/exp12_c_s1>" in result.stdout
     assert "<--device><cuda>" in result.stdout
     assert result.stdout.count(f"<a={out}/exp12_a><b={out}/exp12_b><c={out}/exp12_c>") == 1
     assert steps(environment) == []
-    assert calls(environment, ".checks") == [["probe_grad_vectors.py:nothing"]] * 3
+    assert calls(environment, ".checks") == [["probe_grad_vectors.py:nothing"]] * 6
     assert (Path(out) / "config.resolved.env").exists()
+
+
+SBATCH = r"""#!/usr/bin/env bash
+# Takes a job and never runs it: notes its name, what it waits for and its array, and gives it a number.
+printf '%s\n' "$@" | sed -n 's/^--\(job-name\|dependency\|array\)=//p' | paste -sd' ' >>"$STUB_CALLS.jobs"
+wc -l <"$STUB_CALLS.jobs"
+"""
+
+
+@pytest.mark.parametrize(
+    ("exp3", "jobs"),
+    [
+        (
+            "1",
+            "probe_base 0,1; merge_base afterok:1; probe_exp3_base 0,1 afterok:2; merge_exp3_base afterok:3; "
+            "probe_trained 0,1; merge_trained afterok:5; probe_exp3_trained 0,1 afterok:6; "
+            "merge_exp3_trained afterok:7; exp1 afterok:2:6; exp2 afterok:2:6; exp3 afterok:4:8; plot afterok:9:10:11",
+        ),
+        (
+            "0",
+            "probe_base 0,1; merge_base afterok:1; probe_trained 0,1; merge_trained afterok:3; exp1 afterok:2:4; "
+            "exp2 afterok:2:4; plot afterok:5:6",
+        ),
+    ],
+)
+def test_jobs_of_slurm_wait_for_what_they_read(environment, tmp_path, exp3, jobs):
+    write_program(tmp_path / "bin" / "sbatch", SBATCH)
+    for name in ("squeue", "scancel"):
+        write_program(tmp_path / "bin" / name, "#!/bin/sh\n")
+    result = launch(environment, LAUNCHER="slurm", EXP3=exp3)
+    assert result.returncode == 0, result.stderr
+    assert Path(environment["STUB_CALLS"] + ".jobs").read_text().splitlines() == jobs.split("; ")
+    assert "merge base: job 2, after 1\n" in result.stderr
+    if exp3 == "1":
+        assert "probe exp3_base: job 3, 2 of 2 shards (0,1), after 2\n" in result.stderr
+        command = (Path(environment["OUT_ROOT"]) / "slurm" / "probe_exp3_base.1").read_text().split("\0")
+        assert command[command.index("--rollouts") + 1] == f"{environment['OUT_ROOT']}/exp12_base"
