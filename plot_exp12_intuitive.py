@@ -8,8 +8,8 @@ highest-entropy bucket; the file keeps its name where there are not 5 buckets) a
 verdict, cosines of correct and incorrect gradients with their controls); with three or more checkpoints also
 `exp12_trajectory.png` (unit-norm participation ratio, rho and the share of correct rollouts over them, in the order
 given). Where several targets were probed these show the first, and `exp12_replication.png` shows each headline number
-over all of them. From the summaries and all figures it writes `report.html`, one page to read or mail. The numbers
-drawn go to stdout.
+over all of them. From the summaries and all figures, those of Exp 3 too where `exp3_summary.json` lies there, it writes
+`report.html`, one page to read or mail that leads with the answers. The numbers drawn go to stdout.
 
 The study's dumps:
     python plot_exp12_intuitive.py --base out/exp12/exp12_base --trained out/exp12/exp12_trained \\
@@ -38,8 +38,12 @@ from gradprobe.common.files import make_directory, read_json, write_text
 from gradprobe.dump.format import load_manifest, target_directories
 from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY
 from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
+from gradprobe.exp3.summary import SUMMARY as EXP3_SUMMARY
 from gradprobe.figures.exp1 import CROSS_BUCKET_COSINE, CUMULATIVE_ENERGY, NORMS
 from gradprobe.figures.exp2 import ALIGNMENT, HISTOGRAM
+from gradprobe.figures.exp3 import HEADLINE as EXP3_HEADLINE
+from gradprobe.figures.exp3 import KEEP_TOP
+from gradprobe.figures.exp3 import TRAJECTORY as EXP3_TRAJECTORY
 from gradprobe.figures.headlines import draw_headlines, headline_tables
 from gradprobe.figures.inputs import headlines_of, is_about
 from gradprobe.figures.look import Figure, save, subjects_of
@@ -48,6 +52,7 @@ from gradprobe.figures.report import REPLICATION, render_report
 
 REPORT = "report.html"
 ANALYSES_FIGURES = (CUMULATIVE_ENERGY, CROSS_BUCKET_COSINE, NORMS, HISTOGRAM, ALIGNMENT)
+EXP3_FIGURES = (EXP3_HEADLINE, KEEP_TOP, EXP3_TRAJECTORY)
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,19 @@ def write_report(
     output_dir: Path, sources: dict[str, Source], summaries: list[dict[str, Any]], drawn: list[str]
 ) -> None:
     """Write `report.html` with the analyses' figures and those just `drawn`; what else lies there is of another run."""
-    names = sorted({*ANALYSES_FIGURES, *drawn})
+    exp3 = read_exp3(output_dir)
+    names = sorted({*ANALYSES_FIGURES, *drawn, *(EXP3_FIGURES if exp3 else ())})
     pictures = {name: (output_dir / name).read_bytes() for name in names if (output_dir / name).is_file()}
     manifests = {tag: source.manifest for tag, source in sources.items()}
-    write_text(output_dir / REPORT, render_report(*summaries, manifests, pictures))
+    write_text(output_dir / REPORT, render_report(*summaries, manifests, pictures, exp3))
+
+
+def read_exp3(output_dir: Path) -> dict[str, Any]:
+    """`exp3_summary.json`, where its every tag says which dumps it is about; empty otherwise."""
+    file = output_dir / EXP3_SUMMARY
+    found = read_json(file) if file.is_file() else {}
+    is_told = all(isinstance(one, dict) and isinstance(one.get("manifest_sha256"), list) for one in found.values())
+    return found if is_told else {}
 
 
 def refuse_different_buckets(sources: dict[str, Source]) -> None:

@@ -1,5 +1,7 @@
 """Open a report in headless Chromium: it renders, the console stays quiet, and it fits a phone's width.
 
+All that is folded is opened first.
+
     python tests/check_report_in_browser.py out/exp12/exp12_figures/report.html [SCREENSHOT.png]
 
 Exits non-zero otherwise. Needs `chromium` (Debian's package of that name).
@@ -18,8 +20,12 @@ QUIET = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run -
 PROBE = """<!doctype html><title>waiting</title><iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe>
 <script>addEventListener("load", () => {{
   const page = document.getElementById("page").contentDocument, images = [...page.images];
-  document.title = ["measured", page.documentElement.scrollWidth, page.documentElement.clientWidth, images.length,
-    images.filter(i => i.complete && i.naturalWidth > 0).length, page.querySelectorAll("script").length].join(" ");
+  const folded = [...page.querySelectorAll("details")], closed = page.documentElement.scrollWidth;
+  folded.forEach(one => one.open = true);
+  document.title = ["measured", Math.max(closed, page.documentElement.scrollWidth),
+    page.documentElement.clientWidth, images.length,
+    images.filter(i => i.complete && i.naturalWidth > 0).length, page.querySelectorAll("script").length,
+    folded.length, page.querySelectorAll(".answer").length].join(" ");
 }});</script>"""
 
 
@@ -35,9 +41,9 @@ def main(report: Path, screenshot: Path | None = None) -> int:
         probe = Path(scratch) / "probe.html"
         probe.write_text(PROBE.format(width=PHONE_WIDTH, page=html.escape(report.read_text(encoding="utf-8"))))
         result = chromium(f"{scratch}/profile", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri())
-        measured = re.search(r"<title>measured (\d+) (\d+) (\d+) (\d+) (\d+)</title>", result.stdout)
+        measured = re.search(r"<title>measured (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)</title>", result.stdout)
         assert measured, "the page did not load"
-        scroll_width, client_width, n_images, n_loaded, n_scripts = map(int, measured.groups())
+        scroll_width, client_width, n_images, n_loaded, n_scripts, n_folded, n_answers = map(int, measured.groups())
         console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
         if screenshot is not None:
             size = "--window-size=1100,6000"
@@ -47,6 +53,8 @@ def main(report: Path, screenshot: Path | None = None) -> int:
     assert scroll_width <= client_width, "wider than a phone"
     assert n_loaded == n_images >= 6, "an image did not load"
     assert n_scripts == 0
+    assert n_folded >= 4, "nothing is folded"
+    assert n_answers == 3, "the page does not lead with three answers"
     assert not console
     return 0
 

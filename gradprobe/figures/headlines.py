@@ -95,7 +95,7 @@ def _direction_cells(result: BucketDirections) -> list[str]:
         str(group.n),
         format_number(group.mean),
         *(cell for control in controls for cell in (str(control.n), format_number(control.mean))),
-        format_with_interval(found.rho, found.ci95),
+        format_with_interval(None if found.ci95 is None else found.rho, found.ci95),
         format_p_value(found.p_value, found.n_prompts),
         found.verdict,
     ]

@@ -2,17 +2,21 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import write_dump, write_heavy_tailed_dump
+from planted import write_dump, write_heavy_tailed_dump, write_planted_signal
 
 import analyze_exp1_compression
 import analyze_exp2_direction
+import analyze_exp3_signal
 import plot_exp12_intuitive
+from gradprobe.figures.answers import CANCEL_WORDS, model_name
+from gradprobe.figures.report import render_report
 
-HOSTILE = 'models/<img src=x onerror="alert(1)"><script>alert(2)</script>'
+HOSTILE = 'models/<img src=x onerror="alert(1)"><script>alert(2)<script>'
 
 
 def study(base: Path, trained: Path, figures: Path, analyses: bool = True) -> str | None:
@@ -55,9 +59,123 @@ def test_verdicts_are_those_of_the_summaries(results):
     page, figures = results
     exp1, exp2 = (json.loads((figures / f"exp{i}_summary.json").read_text()) for i in (1, 2))
     for tag in ("base", "trained"):
-        assert f'<span class="soft">{tag}</span><b>{exp2[tag]["alignment"]["verdict"]}</b>' in page
+        word = CANCEL_WORDS[exp2[tag]["alignment"]["verdict"]].replace("'", "&#39;")
+        assert f'<span class="soft">{tag}</span><b>{word}</b>' in page
     verdict = exp1["trained"]["compared_with"]["base"]["4"]["verdict"].replace("'", "&#39;")
-    assert f"unit-norm PR of trained against base, bucket 4</span><b>{verdict}</b>" in page
+    assert re.search(rf"Over base&#39;s, at equal n: [−\d.]+ \[[^\]]+\], {verdict}</p>", page)
+
+
+def sections_of(page: str) -> tuple[str, str]:
+    """What stands before and in the folded part."""
+    page = re.sub(r'base64,[^"]*', "", page)
+    start = page.index("<details>")
+    return page[:start], page[start:]
+
+
+def test_answers_lead_each_with_its_one_figure_and_limits_follow(results):
+    top, folded = sections_of(results[0])
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", top) == ["exp1_headline.png", "exp2_alignment.png"]
+    assert top.index("What limits these answers") > top.index("exp2_alignment.png")
+    assert "<table" not in top
+    assert folded.count("<table") >= 6
+    assert "Not measured" in top
+
+
+def test_no_path_of_the_machine_is_said(tmp_path):
+    model = "/home/somebody/secret/models/Qwen2.5-1.5B"
+    dataset = {"path": "/home/somebody/secret/problems.jsonl"}
+    dump = write_heavy_tailed_dump(tmp_path / "dump", seed=1, model_path=model, dataset=dataset)
+    page = study(dump, dump, tmp_path / "figures")
+    assert "secret" not in page
+    assert str(tmp_path) not in page
+    assert "Qwen2.5-1.5B" in page
+    assert "problems.jsonl" in page
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/a/b/Qwen", "Qwen"),
+        ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B"),
+        ("../x/y/", "y"),
+        ("C:\\m\\n", "n"),
+        ("m", "m"),
+    ],
+)
+def test_models_are_named_by_hub_name_or_last_part(path, name):
+    assert model_name(path) == name
+
+
+def test_a_rho_without_an_interval_is_no_number(results, tmp_path):
+    exp1, exp2 = (json.loads((results[1] / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    for numbers in (exp2["base"], *exp2["base"]["by_bucket"].values()):
+        numbers["alignment"] |= {"rho": 3.368, "ci95": None, "verdict": "underpowered"}
+    page = render_report(exp1, exp2, MANIFESTS, {})
+    assert "3.37" not in page
+    assert "3.368" not in page
+    assert "no ρ, as the signal" in page
+
+
+MANIFESTS = {"base": {"model_path": "base"}, "trained": {"model_path": "trained"}}
+OPPOSED = {"rho": -0.6, "ci95": [-1.2, -0.2], "verdict": "opposed", "n_prompts": 9}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reference": -1.0}, "theory fixes ρ at −1, inside the interval"),
+        (
+            {"reference": -1.0, "alignment": OPPOSED | {"ci95": [-0.9, -0.2]}},
+            "theory fixes ρ at −1, below the interval",
+        ),
+        ({"reference": None}, "no: opposed"),
+        ({"alignment": OPPOSED | {"verdict": "aligned", "ci95": [0.2, 0.9], "rho": 0.5}}, "yes: aligned"),
+        ({"alignment": OPPOSED | {"verdict": "unsampled"}}, "can&#39;t tell: unsampled"),
+    ],
+)
+def test_words_on_cancelling_follow_the_numbers(results, change, said):
+    exp1, exp2 = (json.loads((results[1] / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    numbers = exp2["base"]
+    numbers["alignment"] |= OPPOSED
+    numbers |= {key: value for key, value in change.items() if key != "alignment"}
+    numbers["alignment"] |= change.get("alignment", {})
+    top, _ = sections_of(render_report(exp1, exp2, MANIFESTS, {}))
+    assert said in top
+    assert ("theory fixes" in top) == (change.get("reference") is not None)
+
+
+def test_summaries_of_before_have_a_page_too(results):
+    exp1, exp2 = (json.loads((results[1] / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    for numbers in (one for of_tag in exp2.values() for one in (of_tag, *of_tag["by_bucket"].values())):
+        for key in ("n_rare", "on_policy", "reference", "rho_over_sums"):
+            numbers.pop(key, None)
+    assert "don&#39;t tell 1 − max π" in render_report(exp1, exp2, MANIFESTS, {})
+
+
+def test_exp3_is_the_third_answer_where_it_was_measured(results, tmp_path):
+    figures = tmp_path / "figures"
+    shutil.copytree(results[1], figures)
+    for tag, strength in {"base": np.linspace(0, 0.6, 5), "nothing": np.zeros(5)}.items():
+        write_planted_signal(tmp_path / tag, strength, seed=3)
+    tagged = [f"{tag}={tmp_path / tag}" for tag in ("base", "nothing")]
+    assert analyze_exp3_signal.main(["--output-dir", str(figures), *tagged]) == 0
+    root = results[1].parent
+    page = study(root / "base", root / "trained", figures, analyses=False)
+    top, folded = sections_of(page)
+    exp3 = json.loads((figures / "exp3_summary.json").read_text())
+    share = exp3["base"]["at_20_percent"]["top"]["signal_share"]
+    low, high = (f"{100 * end:.0f}" for end in share["ci95"])
+    assert f"carry {100 * share['value']:.0f}% [{low}, {high}] of the signal" in top
+    assert "more than their share in the top 20% of the tokens by entropy" in top
+    assert "can&#39;t tell: underpowered" in top
+    assert "<figcaption>exp3_headline.png</figcaption>" in top
+    assert "<figcaption>exp3_keep_top.png</figcaption>" in folded
+    assert "Not measured" not in page
+    exp3["base"].pop("manifest_sha256")
+    (figures / "exp3_summary.json").write_text(json.dumps(exp3))
+    page = study(root / "base", root / "trained", figures, analyses=False)
+    assert "Not measured" in page
+    assert "exp3_headline.png" not in page
 
 
 def test_a_study_without_any_number_still_has_a_report(tmp_path):
