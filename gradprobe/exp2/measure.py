@@ -8,11 +8,11 @@ import numpy as np
 
 from ..analysis.bucket import Bucket, bucket_of
 from ..analysis.inputs import on_policy_by_bucket, pooled_of
-from ..analysis.jackknife import Estimate
+from ..analysis.jackknife import NO_ESTIMATE, Estimate
 from ..analysis.opposition import rho_over_sums
 from ..common.console import progress_bar
 from ..dump.format import Dump
-from ..dump.on_policy import ON_POLICY, OnPolicy, is_chosen_by_prefix
+from ..dump.on_policy import MIN_RARE_TOKENS, ON_POLICY, OnPolicy, is_chosen_by_prefix
 from .direction import (
     Alignment,
     Cancellation,
@@ -144,12 +144,22 @@ def directions_of_dump(
         found.append(bucket_directions(dump, index, settings, device))
         on_bucket()
     tests = on_policy_by_bucket(dump)
-    sums = rho_over_sums(pooled_of(dump)).by_bucket if dump.is_pooled else (None,) * dump.bins
+    sums = sampled_rho_over_sums(dump) if dump.is_pooled else [None] * dump.bins
     reference = reference_of(dump)
     return [
         replace(one, on_policy=test, rho_over_sums=rho, reference=reference)
         for one, test, rho in zip(found, tests, sums, strict=True)
     ]
+
+
+def sampled_rho_over_sums(dump: Dump) -> list[Estimate]:
+    """ρ over sums of each bucket of a pooled dump; none where fewer than 30 rare tokens were to be expected."""
+    found = list(rho_over_sums(pooled_of(dump)).by_bucket)
+    for index in range(dump.bins) if dump.rare is not None else ():
+        own = dump.bin == index
+        n_rare = min(dump.rare[own & kind].sum() for kind in (dump.correct, ~dump.correct))
+        found[index] = NO_ESTIMATE if n_rare < MIN_RARE_TOKENS else found[index]
+    return found
 
 
 def reference_of(dump: Dump) -> float | None:

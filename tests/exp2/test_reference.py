@@ -69,6 +69,7 @@ def test_the_summary_says_what_is_fixed(summaries):
         assert summaries[tag]["on_policy_all_tokens"]["verdict"] == "on-policy"
         assert abs(summaries[tag]["on_policy_all_tokens"]["z"]) < 4
         assert summaries[tag]["by_bucket"]["0"]["alignment"]["verdict"] == UNSAMPLED
+    assert summaries["sums"]["by_bucket"]["0"]["rho_over_sums"] == {"value": None, "ci95": None}
     assert summaries["tokens"]["rho_over_sums"] is None
     assert set(summaries["sums"]["rho_over_sums"]) == {"value", "ci95"}
 
