@@ -355,17 +355,25 @@ run_merges() { # part
     done
 }
 
+run_experiments() { # two at once where there are two cores
+    local number
+    for number in "${experiments[@]}"; do
+        if ((${#name_of[@]} >= n_cores / analysis_threads)); then finish_one; fi
+        experiment_command "$number"
+        start_analysis "experiment $number" "exp$number.txt" "${command[@]}"
+    done
+    while ((${#name_of[@]} > 0)); do finish_one; done
+}
+
 began=$SECONDS
 for part in "${parts[@]}"; do
     run_probes "$part"
     run_merges "$part"
 done
-for number in "${experiments[@]}"; do
-    experiment_command "$number"
-    run_analysis "experiment $number" "exp$number.txt" "${command[@]}"
-done
+run_experiments
 plot_command
-run_analysis "plots" plot.txt "${command[@]}"
+start_analysis "plots" plot.txt "${command[@]}"
+finish_one
 say "everything: $((SECONDS - began)) s"
 
 {

@@ -71,7 +71,8 @@ run_step() { # name, log, command...
     finish_one
 }
 
-run_analysis() { # name, the file of results that its output is, command...
+start_analysis() { # name, the file of results that its output is, command...
     rm -f -- "$figures/$2"
-    run_step "$1" "$figures/$2" "${@:3}"
+    with_threads "$analysis_threads"
+    start "$1" "$figures/$2" 0 "${where[@]}" "${@:3}"
 }

@@ -14,7 +14,7 @@ from ..common.errors import InputError, raise_if_any
 from ..dump.check import checksum_problems, first_of, read_content
 from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, load_dump, target_directories
 from ..dump.format import target_name as name_of_target
-from ..dump.on_policy import CHOSEN_BY_PREFIX, OnPolicy, Tokens, claims_on_policy
+from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy, is_chosen_by_prefix
 from ..dump.records import PromptKey, iter_rollouts
 from .pooled import Pooled
 
@@ -143,7 +143,7 @@ def on_policy_by_bucket(dump: Dump) -> list[OnPolicy | None]:
     None where the rollouts are not at hand, or buckets were chosen by the very tokens drawn.
     """
     file = find_rollouts(dump.path)
-    if file is None or dump.manifest.get("bucket_by", "entropy") not in CHOSEN_BY_PREFIX:
+    if file is None or not is_chosen_by_prefix(dump.manifest):
         return [None] * dump.bins
     edges = np.array(dump.manifest["entropy_edges"])
     return list(Tokens.of(iter_rollouts(file)).test_by_bucket(edges, claims_on_policy(dump.manifest)))

@@ -16,6 +16,8 @@ from .records import Rollout
 
 ON_POLICY, OFF_POLICY = "on-policy", "off-policy"
 LARGEST_Z = 4.0
+MIN_RARE_TOKENS = 30
+"""Fewer to be expected behind a mean gradient, and it may rest on what did not come up: no interval knows that."""
 CHOSEN_BY_PREFIX, CHOSEN_BY_TOKEN = ("entropy", "position", "random"), ("surprisal", "logit-norm")
 """Rules that buckets go by (`bucket_by`): those of the first kind don't look at the token that was drawn."""
 

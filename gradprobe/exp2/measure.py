@@ -12,7 +12,7 @@ from ..analysis.jackknife import Estimate
 from ..analysis.opposition import rho_over_sums
 from ..common.console import progress_bar
 from ..dump.format import Dump
-from ..dump.on_policy import CHOSEN_BY_PREFIX, ON_POLICY, OnPolicy
+from ..dump.on_policy import ON_POLICY, OnPolicy, is_chosen_by_prefix
 from .direction import (
     Alignment,
     Cancellation,
@@ -154,9 +154,8 @@ def directions_of_dump(
 
 def reference_of(dump: Dump) -> float | None:
     """-1, what ρ is where rollouts are the model's own and buckets are chosen by the prefix alone; else None."""
-    is_by_prefix = dump.manifest.get("bucket_by", "entropy") in CHOSEN_BY_PREFIX
     is_on_policy = (dump.manifest.get("on_policy") or {}).get("verdict") == ON_POLICY
-    return REFERENCE if is_by_prefix and is_on_policy else None
+    return REFERENCE if is_on_policy and is_chosen_by_prefix(dump.manifest) else None
 
 
 def measure_dumps(

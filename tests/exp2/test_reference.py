@@ -8,7 +8,8 @@ import pytest
 import analyze_exp2_direction
 import probe_grad_vectors
 from gradprobe.analysis.bucket import Bucket
-from gradprobe.exp2.direction import ALIGNED, MIN_RARE_TOKENS, UNSAMPLED
+from gradprobe.dump.on_policy import MIN_RARE_TOKENS
+from gradprobe.exp2.direction import ALIGNED, UNSAMPLED
 from gradprobe.exp2.measure import Exp2Settings, directions_of_bucket
 
 SETTINGS = Exp2Settings(bootstrap=100, permutations=0)

@@ -235,7 +235,7 @@ def test_within_prompts_is_unbiased_where_the_mean_is_not_zero():
 
 
 def test_score_mean_as_a_plain_loop():
-    dump = study(n_prompts=20)
+    dump = replace(study(n_prompts=20), rare=None)
     groups = [sums for sums, _, _ in groups_of(dump)]
     for b, bucket in enumerate(signal_of_pooled(dump).buckets):
         products = [np.mean([g[r, b] @ g[s, b] for r, s in permutations(range(len(g)), 2)]) for g in groups]
@@ -246,6 +246,12 @@ def test_score_mean_as_a_plain_loop():
         assert bucket.score_mean.share_of_energy == pytest.approx(np.sum(products) / np.sum(energies), abs=1e-10)
         z = np.mean(products) / (np.std(products, ddof=1) / np.sqrt(20))
         assert bucket.score_mean.z == pytest.approx(z, abs=1e-8)
+
+
+def test_a_score_mean_is_no_test_where_its_rare_tokens_were_not_to_be_expected():
+    dump = study(n_prompts=20)
+    assert all(bucket.score_mean.z is None for bucket in signal_of_pooled(replace(dump, rare=dump.rare / 1e4)).buckets)
+    assert signal_of_pooled(replace(dump, rare=dump.rare * 1e4)).buckets[0].score_mean.z is not None
 
 
 def test_order_of_rows_and_rollouts_leaves_every_number():
