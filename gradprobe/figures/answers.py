@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.text import typeset_estimate, typeset_interval, typeset_number, typeset_share
-from ..dump.on_policy import OFF_POLICY, ON_POLICY
-from ..exp2.direction import ALIGNED, MIN_RARE_TOKENS, OPPOSED, ORTHOGONAL, UNDERPOWERED, UNSAMPLED
+from ..dump.on_policy import MIN_RARE_TOKENS, OFF_POLICY, ON_POLICY
+from ..exp2.direction import ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED, UNSAMPLED
 from ..exp3.signal import CLAIMED_SHARE, SEEN
 from .look import shortened
 

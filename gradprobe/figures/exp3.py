@@ -36,6 +36,7 @@ MAX_ABREAST = 3
 MAX_UPRIGHT_NAMES = 4
 TOKENS_COLOUR = "#b3b3b3"
 RULE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MEASURES = ("cosine", "noise_scale_ratio", "signal_share")
 KEPT_STYLES = {"top": "-", "bottom": "--", "random": ":"}
 SHARES_VIEW = (-0.5, 1.5)
 COSINE_VIEW = (-0.5, 1.3)
@@ -79,26 +80,30 @@ def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure
 
 @styled
 def draw_keep(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
-    """Cosine with the full update, and noise scale over its own, by the share of tokens kept; a column per subject."""
+    """Cosine with the full update, noise scale over its own, signal, by the share of tokens kept; a column each."""
     n_columns = min(MAX_ABREAST, len(subjects))
     n_lines = -(-len(subjects) // n_columns)
-    figure = new_figure(max(8.5, 6.0 * n_columns), 8.4 * n_lines + 1.4)
-    axes = grid(figure, len(subjects), n_columns, rows_each=2)
-    for (cosine, ratio), subject, one, colour in zip(axes, subjects, numbers, series_colours(subjects), strict=True):
+    figure = new_figure(max(8.5, 6.0 * n_columns), 10.8 * n_lines + 1.4)
+    axes = grid(figure, len(subjects), n_columns, rows_each=3)
+    for (cosine, ratio, share), subject, one, colour in zip(
+        axes, subjects, numbers, series_colours(subjects), strict=True
+    ):
         _cosine_axes(cosine, numbers)
         _ratio_axes(ratio, numbers)
+        _signal_axes(share, numbers)
+        share.set_title(_reading(one, "signal_share", "signal kept", _said_share), loc="left")
         cosine.set_title(f"{panel_title(subject, subjects)}\n{_reading(one, 'cosine', 'cosine')}", loc="left")
         ratio.set_title(_reading(one, "noise_scale_ratio", "noise scale ratio"), loc="left")
         for which, dash in KEPT_STYLES.items():
             shade = colour if which == "top" else CONTROL_COLOUR
-            for ax, measure in ((cosine, "cosine"), (ratio, "noise_scale_ratio")):
-                if which == "random" and measure == "cosine":
-                    continue  # it is 1 by construction: the line at 1
+            for ax, measure in zip((cosine, ratio, share), MEASURES, strict=True):
+                if which == "random" and measure != "noise_scale_ratio":
+                    continue  # fixed by construction: the lines at 1 and from 0 to 1
                 draw_curve(ax, one[f"keep_{which}"], measure, shade, dash, band=which == "top")
                 if which != "random":
                     draw_reading(ax, one["at_20_percent"][which][measure], shade, 0.0 if which == "top" else 0.008)
         if one["signal"]["verdict"] != SEEN:
-            for ax in (cosine, ratio):
+            for ax in (cosine, ratio, share):
                 note(ax, "no signal above 0 at the 95% level:\nunderpowered")
     rule = f"the {{}} {_rule_words(numbers[0])}"
     handles: list[Any] = [
@@ -115,24 +120,26 @@ def draw_keep(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
 @styled
 def draw_rules(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """As `draw_keep`, the highest tokens by several rules in the same axes."""
-    figure = new_figure(14.5, 7.4)
-    cosine, ratio = figure.subplots(1, 2)
+    figure = new_figure(17.5, 6.8)
+    cosine, ratio, share = figure.subplots(1, 3)
     _cosine_axes(cosine, numbers)
     _ratio_axes(ratio, numbers)
+    _signal_axes(share, numbers)
     names = rule_names(subjects, numbers)
     for place, one in enumerate(numbers):
         colour = RULE_COLOURS[place % len(RULE_COLOURS)]
         dash = "-" if place < len(RULE_COLOURS) else "--"
         offset = (place - (len(numbers) - 1) / 2) * 0.009
-        for ax, measure in ((cosine, "cosine"), (ratio, "noise_scale_ratio")):
+        for ax, measure in zip((cosine, ratio, share), MEASURES, strict=True):
             draw_curve(ax, one["keep_top"], measure, colour, dash, band=False)
             draw_reading(ax, one["at_20_percent"]["top"][measure], colour, offset)
     seen = [one["signal"]["verdict"] == SEEN for one in numbers]
-    for ax in (cosine, ratio):
+    for ax in (cosine, ratio, share):
         if not any(seen):
             note(ax, "no signal above 0 at the 95% level:\nunderpowered")
     cosine.set_title(f"cosine with the full update\n{_count_read(numbers, 'cosine')}", loc="left")
     ratio.set_title(f"noise scale over that of all tokens\n{_count_read(numbers, 'noise_scale_ratio')}", loc="left")
+    share.set_title(f"share of the signal kept\n{_count_read(numbers, 'signal_share')}", loc="left")
     handles = [
         Line2D([], [], color=RULE_COLOURS[place % len(RULE_COLOURS)], marker="o", label=name + _untold(one))
         for place, (name, one) in enumerate(zip(names, numbers, strict=True))
@@ -306,6 +313,16 @@ def _ratio_axes(ax: Axes, numbers: Sequence[Numbers]) -> None:
     ax.set_ylabel("prompts needed, over those of all tokens")
 
 
+def _signal_axes(ax: Axes, numbers: Sequence[Numbers]) -> None:
+    _share_axis(ax)
+    low, high = _reach(numbers, "signal_share", SHARES_VIEW)
+    ax.set_ylim(min(0.0, low) - 0.05, max(1.0, high) + 0.05)
+    ax.plot([0.0, 1.0], [0.0, 1.0], color=CONTROL_COLOUR, linestyle=":", linewidth=1.8, zorder=1.5)
+    ax.axhline(0.0, color="black", linewidth=0.8, zorder=1.5)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_ylabel("share of the signal kept")
+
+
 def _reach(numbers: Sequence[Numbers], measure: str, view: tuple[float, float]) -> tuple[float, float]:
     """The least and the most that any curve or any interval at 20% comes to, within `view`."""
     found = [kept[measure] for one in numbers for which in KEPT_STYLES for kept in one[f"keep_{which}"]]
@@ -324,14 +341,18 @@ def _share_axis(ax: Axes) -> None:
     ax.set_xlabel("share of the tokens kept")
 
 
-def _reading(one: Numbers, measure: str, name: str) -> str:
-    """`cosine at 20%: top 0.93 [0.85, 1.01], bottom –`."""
-    parts = [f"{which} {_said(one['at_20_percent'][which][measure])}" for which in ("top", "bottom")]
-    return f"{name} at {CLAIMED_SHARE:.0%}: {', '.join(parts)}"
-
-
 def _said(found: Numbers) -> str:
     return "can't tell" if found["value"] is None or found["ci95"] is None else typeset_estimate(found)
+
+
+def _said_share(found: Numbers) -> str:
+    return "can't tell" if found["ci95"] is None else typeset_share(found["value"], found["ci95"])
+
+
+def _reading(one: Numbers, measure: str, name: str, said: Callable[[Numbers], str] = _said) -> str:
+    """`cosine at 20%: top 0.93 [0.85, 1.01], bottom can't tell`."""
+    parts = [f"{which} {said(one['at_20_percent'][which][measure])}" for which in ("top", "bottom")]
+    return f"{name} at {CLAIMED_SHARE:.0%}: {', '.join(parts)}"
 
 
 def _untold(one: Numbers) -> str:
@@ -341,7 +362,7 @@ def _untold(one: Numbers) -> str:
 
 def _count_read(numbers: Sequence[Numbers], measure: str) -> str:
     read = [one for one in numbers if one["at_20_percent"]["top"][measure]["ci95"] is not None]
-    return f"95% interval at {CLAIMED_SHARE:.0%} of the tokens: {len(read)} of {len(numbers)} have one"
+    return f"95% interval at {CLAIMED_SHARE:.0%}: {len(read)} of {len(numbers)} have one"
 
 
 def _points(ax: Axes, found: Sequence[Numbers], colours: Sequence[str], typeset: Callable[[Numbers], str]) -> None:

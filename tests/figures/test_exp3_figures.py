@@ -14,7 +14,15 @@ from gradprobe.exp2.direction import Alignment
 from gradprobe.exp3.measure import measure_dumps
 from gradprobe.exp3.summary import summary_over_targets
 from gradprobe.figures.exp2 import REFERENCE_WORDS, UNSAMPLED_COLOUR, draw_alignment
-from gradprobe.figures.exp3 import TRAJECTORY, draw_analysis, draw_headline, draw_keep, draw_rules, draw_trajectory
+from gradprobe.figures.exp3 import (
+    MEASURES,
+    TRAJECTORY,
+    draw_analysis,
+    draw_headline,
+    draw_keep,
+    draw_rules,
+    draw_trajectory,
+)
 from gradprobe.figures.look import CONTROL_COLOUR, Subject, subjects_of
 
 STRENGTH = np.linspace(0.0, 0.5, 10)
@@ -73,8 +81,7 @@ def test_kept_tokens_are_the_summary_s_with_the_reading_at_20_percent(studied):
     subjects, numbers = studied
     axes = draw_keep(subjects, numbers).axes
     for place, one in enumerate(numbers[:2]):
-        cosine, ratio = axes[place], axes[place + 3]
-        for ax, measure in ((cosine, "cosine"), (ratio, "noise_scale_ratio")):
+        for ax, measure in zip(axes[place::3], MEASURES, strict=True):
             curve = next(line for line in ax.lines if len(line.get_xdata()) == 10 and line.get_linestyle() == "-")
             kept = one["keep_top"]
             np.testing.assert_allclose(curve.get_xdata(), [found["share_of_tokens"] for found in kept])
@@ -101,7 +108,7 @@ def test_rules_stand_in_one_row_and_are_named(studied):
     ):
         one["bucket_by"], one["is_chosen_by_prefix"] = rule, by_prefix
     figure = draw_analysis(subjects, of_rules)["exp3_keep_top.png"]
-    assert len(figure.axes) == 2
+    assert len(figure.axes) == 3
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [one["at_20_percent"]["top"]["cosine"]["ci95"] is None for one in of_rules] == [False, True, False]
     untold = "surprisal (looks at the token drawn): can't tell at 20%"
