@@ -267,8 +267,8 @@ def _model_part(model: str, lines: list[dict[str, Any]]) -> str:
             f"log π + H over all tokens: |z| > 2 in {np.mean(np.abs(z) > 2):.0%}, mean of z {z.mean():+.2f}, standard "
             f"deviation {z.std(ddof=1):.2f}. Verdicts on ρ of picked tokens, {total} buckets: {_counts(verdicts)}. "
             f"ρ over sums of all tokens: {_holding(everything)}.\n",
-            "| bucket | rare tokens expected, median | verdicts on ρ | aligned but for that | ρ where it has an interval "
-            "| ρ over sums | log π + H: &#124;z&#124; > 2 |",
+            "| bucket | rare tokens expected, median | verdicts on ρ | aligned but for that "
+            "| ρ where it has an interval | ρ over sums | log π + H: &#124;z&#124; > 2 |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
         ]
