@@ -186,7 +186,7 @@ def _alignment_row(bucket: str, numbers: dict[str, Any]) -> list[str]:
         bucket,
         str(numbers["n_prompts_usable"]),
         *(format_number(numbers[part]["mean"]) for part in parts),
-        format_with_interval(found["rho"], found["ci95"]),
+        format_with_interval(found["ci95"] and found["rho"], found["ci95"]),  # without one it is no number
         format_number(numbers["reference"], 0),
         format_p_value(found["p_value"], found["n_prompts"]),
         format_number(found["min_detectable"], 2),
