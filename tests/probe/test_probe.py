@@ -88,7 +88,7 @@ def test_dump_is_as_the_contract_says(whole, checkpoint_dir):
         rollout = of_rollout[line["prompt_idx"], line["sample_idx"]]
         pos = line["pos"]
         assert line["entropy"] == rollout.entropies[pos]
-        assert line["logprob"] == rollout.logprobs[pos]
+        assert line["logprob", "tail_mass"] == rollout.logprobs[pos]
         assert line["token_id"] == rollout.response_ids[pos]
 
 
