@@ -75,7 +75,7 @@ def test_dump_is_as_the_contract_says(whole, checkpoint_dir):
         entropy_edges bins pos_per_bin_per_rollout seed max_new_tokens temperature num_correct_rollouts prompt_idxs"""
     assert set(original_keys.split()) <= manifest.keys()
     assert [line["row"] for line in lines] == list(range(len(dump.grads)))
-    assert set(lines[0]) == set("row prompt_idx sample_idx pos bin entropy correct token_id logprob".split())
+    assert set(lines[0]) == set("row prompt_idx sample_idx pos bin entropy correct token_id logprob tail_mass".split())
     assert manifest["target"] == "model.layers.1.mlp.down_proj.weight"  # the middle one of three
     assert manifest["entropy_edges_over"] == "response_tokens"
     assert set(manifest["seconds"]) == {"load", "sample", "score", "gradients", "total"}
@@ -88,7 +88,8 @@ def test_dump_is_as_the_contract_says(whole, checkpoint_dir):
         rollout = of_rollout[line["prompt_idx"], line["sample_idx"]]
         pos = line["pos"]
         assert line["entropy"] == rollout.entropies[pos]
-        assert line["logprob", "tail_mass"] == rollout.logprobs[pos]
+        assert line["logprob"] == rollout.logprobs[pos]
+        assert line["tail_mass"] == rollout.tail_mass[pos]
         assert line["token_id"] == rollout.response_ids[pos]
 
 
