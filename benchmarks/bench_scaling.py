@@ -48,7 +48,7 @@ from bench_probe import matmul_rate, peak_memory, reset_peak_memory  # noqa: E40
 
 from gradprobe.dump.records import Position, Rollout, write_records  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
-from gradprobe.gradients.targets import Target  # noqa: E402
+from gradprobe.gradients.targets import Projection, Target, expand_projected  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
@@ -202,6 +202,17 @@ def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int,
     last_norm = 4 * tokens * (shape.hidden + 1)
     rotary = 2 * size * length * shape.head_dim
     return whole_layers - left_out + last_norm + rotary
+
+
+def network_bytes(shape: Shape, size: int, tokens: int, length: int, n_chosen: int, projection: Projection) -> int:
+    """What a projection of all linear weights keeps: every layer's graph, and of each linear map P, its zero and Q x.
+
+    Autograd keeps of the lowest layer what lies above its first linear maps: all but the norm in front of them.
+    """
+    kept = saved_bytes(shape, size, tokens, length, shape.layers, n_chosen) - tokens * 4 * (shape.hidden + 1)
+    outputs = shape.q + 2 * shape.kv + 2 * shape.hidden + 2 * shape.ffn  # of a layer's seven linear maps
+    kept += shape.layers * 4 * projection.rows * outputs
+    return kept + 7 * shape.layers * tokens * 4 * (projection.rows + projection.cols)
 
 
 def head_bytes(shape: Shape, n_chosen: int) -> int:
@@ -637,6 +648,16 @@ def measure_kept(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, in
     return kept, saved_bytes(shape, dtype.itemsize, length - 1, length - 1, n_above, 2)
 
 
+def measure_network(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, int]:
+    """Bytes kept for a 16 × 16 projection of all linear weights, one sequence: measured, and on paper."""
+    model, projection = shape.model("cpu", dtype), Projection(16, 16, 0)
+    engine = warm_engine(shape, model, expand_projected(model, "all", "all-linear", projection))
+    kept = measured_saved_bytes(model, differentiate(engine, random_ids(shape, 1, length), 2))
+    n_tokens = length - 1
+    taps = 7 * shape.layers * n_tokens * 4 * (projection.rows + projection.cols)  # held by the engine, not autograd
+    return kept + taps, network_bytes(shape, dtype.itemsize, n_tokens, n_tokens, 2, projection)
+
+
 def print_check(device: torch.device) -> None:
     """Measured against paper."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors leave the resident set at once
@@ -661,6 +682,13 @@ def print_check(device: torch.device) -> None:
         for shape in CHECKED
         for length in (256, 512)
     ]
+    network = [
+        (shape, length, *measure_network(shape, torch.float32, length)) for shape in CHECKED for length in (256, 512)
+    ]
+    table(
+        ["shape", "tokens", "all-linear, kept, MB", "measured : paper"],
+        [[s.name, n, figure(kept / 1e6), f"{kept / paper:.3f}"] for s, n, kept, paper in network],
+    )
     table(
         ["shape", "tokens", "kept in bf16, MB", "measured : paper", "GFLOP counted", "counted : paper"],
         [

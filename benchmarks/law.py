@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", nargs="+", type=Path, metavar="F", help="make tables of these files")
     parser.add_argument("--output", type=Path, required=True, help="lines are added to it; with --report: the page")
     parser.add_argument("--resamplings", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=1, help="to add re-samplings to those there are")
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--layer", type=int, default=4)
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measured(checkpoint: Checkpoint, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One line for each re-sampling, and for each other way to sample."""
-    for seed in range(1, args.resamplings + 1):
+    for seed in range(args.first_seed, args.first_seed + args.resamplings):
         start = time.perf_counter()
         rollouts = rollouts_of(checkpoint, args, seed)
         found = resampling(checkpoint, args.layer, rollouts)
