@@ -20,6 +20,7 @@ from .look import (
     bucket_ticks,
     grid,
     heading,
+    name_checkpoints,
     new_figure,
     note,
     panel_title,
@@ -33,7 +34,6 @@ KEEP_TOP = "exp3_keep_top.png"
 TRAJECTORY = "exp3_trajectory.png"
 MIN_OF_TRAJECTORY = 3
 MAX_ABREAST = 3
-MAX_UPRIGHT_NAMES = 4
 TOKENS_COLOUR = "#b3b3b3"
 RULE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MEASURES = ("cosine", "noise_scale_ratio", "signal_share")
@@ -170,16 +170,7 @@ def draw_trajectory(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figu
     axes[2].set_ylim(bottom=0)
     axes[2].set_ylabel("prompts")
     axes[2].set_title("noise scale of the full update", loc="left")
-    names = [shortened(subject.tag or subject.label, MAX_TAG_LENGTH) for subject in subjects]
-    for ax in axes:
-        ax.set_xticks(range(len(names)), names)
-        if len(names) > MAX_UPRIGHT_NAMES:
-            ax.tick_params(axis="x", labelrotation=35)
-            for label in ax.get_xticklabels():
-                label.set(horizontalalignment="right", rotation_mode="anchor")
-        ax.set_xlim(-0.6, len(names) - 0.4)
-        ax.grid(axis="x", visible=False)
-        ax.set_xlabel("checkpoint, in the order given; 95% intervals")
+    name_checkpoints(axes, subjects, "checkpoint, in the order given; 95% intervals")
     line = Line2D([], [], color=TOKENS_COLOUR, linewidth=3, label=f"{CLAIMED_SHARE:.0%}: the share of the tokens")
     figure.legend(handles=[line], loc="outside lower center")
     figure.suptitle(heading(f"{len(subjects)} checkpoints: the {_objectives(numbers)} update", subjects))

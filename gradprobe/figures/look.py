@@ -9,7 +9,7 @@ says why.
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ CONTROL_COLOUR = "#4d4d4d"
 NOTE_COLOUR = "#595959"
 MAX_NAME_LENGTH = 32
 MAX_TAG_LENGTH = 16
+MAX_UPRIGHT_NAMES = 4
 MAX_NUMBERED_BUCKETS = 12
 
 
@@ -195,3 +196,17 @@ def note(ax: Axes, text: str) -> None:
 def bucket_ticks(n_buckets: int) -> range:
     """The buckets that get a number on an axis."""
     return range(0, n_buckets, -(-n_buckets // MAX_NUMBERED_BUCKETS))
+
+
+def name_checkpoints(axes: Iterable[Axes], subjects: Sequence[Subject], label: str) -> None:
+    """Give the horizontal axes the checkpoints' names, slanted where there are many."""
+    names = [shortened(subject.tag or subject.label, MAX_TAG_LENGTH) for subject in subjects]
+    for ax in axes:
+        ax.set_xticks(range(len(names)), names)
+        if len(names) > MAX_UPRIGHT_NAMES:
+            ax.tick_params(axis="x", labelrotation=35)
+            for tick in ax.get_xticklabels():
+                tick.set(horizontalalignment="right", rotation_mode="anchor")
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.grid(axis="x", visible=False)
+        ax.set_xlabel(label)

@@ -13,21 +13,18 @@ from ..exp2.direction import ORTHOGONAL_WITHIN, Alignment
 from .exp2 import ORTHOGONAL_COLOUR, draw_reference, draw_rho, rho_handles, rho_limit
 from .look import (
     MAX_NUMBERED_BUCKETS,
-    MAX_TAG_LENGTH,
     NOTE_COLOUR,
     Subject,
     bucket_colours,
     bucket_ticks,
     heading,
+    name_checkpoints,
     new_figure,
     note,
     series_colours,
-    shortened,
     styled,
     top_bucket_name,
 )
-
-MAX_UPRIGHT_NAMES = 4
 
 
 @styled
@@ -52,16 +49,7 @@ def draw_trajectory(
     _ratios(axes[0], buckets)
     _rhos(axes[1], subjects, alignments, references)
     _shares(axes[2], subjects, correct_shares)
-    names = [shortened(subject.tag or subject.label, MAX_TAG_LENGTH) for subject in subjects]
-    for ax in axes:
-        ax.set_xticks(range(len(names)), names)
-        if len(names) > MAX_UPRIGHT_NAMES:
-            ax.tick_params(axis="x", labelrotation=35)
-            for label in ax.get_xticklabels():
-                label.set(horizontalalignment="right", rotation_mode="anchor")
-        ax.set_xlim(-0.6, len(names) - 0.4)
-        ax.grid(axis="x", visible=False)
-        ax.set_xlabel("checkpoint, in the order given")
+    name_checkpoints(axes, subjects, "checkpoint, in the order given")
     figure.legend(handles=[*_bucket_handles(len(buckets[0])), *rho_handles()], loc="outside lower center", ncols=4)
     figure.suptitle(heading(f"{len(subjects)} checkpoints", subjects))
     return figure
