@@ -23,9 +23,10 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
+import torch
 import transformers
 
 from gradprobe.common.console import add_common_flags, is_verbose, log, printable, script_main
@@ -232,10 +233,12 @@ def main(argv: list[str] | None = None) -> int:
     # A lost node may hold the lock on a shared file system for a while after Slurm has queued the shard again.
     patience = SECONDS_FOR_A_LOST_NODE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0
     with locked(settings.output_dir, patience):
-        if not prepare(settings.output_dir, plan.directories, plan.identity, settings.overwrite):
+        computing = prepare(settings.output_dir, plan.directories, plan.identity, plan.computing, settings.overwrite)
+        if computing is None:
             log.info(f"{settings.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
-        for dump in run_probe(plan, watch):
+        torch.set_num_threads(computing["threads"])
+        for dump in run_probe(replace(plan, computing=computing), watch):
             row = "" if dump.row_idx is None else f"[{dump.row_idx}]"
             print(printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}{row}"), end=", ")
             print(f"{dump.num_correct_rollouts} of {dump.num_rollouts} rollouts correct")

@@ -14,7 +14,7 @@ from . import format as contract
 from .blocks import iter_row_blocks
 from .format import Dump
 from .pooled import pooled_tokens
-from .records import Rollout, iter_rollouts
+from .records import Rollout, iter_rollouts, prompt_key_from_json
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,10 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
             f"{dump.path / contract.META}: prompt {dump.prompt_keys[code]} sample {sample_idx} (row {rows[0]}) "
             f"is not in {file}"
         )
+    prompts = {prompt for prompt, _ in seen}
+    named = set(map(prompt_key_from_json, dump.manifest.get("prompt_idxs", prompts)))
+    if prompts != named:
+        problems.append(f"{file}: its prompts are not those of prompt_idxs ({first_of(sorted(prompts ^ named))})")
     found = [
         f"{dump.path / contract.MANIFEST}: {key} is {dump.manifest[key]}, but {file} has {count}"
         for key, count in counts.items()

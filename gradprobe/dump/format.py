@@ -41,7 +41,8 @@ MANIFEST_KINDS = {
     "bins": INDEX,
     **dict.fromkeys(("num_correct_rollouts", "num_response_tokens"), INDEX.optional()),
     **dict.fromkeys(("num_nonfinite_rows", "num_zero_rows"), INDEX.optional()),
-    **dict.fromkeys(("prompt_idxs", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
+    **dict.fromkeys(("num_rollouts_due", "num_unverified_rollouts"), INDEX.optional()),
+    **dict.fromkeys(("prompt_idxs", "prompts_due", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
     **dict.fromkeys(("checksums", "shard", "projection", "on_policy"), OBJECT.optional()),
     **dict.fromkeys(("pooling", "bucket_by"), TEXT.optional()),
     **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
@@ -250,16 +251,41 @@ def _manifest_faults(manifest: dict[str, Any]) -> list[str]:
         faults.append("entropy_edges are not increasing numbers")
     if "entropy_edges_from" in manifest and "entropy_edges_over" not in manifest:
         faults.append("'entropy_edges_over' is missing")
-    try:
-        kinds = {type(prompt_key_from_json(key)) for key in manifest.get("prompt_idxs", [])}
-    except FaultyRecord as error:
-        faults.append(f"prompt_idxs: {error}")
-    else:
-        faults += ["prompt_idxs: some are integers, others [shard, integer]"] if len(kinds) > 1 else []
+    for name in ("prompt_idxs", "prompts_due"):
+        try:
+            kinds = {type(prompt_key_from_json(key)) for key in manifest.get(name, [])}
+        except FaultyRecord as error:
+            faults.append(f"{name}: {error}")
+        else:
+            faults += [f"{name}: some are integers, others [shard, integer]"] if len(kinds) > 1 else []
     for key in ("nonfinite_rows", "zero_rows"):
         if not all(is_index(row) and row < manifest["num_positions"] for row in manifest.get(key, [])):
             faults.append(f"{key} are not row numbers below {manifest['num_positions']}")
-    return faults + _shard_faults(manifest.get("shard", {}))
+    return faults or [*_shard_faults(manifest.get("shard", {})), *_missing_rollouts(manifest)]
+
+
+def _missing_rollouts(manifest: dict[str, Any]) -> Iterator[str]:
+    """Rollouts and prompts that were due and that the dump neither has nor says it left out."""
+    n_there = manifest["num_rollouts"] + manifest.get("num_unverified_rollouts", 0)
+    n_due = manifest.get("num_rollouts_due", _rollouts_due_by_shard(manifest))
+    if n_due is not None and n_there != n_due:
+        yield f"{n_due} rollouts were due, but {n_there} were made; probe it again"
+    if "prompts_due" in manifest:
+        due = set(map(prompt_key_from_json, manifest["prompts_due"]))
+        others = sorted(set(map(prompt_key_from_json, manifest.get("prompt_idxs", []))) - due)
+        if others:
+            yield f"prompt_idxs has prompts that were not due ({first_of(others)})"
+
+
+def _rollouts_due_by_shard(manifest: dict[str, Any]) -> int | None:
+    """What a dump of sampled rollouts had to make, from its place among the shards; None where that is not said."""
+    whole = {"index": 0, "num_shards": 1} if "shards" in manifest else None
+    shard, sampling = manifest.get("shard", whole), manifest.get("sampling") or {}
+    n_prompts = sampling.get("num_prompts_of_study")
+    if "rollouts_from" in manifest or shard is None or not is_index(n_prompts):
+        return None
+    index, count = shard["index"], shard["num_shards"]
+    return (n_prompts // count + (index < n_prompts % count)) * manifest["num_samples_per_prompt"]
 
 
 def _shard_faults(shard: dict[str, Any]) -> list[str]:

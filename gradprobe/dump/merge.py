@@ -38,8 +38,12 @@ SAME_IN_ALL = (
     "pooling",
     "bucket_by",
     "projection",
+    "end_ids",
 )
 """Manifest keys that shards of one study share. Keys that a manifest of the original lacks count as None."""
+
+SAME_BUT_FOR_ROUNDING = ("device", "versions", "threads", "batch_tokens", "sample_rows")
+"""Manifest keys that may differ between shards, and of which a reader is told."""
 
 SUMMED = (
     "num_prompts",
@@ -50,7 +54,9 @@ SUMMED = (
     "num_nonfinite_rows",
     "num_zero_rows",
     "num_unverified_rollouts",
+    "num_rollouts_due",
 )
+UNITED = ("prompt_idxs", "prompts_due")
 SHOWN_MISSING = 5
 OF_ONE_SHARD = ("shard", "seconds", "on_policy", "entropy_edges_from", "checksums", "nonfinite_rows", "zero_rows")
 """Manifest keys that say nothing about the merged dump."""
@@ -76,6 +82,8 @@ def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, 
         for warning in (warning for shard in shards for warning in shard.warnings):
             log.warning(warning)
         check_belong_together(shards)
+        for line in differences_in_rounding(shards):
+            log.warning(line)
         check_disjoint(shards, namespaces(shards))
     refuse_changed_files(targets)
     for shards in targets.values():
@@ -103,7 +111,27 @@ def check_belong_together(shards: list[Dump]) -> None:
     for shard in shards[1:]:
         for key, here, there in differing_keys(first.manifest, shard.manifest):
             problems.append(f"{key} is {here} in {first.path} but {there} in {shard.path}")
-    raise_if_any([*problems, *missing_shards(shards)])
+    raise_if_any([*problems, *edges_given_to_some(shards), *missing_shards(shards)])
+
+
+def edges_given_to_some(shards: list[Dump]) -> Iterator[str]:
+    """Shards whose tokens were picked by other edges than the first's, where edges were given to any of them."""
+
+    def given(shard: Dump) -> list[float] | None:
+        return shard.manifest["entropy_edges"] if "entropy_edges_from" in shard.manifest else None
+
+    for shard in shards[1:]:
+        if given(shard) != given(shards[0]):
+            which = "other" if given(shard) and given(shards[0]) else "none" if given(shards[0]) else "such"
+            yield f"{shard.path}: was probed with {which} `entropy_edges`, unlike {shards[0].path}"
+
+
+def differences_in_rounding(shards: list[Dump]) -> Iterator[str]:
+    """A line for each setting that made shards round in other ways."""
+    for key in SAME_BUT_FOR_ROUNDING:
+        found = dict.fromkeys(json.dumps(shard.manifest[key]) for shard in shards if key in shard.manifest)
+        if len(found) > 1:
+            yield f"shards were computed with other {key}, so that they may round differently: {', '.join(found)}"
 
 
 def missing_shards(shards: list[Dump]) -> list[str]:
@@ -118,10 +146,22 @@ def missing_shards(shards: list[Dump]) -> list[str]:
         ]
     (count,) = counts
     present = {part["index"] for part in parts}
+    if len(present) == count:
+        return missing_prompts(shards)
     missing = (
         f"shard {index} of {count} is missing (they count from 0)" for index in range(count) if index not in present
     )
     return first_few(missing, "shards", SHOWN_MISSING, n_all=count - len(present))
+
+
+def missing_prompts(shards: list[Dump]) -> list[str]:
+    """Whether shards that are all there were due fewer prompts than the study has; old ones don't say which."""
+    sampling, lists = shards[0].manifest.get("sampling") or {}, [s.manifest.get("prompts_due") for s in shards]
+    n_of_study = sampling.get("num_prompts_of_study")
+    if n_of_study is None or None in lists or "rollouts_from" in shards[0].manifest:
+        return []
+    n_due = len({prompt_key_from_json(key) for due in lists for key in due})
+    return [] if n_due == n_of_study else [f"the study has {n_of_study} prompts, but these shards were due {n_due}"]
 
 
 def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -130,7 +170,9 @@ def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tup
     model_keys = ["model_identity"] if "model_identity" in first and "model_identity" in other else ["model_path"]
     # The original gave each shard a seed of its own; ours slices one seeded permutation.
     seed_keys = ["seed"] if "format_version" in first and "format_version" in other else []
-    for key in (*model_keys, *seed_keys, *SAME_IN_ALL):
+    # Of an original's data set nothing is known; what is known must be the same.
+    data_keys = ["dataset"] if (first.get("dataset") or {}).keys() & (other.get("dataset") or {}).keys() else []
+    for key in (*model_keys, *seed_keys, *data_keys, *SAME_IN_ALL):
         here, there = (_without_path(manifest.get(key)) for manifest in (first, other))
         if here != there:
             yield key, json.dumps(here), json.dumps(there)
@@ -248,16 +290,18 @@ def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
 def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[str, Any]) -> dict[str, Any]:
     """The first shard's manifest with sums, the union of prompts, the new edges and the shards' names."""
     manifests = [shard.manifest for shard in shards]
-    merged = {key: value for key, value in manifests[0].items() if key not in OF_ONE_SHARD}
+    of_shards = {*OF_ONE_SHARD, *SUMMED, *UNITED}
+    merged = {key: value for key, value in manifests[0].items() if key not in of_shards}
     for key in SUMMED:
         if all(key in manifest for manifest in manifests):
             merged[key] = sum(manifest[key] for manifest in manifests)
-    if all("prompt_idxs" in manifest for manifest in manifests):
-        merged["prompt_idxs"] = sorted(
-            merged_key(prompt_key_from_json(key), space)
-            for manifest, space in zip(manifests, spaces, strict=True)
-            for key in manifest["prompt_idxs"]
-        )
+    for name in UNITED:
+        if all(name in manifest for manifest in manifests):
+            merged[name] = sorted(
+                merged_key(prompt_key_from_json(key), space)
+                for manifest, space in zip(manifests, spaces, strict=True)
+                for key in manifest[name]
+            )
     return {
         **merged,
         **edges,

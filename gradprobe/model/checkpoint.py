@@ -18,7 +18,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, first_of, raise_if_any, reason_of
-from ..common.files import read_json, sha256_of
+from ..common.files import read_json
 from .batches import is_out_of_memory
 from .placement import Placement
 
@@ -259,23 +259,6 @@ def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
     for fault, names in faults:
         if names:
             yield f"`model_path` {path}: {fault}: {first_of(names, SHOWN_WEIGHTS)}"
-
-
-def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str, str]:
-    """What the weights are: hash of a local checkpoint's configuration and weights, commit of one from the Hub.
-
-    With an adapter, what that is too: its hash, or its name on the Hub.
-    """
-    directory = Path(source.path)
-    if directory.is_dir():
-        identity = {"weights_sha256": sha256_of(directory / "config.json", *sorted(directory.glob("*.safetensors")))}
-    else:
-        identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
-    if source.adapter is None:
-        return identity
-    adapter = Path(source.adapter)
-    files = [adapter / "adapter_config.json", *sorted(adapter.glob("*.safetensors"))]
-    return identity | {"adapter": sha256_of(*files) if all(map(Path.is_file, files)) else source.adapter}
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

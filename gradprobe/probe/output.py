@@ -4,6 +4,8 @@ While a probe is at work its directory holds `settings.json`, `progress.jsonl` (
 whose names end in `.partial`. The manifest, written last, ends that.
 """
 
+import itertools
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -14,26 +16,34 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputError
+from ..common.fields import is_index
 from ..common.files import aside, make_directory, read_json, write_json
 from ..dump import format as contract
 from ..dump.check import first_of, problems_of
 from ..dump.growing import GrowingLines, GrowingRows, Piece, Record, crc32_of
-from ..dump.records import Rollout, iter_rollouts
+from ..dump.records import PromptKey, Rollout, iter_rollouts
 
 log = logging.getLogger(__name__)
 
 ROLLOUTS, GRADIENTS = "rollouts", "gradients"
 KINDS = ("nonfinite_rows", "zero_rows")
+COMPUTING = "computing"
 
 
-def prepare(output_dir: Path, directories: list[Path], settings: dict[str, Any], overwrite: bool) -> bool:
-    """Make a locked output directory ready; False if the dump that is asked for is finished and sound there already.
+def prepare(
+    output_dir: Path, directories: list[Path], identity: dict[str, Any], computing: dict[str, int], overwrite: bool
+) -> dict[str, int] | None:
+    """Make a locked output directory ready.
 
     Args:
         output_dir: of the probe.
         directories: of each target's dump; `output_dir` itself where there is one target.
-        settings: all that changes the dump's bytes.
+        identity: all that changes the dump's bytes.
+        computing: what rounds sums in another order; a dump that was begun is finished with what it was begun with.
         overwrite: begin anew whatever is there.
+
+    Returns:
+        With what to compute; None if the dump that is asked for is finished and sound there already.
 
     Raises:
         InputError: the directory holds a dump, or the beginning of one, of other settings.
@@ -41,28 +51,42 @@ def prepare(output_dir: Path, directories: list[Path], settings: dict[str, Any],
     if overwrite:
         _clear(output_dir, directories)
     elif (output_dir / contract.SETTINGS).exists():
-        refuse_other_settings(output_dir, settings)
+        refuse_other_settings(output_dir, identity)
         if all((directory / contract.MANIFEST).exists() for directory in directories):
             problems, _ = problems_of(output_dir)
             if not problems:
                 (output_dir / contract.RECORD).unlink(missing_ok=True)
-                return False
+                return None
             log.warning(f"{output_dir}: finished but not sound ({'; '.join(problems)}); made anew")
             _clear(output_dir, directories)
         else:
             log.info(f"{output_dir}: unfinished dump of the same settings, continuing")
+            computing = _as_begun(output_dir, computing)
     else:
         refuse_foreign_dump(output_dir)
-    write_json(output_dir / contract.SETTINGS, settings)
+    write_json(output_dir / contract.SETTINGS, {**identity, COMPUTING: computing})
     for directory in directories:
         make_directory(directory)
-    return True
+    return computing
 
 
-def refuse_other_settings(output_dir: Path, settings: dict[str, Any]) -> None:
+def _as_begun(output_dir: Path, computing: dict[str, int]) -> dict[str, int]:
+    """What an unfinished dump was begun with, where the settings tell it soundly."""
+    begun = read_json(output_dir / contract.SETTINGS).get(COMPUTING)
+    if not isinstance(begun, dict) or not all(is_index(begun.get(key)) and begun[key] > 0 for key in computing):
+        return computing
+    kept = {key: begun[key] for key in computing}
+    if kept != computing:
+        changed = ", ".join(f"{key} {kept[key]}, not {now}" for key, now in computing.items() if kept[key] != now)
+        log.info(f"as it was begun, so that its bytes are the same: {changed}")
+    return kept
+
+
+def refuse_other_settings(output_dir: Path, identity: dict[str, Any]) -> None:
     """Raise `InputError` if the directory holds a dump, or the beginning of one, of other settings."""
     file = output_dir / contract.SETTINGS
-    found = differences(read_json(file), settings) if file.exists() else []
+    before = read_json(file) if file.exists() else identity
+    found = differences({key: value for key, value in before.items() if key != COMPUTING}, identity)
     if found:
         raise InputError(
             f"{output_dir}: holds a dump of other settings ({'; '.join(found)}); "
@@ -106,25 +130,33 @@ def _clear(output_dir: Path, directories: list[Path]) -> None:
 class GrowingRollouts:
     """`rollouts.jsonl`, growing chunk by chunk.
 
+    Args:
+        file: its final name.
+        record: what is written so far.
+        prompts: of each chunk that is due, in order; kept is what an earlier run wrote of the very same.
+
     Attributes:
         n_chunks_kept: how many chunks an earlier run left sound.
         notes: of each chunk, kept or new, what was said of it beside its rollouts.
     """
 
-    def __init__(self, file: Path, record: Record):
-        self._file, self._record = file, record
-        entries = [entry for entry in record.entries if entry["kind"] == ROLLOUTS]
+    def __init__(self, file: Path, record: Record, prompts: Sequence[list[PromptKey]]):
+        self._file, self._record, self._prompts = file, record, prompts
+        found = [entry for entry in record.entries if entry["kind"] == ROLLOUTS]
+        pairs = zip(found, json.loads(json.dumps(prompts)), strict=False)
+        entries = [entry for entry, due in itertools.takewhile(lambda pair: pair[0].get("prompts") == pair[1], pairs)]
         self._lines = GrowingLines(file, [Piece(entry["end"], entry["crc32"]) for entry in entries])
         self.n_chunks_kept = self._lines.n_kept
-        if self.n_chunks_kept < len(entries):
-            log.info(f"{file}: {len(entries) - self.n_chunks_kept} batches are torn or changed, they are sampled again")
+        if self.n_chunks_kept < len(found):
+            log.info(f"{file}: {len(found) - self.n_chunks_kept} batches are torn or changed, they are sampled again")
             record.keep(entries[: self.n_chunks_kept])
         self.notes = [entry["notes"] for entry in entries[: self.n_chunks_kept]]
 
     def append(self, rollouts: list[Rollout], notes: dict[str, Any]) -> None:
         """Write one chunk's rollouts, on disk when this returns."""
         piece = self._lines.append(rollout.to_record() for rollout in rollouts)
-        self._record.append({"kind": ROLLOUTS, **asdict(piece), "notes": notes})
+        prompts = self._prompts[len(self.notes)]
+        self._record.append({"kind": ROLLOUTS, "prompts": prompts, **asdict(piece), "notes": notes})
         self.notes.append(notes)
 
     def finish(self) -> list[Rollout]:

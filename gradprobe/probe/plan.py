@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
 from torch import nn
 
+from .. import __version__
 from ..common.errors import InputError
 from ..common.files import read_json, sha256_of
 from ..dump import format as contract
@@ -16,7 +19,6 @@ from ..dump.buckets import fit_edges
 from ..dump.pooled import BUCKET, POOLING
 from ..gradients.targets import AnyTarget, Projection, expand_projected, expand_targets
 from ..model.checkpoint import (
-    checkpoint_identity,
     end_token_ids,
     load_skeleton,
     load_tokenizer,
@@ -25,6 +27,7 @@ from ..model.checkpoint import (
     resolve_dtype,
 )
 from ..model.decoder import context_length
+from ..model.identity import FileStates, are_same_weights, checkpoint_identity, file_states, hardware_of
 from ..model.placement import Placement, read_placement
 from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.templates import preview, read_template, render_prompts
@@ -56,8 +59,10 @@ class Plan:
         placement: spreads the weights.
         dtype: of the weights.
         attention: its implementation.
-        batch_tokens: padded tokens in one pass.
+        computing: what rounds sums in another order and changes nothing else: `threads` on a CPU, `batch_tokens`
+            (padded, in one pass) and `sample_rows`.
         identity: all that changes the dump's bytes, paths left out: a moved file is the same file.
+        checkpoint_files: as they were when their identity was made.
     """
 
     settings: ProbeSettings
@@ -73,8 +78,19 @@ class Plan:
     placement: Placement | None
     dtype: torch.dtype
     attention: str
-    batch_tokens: int
+    computing: dict[str, int]
     identity: dict[str, Any]
+    checkpoint_files: FileStates
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens in one pass."""
+        return self.computing["batch_tokens"]
+
+    @property
+    def sample_rows(self) -> int:
+        """Responses sampled at once."""
+        return self.computing["sample_rows"]
 
     @property
     def positions_at_most(self) -> int:
@@ -101,12 +117,13 @@ def make_plan(settings: ProbeSettings) -> Plan:
         InputError: something is not there, or can't be read, or does not fit.
     """
     # 1. Which weights, or which of their rows.
-    skeleton = load_skeleton(settings.checkpoint)
+    checkpoint_files = file_states(settings.checkpoint)
+    skeleton, tokenizer = load_skeleton(settings.checkpoint), load_tokenizer(settings.checkpoint)
     targets = targets_of(settings, skeleton)
     # 2. Whose tokens, judged by whom, in which buckets.
     verifier = load_verifier(settings.verifier)
     read = read_problem_source if settings.rollouts is None else read_rollout_source
-    source, description = read(settings, skeleton, verifier)
+    source, description = read(settings, skeleton, tokenizer, verifier)
     # 3. Where and how it is computed.
     placement = None
     if settings.device_map is not None:
@@ -120,10 +137,15 @@ def make_plan(settings: ProbeSettings) -> Plan:
     identity = {
         "format_version": contract.FORMAT_VERSION,
         "model": identity_of_model,
+        "end_ids": sorted(end_token_ids(skeleton, tokenizer)),
         "targets": [target.directory for target in targets],
         "dtype": str(dtype).removeprefix("torch."),
         "attention": attention,
-        "device": device.type,
+        "device": hardware_of(device),
+        "versions": {
+            "gradprobe": __version__,
+            **{library.__name__: library.__version__ for library in (torch, transformers, tokenizers, np)},
+        },
         "shard": {"index": settings.shard_index, "num_shards": settings.num_shards},
         "bins": settings.bins,
         "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
@@ -147,8 +169,13 @@ def make_plan(settings: ProbeSettings) -> Plan:
         placement=placement,
         dtype=dtype,
         attention=attention,
-        batch_tokens=settings.batch_tokens or BATCH_TOKENS[device.type],
+        computing={
+            "threads": torch.get_num_threads(),
+            "batch_tokens": settings.batch_tokens or BATCH_TOKENS[device.type],
+            "sample_rows": settings.sample_rows,
+        },
         identity=identity,
+        checkpoint_files=checkpoint_files,
     )
 
 
@@ -198,7 +225,7 @@ def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, st
         return None
     file = _rollout_file(settings)
     manifest = contract.find_manifest(file)
-    is_of_this_model = manifest is not None and read_json(manifest).get("model_identity") == model
+    is_of_this_model = manifest is not None and are_same_weights(read_json(manifest).get("model_identity"), model)
     if is_of_this_model and rule.name != LOGIT_NORM:
         return fitted_edges(stored_scores(rule, file), settings.bins)
     if settings.num_shards > 1:
@@ -221,10 +248,10 @@ def fitted_edges(scores: np.ndarray, bins: int) -> dict[str, Any]:
 
 
 def read_problem_source(
-    settings: ProbeSettings, skeleton: nn.Module, verifier: Verifier
+    settings: ProbeSettings, skeleton: nn.Module, tokenizer: Any, verifier: Verifier
 ) -> tuple[Source, dict[str, Any]]:
     """This shard's problems, to be sampled; and what identity and manifest say of the sampling."""
-    problem_set = read_problems(settings)
+    problem_set = read_problems(settings, tokenizer)
     shard = shard_of_study(
         len(problem_set.problems), settings.num_prompts, settings.seed, settings.shard_index, settings.num_shards
     )
@@ -253,11 +280,10 @@ def read_problem_source(
     return SampledRollouts(problems, sampling, server, settings.server_requests), description
 
 
-def read_problems(settings: ProbeSettings) -> ProblemSet:
+def read_problems(settings: ProbeSettings, tokenizer: Any) -> ProblemSet:
     """The data set with its prompts rendered; what was read is said."""
     problem_set = load_problems(settings.dataset, settings.problem_key, settings.answer_key, settings.id_key)
     template = None if settings.prompt_template is None else read_template(settings.prompt_template)
-    tokenizer = load_tokenizer(settings.checkpoint) if settings.chat_template else None
     problem_set = render_prompts(problem_set, template, settings.chat_template, settings.system_prompt, tokenizer)
     log.info(problem_set.summary)
     for note in problem_set.notes:
@@ -273,17 +299,16 @@ def described_verifier(settings: ProbeSettings, verifier: Verifier) -> str | dic
 
 
 def read_rollout_source(
-    settings: ProbeSettings, skeleton: nn.Module, verifier: Verifier
+    settings: ProbeSettings, skeleton: nn.Module, tokenizer: Any, verifier: Verifier
 ) -> tuple[Source, dict[str, Any]]:
     """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
     file = _rollout_file(settings)
-    tokenizer = load_tokenizer(settings.checkpoint)
     size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
         file,
         Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
         file_format=settings.rollouts_format,
-        problems=None if settings.dataset is None else read_problems(settings).problems,
+        problems=None if settings.dataset is None else read_problems(settings, tokenizer).problems,
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
     )

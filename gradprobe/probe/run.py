@@ -8,10 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
-from .. import __version__
 from ..common.console import progress
 from ..common.errors import InputError
 from ..common.files import write_json
@@ -26,7 +23,7 @@ from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
-from ..model.placement import input_device
+from ..model.identity import refuse_changed_checkpoint
 from ..problems.verify import RunningVerifier
 from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
@@ -69,6 +66,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     settings = plan.settings
     with watch.phase("load"):
         checkpoint = load_checkpoint(settings.checkpoint, plan.device, plan.dtype, plan.attention, plan.placement)
+        refuse_changed_model(plan, checkpoint)
     record_file = settings.output_dir / contract.RECORD
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
@@ -80,6 +78,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)
     common["on_policy"] = asdict(tokens.test(claims_on_policy(common)))
+    refuse_changed_model(plan, checkpoint)  # weights may have been read until now
     for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
         write_records(directory / contract.META, lines)
         manifest = {
@@ -107,6 +106,12 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     record_file.unlink()
 
 
+def refuse_changed_model(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Raise `InputError` if the checkpoint's files are no more those of the plan."""
+    identity = plan.identity["model"]
+    refuse_changed_checkpoint(plan.settings.checkpoint, checkpoint.model, identity, plan.checkpoint_files)
+
+
 def collect_rollouts(
     plan: Plan, checkpoint: Checkpoint, record: Record, watch: Stopwatch
 ) -> tuple[list[Rollout], dict[str, Any]]:
@@ -116,15 +121,16 @@ def collect_rollouts(
         The rollouts, and what the manifest says of how it went.
     """
     settings = plan.settings
-    growing = GrowingRollouts(settings.output_dir / contract.ROLLOUTS, record)
+    chunks = list(chunks_of(plan.source.rows_per_prompt, plan.sample_rows))
+    prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
+    growing = GrowingRollouts(settings.output_dir / contract.ROLLOUTS, record, prompts)
     for notes in growing.notes:
         watch.add(notes["seconds"])
-    chunks = list(chunks_of(plan.source.rows_per_prompt, settings.sample_rows))
     if growing.n_chunks_kept:
         log.info(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
     left = chunks[growing.n_chunks_kept :]
     if left:
-        rollouts_of = plan.source.opened(checkpoint, settings.sample_rows)
+        rollouts_of = plan.source.opened(checkpoint, plan.sample_rows)
         tokens = Budget(plan.batch_tokens)
         with RunningVerifier(plan.verifier, settings.verifier_seconds) as running:
             for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
@@ -271,7 +277,6 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
     """What all targets' manifests have in common."""
     settings, identity = plan.settings, plan.identity
     prompt_idxs = sorted({r.prompt_idx for r in rollouts})
-    device = input_device(checkpoint.model)
     return {
         "model_path": settings.model_path,
         "num_prompts": len(prompt_idxs),
@@ -284,20 +289,13 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
         "seed": settings.seed,
         "num_correct_rollouts": sum(r.correct for r in rollouts),
         "prompt_idxs": prompt_idxs,
+        "prompts_due": sorted(plan.source.prompts),
+        "num_rollouts_due": sum(plan.source.rows_per_prompt),
         "num_response_tokens": sum(len(r.response_ids) for r in rollouts),
         "format_version": contract.FORMAT_VERSION,
         "model_identity": identity["model"],
-        **{key: identity[key] for key in ("dtype", "attention")},
-        "end_ids": sorted(checkpoint.end_ids),
-        "shard": identity["shard"],
-        "batch_tokens": plan.batch_tokens,
-        "sample_rows": settings.sample_rows,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "gradprobe": __version__,
-        },
+        **{key: identity[key] for key in ("dtype", "attention", "device", "end_ids", "shard")},
+        **plan.computing,
+        "versions": {"python": platform.python_version(), **identity["versions"]},
         "device_map": getattr(checkpoint.model, "hf_device_map", None) if plan.placement else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
     }

@@ -35,8 +35,11 @@ class SamplingSettings:
 class Source(Protocol):
     """Gives a shard's rollouts, without scores, and without verdicts where `correct` is None."""
 
+    prompts: list[PromptKey]
+    """The prompts that are due, in order."""
+
     rows_per_prompt: list[int]
-    """How many rollouts each prompt has."""
+    """How many rollouts each of them has."""
 
     n_tokens_at_most: int
     """The most response tokens that all of them can have."""
@@ -52,7 +55,7 @@ class GivenRollouts:
         by_prompt: dict[PromptKey, list[Rollout]] = {}
         for rollout in rollouts:
             by_prompt.setdefault(rollout.prompt_idx, []).append(rollout)
-        self._groups = list(by_prompt.values())
+        self.prompts, self._groups = list(by_prompt), list(by_prompt.values())
         self.rows_per_prompt = list(map(len, self._groups))
         self.n_tokens_at_most = sum(len(rollout.response_ids) for rollout in rollouts)
 
@@ -77,6 +80,11 @@ class SampledRollouts:
     server: CompletionsServer | None = None
     n_requests: int = 1
     answers: list[ServerResponse] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> list[PromptKey]:
+        """See `Source`."""
+        return [problem.idx for problem in self.problems]
 
     @property
     def rows_per_prompt(self) -> list[int]:

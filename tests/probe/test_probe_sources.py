@@ -166,7 +166,7 @@ def test_an_adapter_probed_is_the_merged_checkpoint_probed(tmp_path, checkpoint_
     assert probe(tmp_path / "b", "--model-path", checkpoint_dir, *arguments) == 0
     with_adapter, from_merged, without = ((tmp_path / name / "grads.npy").read_bytes() for name in "amb")
     assert with_adapter == from_merged != without
-    assert manifest_of(tmp_path / "a")["model_identity"].keys() == {"weights_sha256", "adapter"}
+    assert manifest_of(tmp_path / "a")["model_identity"].keys() == {"weights_sha256", "tokenizer_sha256", "adapter"}
 
 
 def test_weights_on_the_disk_give_the_same_dump(tmp_path, checkpoint_dir, problems_file):

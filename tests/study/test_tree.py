@@ -86,7 +86,7 @@ def test_an_upward_import_is_found(module, source):
         ("gradprobe.exp2.measure", "from .direction import alignment\nfrom . import summary"),
         ("gradprobe.exp2.measure", "from ..analysis.bucket import Bucket\nimport numpy, gradprobe.dump.format"),
         ("gradprobe.dump.__init__", "from .format import load_dump\nfrom ..common import files"),
-        ("gradprobe.probe.run", "from .. import __version__\nfrom ..dump import format as contract"),
+        ("gradprobe.probe.plan", "from .. import __version__\nfrom ..dump import format as contract"),
         ("gradprobe.figures.exp1", "from ..exp1.measure import Exp1\nfrom ..exp2 import direction"),
         ("gradprobe.check", "from .dump.check import problems_of"),
     ],

@@ -1,0 +1,96 @@
+"""What a checkpoint is, by content: another tokenizer makes other numbers out of the same weights."""
+
+import hashlib
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.errors import InputError
+from ..common.files import sha256_of
+from .checkpoint import CheckpointSource
+
+WEIGHTS = ("config.json", "*.safetensors")
+ADAPTER = ("adapter_config.json", "*.safetensors")
+CODE = ("*.py",)
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER += ("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*")
+"""The files that transformers reads a tokenizer and its chat templates from."""
+OF_WEIGHTS = ("weights_sha256", "revision", "adapter", "code_sha256")
+
+FileStates = list[tuple[str, int, int, int, int]]
+
+
+def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str, str]:
+    """What a checkpoint is: hashes of a local one's files, the commit of one from the Hub.
+
+    `weights_sha256` is over the configuration and the weights, `tokenizer_sha256` over the tokenizer's files and chat
+    templates, `code_sha256` over code that may run; with an adapter `adapter`, its hash, or its name on the Hub.
+    """
+    directory = Path(source.path)
+    if directory.is_dir():
+        identity = {
+            "weights_sha256": sha256_of(*_matching(directory, WEIGHTS)),
+            "tokenizer_sha256": _sha256_by_name(directory, TOKENIZER),
+        }
+        if source.trust_remote_code:
+            identity["code_sha256"] = _sha256_by_name(directory, CODE)
+    else:
+        identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
+    if source.adapter is None:
+        return identity
+    adapter = Path(source.adapter)
+    is_local = (adapter / ADAPTER[0]).is_file()
+    return identity | {"adapter": sha256_of(*_matching(adapter, ADAPTER)) if is_local else source.adapter}
+
+
+def are_same_weights(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
+    """Whether two identities are of the same weights, whatever their tokenizers."""
+    return one is not None and all(one.get(key) == other.get(key) for key in OF_WEIGHTS)
+
+
+def file_states(source: CheckpointSource) -> FileStates:
+    """Name, size, inode and times of every local file that an identity is made of: cheap, and other after a write."""
+    places = [(Path(source.path), (*WEIGHTS, *TOKENIZER, *CODE, "generation_config.json"))]
+    if source.adapter is not None:
+        places.append((Path(source.adapter), ADAPTER))
+    files = (file for directory, patterns in places if directory.is_dir() for file in _matching(directory, patterns))
+    return [(str(f), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in (f.stat(),)]
+
+
+def refuse_changed_checkpoint(
+    source: CheckpointSource, model: nn.Module, identity: Mapping[str, str], states: FileStates
+) -> None:
+    """Raise `InputError` if the files are no more those that `identity` was made of.
+
+    Args:
+        states: as `file_states` gave them before the identity was made; only where they differ is all hashed again.
+    """
+    if file_states(source) != states and checkpoint_identity(source, model) != identity:
+        raise InputError(
+            f"`model_path` {source.path}: its files have changed while they were read; probe a copy that stays as it is"
+        )
+
+
+def hardware_of(device: torch.device) -> str:
+    """What does the arithmetic, for another rounds its own way: the GPU's name, or the CPU's kind and vector units."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Files, each once, in the order of the patterns and of their names."""
+    return list(dict.fromkeys(f for pattern in patterns for f in sorted(directory.glob(pattern)) if f.is_file()))
+
+
+def _sha256_by_name(directory: Path, patterns: tuple[str, ...]) -> str:
+    return hashlib.sha256("".join(_named_hashes(directory, patterns)).encode()).hexdigest()
+
+
+def _named_hashes(directory: Path, patterns: tuple[str, ...]) -> Iterator[str]:
+    for file in _matching(directory, patterns):
+        yield f"{file.relative_to(directory)} {sha256_of(file)}\n"
