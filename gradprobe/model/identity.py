@@ -36,7 +36,7 @@ def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str,
             "weights_sha256": sha256_of(*_matching(directory, WEIGHTS)),
             "tokenizer_sha256": _sha256_by_name(directory, TOKENIZER),
         }
-        if source.trust_remote_code:
+        if source.trust_remote_code and _matching(directory, CODE):
             identity["code_sha256"] = _sha256_by_name(directory, CODE)
     else:
         identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
