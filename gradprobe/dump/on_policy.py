@@ -22,6 +22,10 @@ CHOSEN_BY_PREFIX, CHOSEN_BY_TOKEN = ("entropy", "position", "random"), ("surpris
 """Rules that buckets go by (`bucket_by`): those of the first kind don't look at the token that was drawn."""
 
 
+OF_WEIGHTS = ("weights_sha256", "revision", "adapter", "code_sha256")
+"""What of `model_identity` says which function of token ids the model is; its tokenizer is no part of that."""
+
+
 @dataclass(frozen=True)
 class OnPolicy:
     """The mean of log π(y) + H over tokens, and whether it is that of tokens drawn from π.
@@ -132,7 +136,12 @@ def claims_on_policy(manifest: Mapping[str, Any]) -> bool:
     """Whether a dump's rollouts are said to be the probed model's own, at temperature 1 from its full softmax."""
     sampling, origin = manifest.get("sampling") or {}, manifest.get("rollouts_from")
     is_plain = sampling.get("distribution") == "full softmax" and sampling.get("temperature") == 1.0
-    return is_plain and (origin is None or origin.get("identity") == manifest.get("model_identity"))
+    return is_plain and (origin is None or are_same_weights(origin.get("identity"), manifest.get("model_identity")))
+
+
+def are_same_weights(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two manifests' `model_identity` are of the same weights, whatever their tokenizers."""
+    return bool(one and other) and all(one.get(key) == other.get(key) for key in OF_WEIGHTS)
 
 
 def is_chosen_by_prefix(manifest: Mapping[str, Any]) -> bool | None:

@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,6 @@ CODE = ("*.py",)
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER += ("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*")
 """The files that transformers reads a tokenizer and its chat templates from."""
-OF_WEIGHTS = ("weights_sha256", "revision", "adapter", "code_sha256")
 
 FileStates = list[tuple[str, int, int, int, int]]
 
@@ -45,11 +43,6 @@ def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str,
     adapter = Path(source.adapter)
     is_local = (adapter / ADAPTER[0]).is_file()
     return identity | {"adapter": sha256_of(*_matching(adapter, ADAPTER)) if is_local else source.adapter}
-
-
-def are_same_weights(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> bool:
-    """Whether two identities are of the same weights, whatever their tokenizers."""
-    return one is not None and all(one.get(key) == other.get(key) for key in OF_WEIGHTS)
 
 
 def file_states(source: CheckpointSource) -> FileStates:

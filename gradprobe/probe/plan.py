@@ -16,6 +16,7 @@ from ..common.errors import InputError
 from ..common.files import read_json, sha256_of
 from ..dump import format as contract
 from ..dump.buckets import fit_edges
+from ..dump.on_policy import are_same_weights
 from ..dump.pooled import BUCKET, POOLING
 from ..gradients.targets import AnyTarget, Projection, expand_projected, expand_targets
 from ..model.checkpoint import (
@@ -27,7 +28,7 @@ from ..model.checkpoint import (
     resolve_dtype,
 )
 from ..model.decoder import context_length
-from ..model.identity import FileStates, are_same_weights, checkpoint_identity, file_states, hardware_of
+from ..model.identity import FileStates, checkpoint_identity, file_states, hardware_of
 from ..model.placement import Placement, read_placement
 from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.templates import preview, read_template, render_prompts
