@@ -62,6 +62,18 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
         help="problems: .jsonl, .json, .parquet, a directory of datasets.save_to_disk, or hf:NAME[:CONFIG][:SPLIT] "
         "(default: the demo's)",
     )
+    add(
+        "--min-mixed-prompts",
+        type=int,
+        metavar="N",
+        help="after the sampling, stop unless so many of this probe's prompts have correct and incorrect rollouts; the "
+        "rollouts are kept (default: 1; 0 with fewer than 16 prompts or one rollout each)",
+    )
+    add(
+        "--sample-only",
+        action="store_true",
+        help="stop after the sampling; the same command without it goes on with the gradients",
+    )
     add("--check-only", action="store_true", help="check all that can be known without the weights; write nothing")
     add("--overwrite", action="store_true", help="start afresh where the output directory holds a dump")
     add = parser.add_argument_group("problems into prompts").add_argument
@@ -242,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
             row = "" if dump.row_idx is None else f"[{dump.row_idx}]"
             print(printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}{row}"), end=", ")
             print(f"{dump.num_correct_rollouts} of {dump.num_rollouts} rollouts correct")
+    if settings.sample_only:
+        print(printable(f"{settings.output_dir}: rollouts only, as --sample-only says; no gradient is taken"))
     return 0
 
 

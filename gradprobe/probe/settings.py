@@ -20,7 +20,7 @@ BATCH_TOKENS = {"cuda": 16_384, "cpu": 4096}
 LEAST = {
     **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards"), 1),
     **dict.fromkeys(("batch_tokens", "sample_rows", "server_requests"), 1),
-    **dict.fromkeys(("shard_index", "seed", "pos_per_bin_per_rollout"), 0),
+    **dict.fromkeys(("shard_index", "seed", "pos_per_bin_per_rollout", "min_mixed_prompts"), 0),
     "bins": 2,
 }
 MOST = {"num_samples": 10**6, "max_new_tokens": 10**7}
@@ -83,6 +83,8 @@ class ProbeSettings:
     attention: str = "auto"
     batch_tokens: int | None = None
     sample_rows: int = 256
+    min_mixed_prompts: int | None = None
+    sample_only: bool = False
     check_only: bool = False
     overwrite: bool = False
 

@@ -1,0 +1,69 @@
+"""After the sampling and before any gradient: what the rollouts are like, and whether they can answer anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import probe_grad_vectors
+from gradprobe.dump.records import Rollout
+from gradprobe.probe.early_word import EarlyWord, min_mixed_prompts
+
+SMALL = "--num-samples 2 --max-new-tokens 6 --device cpu --bins 2 --pos-per-bin-per-rollout 1".split()
+VERIFIERS = (
+    "def never(response, truth):\n    return False\n\ndef even(response, truth):\n    return len(response) % 2 == 0\n"
+)
+
+
+def rollout(prompt: int, correct: bool, n_tokens: int = 3, end: int = 7, text: str = "") -> Rollout:
+    ids, zeros = [*[1] * (n_tokens - 1), end], [0.5] * n_tokens
+    return Rollout(prompt, 0, "p", [1], ids, zeros, zeros, text, "", correct)
+
+
+def test_counts_are_of_rollouts_and_prompts():
+    mixed_for_rho = [rollout(0, kind) for kind in (True, True, False, False)]
+    mixed = [rollout(1, True, end=9, text="so \\boxed{3}"), rollout(1, False, n_tokens=7)]
+    word = EarlyWord.of([*mixed_for_rho, *mixed, rollout(2, False), rollout(3, True)], frozenset({7}))
+    assert (word.num_rollouts, word.num_correct, word.num_prompts) == (8, 4, 4)
+    assert (word.num_mixed_prompts, word.num_prompts_for_rho) == (2, 1)
+    assert (word.num_answered, word.num_cut_off) == (1, 1)
+    assert (word.mean_tokens, word.mean_entropy) == (3.5, 0.5)
+
+
+def test_few_prompts_or_single_rollouts_are_not_stopped():
+    assert min_mixed_prompts(None, [2] * 16) == 1
+    assert min_mixed_prompts(None, [2] * 15) == min_mixed_prompts(None, [1] * 64) == min_mixed_prompts(0, [2] * 64) == 0
+
+
+@pytest.fixture
+def probe(tmp_path: Path, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [{"id": f"p{i}", "prompt": f"{i}+2", "ground_truth": "3", "meta": {}} for i in range(16)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "my_verifiers_of_words.py").write_text(VERIFIERS)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model-path", str(checkpoint_dir), "--dataset", "problems.jsonl", "--num-prompts", "16", *SMALL]
+    return lambda *flags: probe_grad_vectors.main([*arguments, *flags])
+
+
+def test_a_study_that_can_answer_nothing_stops_before_the_gradients_and_goes_on_where_asked(probe, capsys):
+    never = ("--output-dir", "out", "--verifier", "my_verifiers_of_words:never")
+    assert probe(*never) == 2
+    said = capsys.readouterr().err
+    assert "rollouts: 0 of 32 (0%) correct" in said
+    assert "--min-mixed-prompts 1: 0 of 16 (0%) prompts have correct and incorrect rollouts" in said
+    assert not Path("out/grads.npy").exists()
+    rollouts = Path("out/rollouts.jsonl").read_bytes()
+    assert probe(*never, "--min-mixed-prompts", "0") == 0
+    assert Path("out/rollouts.jsonl").read_bytes() == rollouts
+    assert json.loads(Path("out/manifest.json").read_text())["rollout_summary"]["num_mixed_prompts"] == 0
+
+
+def test_rollouts_alone_then_gradients_are_the_dump_made_at_once(probe):
+    even = ("--verifier", "my_verifiers_of_words:even")
+    assert probe("--output-dir", "at_once", *even) == 0
+    assert probe("--output-dir", "in_two", *even, "--sample-only") == 0
+    assert not Path("in_two/manifest.json").exists()
+    assert Path("in_two/rollouts.jsonl").read_bytes() == Path("at_once/rollouts.jsonl").read_bytes()
+    assert probe("--output-dir", "in_two", *even) == 0
+    for name in ("grads.npy", "meta.jsonl", "rollouts.jsonl"):
+        assert Path("in_two", name).read_bytes() == Path("at_once", name).read_bytes()
