@@ -25,11 +25,11 @@ from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.identity import refuse_changed_checkpoint
 from ..problems.verify import RunningVerifier
+from ..rollouts.early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
 from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
 from ..rollouts.sources import SampledRollouts, Source, judged
-from .early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
 from .output import FaultyRows, GrowingGradients, GrowingRollouts
 from .plan import Plan, fitted_edges, pooling_of
 from .stopwatch import Stopwatch
@@ -72,7 +72,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
         tokens = Tokens.of(rollouts)
-        word = early_word(plan, checkpoint, rollouts, tokens)
+        say_early_word(plan, checkpoint, rollouts, tokens)
         if settings.sample_only:
             return
         edges = plan.edges or fitted_edges(tokens.score, settings.bins)
@@ -81,7 +81,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         faulty = write_gradients(plan, engine, rollouts, chosen, record, watch)
     lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)
-    common |= {"on_policy": asdict(tokens.test(claims_on_policy(common))), "rollout_summary": word.to_dict()}
+    common["on_policy"] = asdict(tokens.test(claims_on_policy(common)))
     refuse_changed_model(plan, checkpoint)  # weights may have been read until now
     for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
         write_records(directory / contract.META, lines)
@@ -110,7 +110,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     record_file.unlink()
 
 
-def early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], tokens: Tokens) -> EarlyWord:
+def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], tokens: Tokens) -> None:
     """Say what the rollouts are like before any gradient is taken.
 
     Raises:
@@ -120,7 +120,6 @@ def early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], toke
     for line in word.lines(tokens.test(is_claimed=False)):
         log.info(line)
     refuse_too_few_mixed(word, min_mixed_prompts(plan.settings.min_mixed_prompts, plan.source.rows_per_prompt))
-    return word
 
 
 def refuse_changed_model(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -2,8 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,7 +19,7 @@ MIN_OF_EACH_KIND = 2
 
 @dataclass(frozen=True)
 class EarlyWord:
-    """Counts and means over a probe's rollouts; in the manifest as `rollout_summary`.
+    """Counts and means over a probe's rollouts.
 
     Attributes:
         num_mixed_prompts: with correct and incorrect rollouts.
@@ -59,10 +58,6 @@ class EarlyWord:
             mean_tokens=float(np.mean([len(r.response_ids) for r in rollouts])),
             mean_entropy=float(np.concatenate([r.entropies for r in rollouts]).mean()),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
 
     def lines(self, on_policy: OnPolicy) -> Iterator[str]:
         """For a person, a line each."""
