@@ -24,6 +24,7 @@ class Rollout:
         tail_mass: 1 - max π, one per response token; empty in older files.
         bucket_scores: what tokens were put into buckets by where that is not their entropy, one each; else empty.
         reward: a number where one is known.
+        token_texts: what each response token by itself decodes to, for people; empty in older files.
     """
 
     prompt_idx: PromptKey
@@ -39,6 +40,7 @@ class Rollout:
     tail_mass: list[float] = field(default_factory=list)
     bucket_scores: list[float] = field(default_factory=list)
     reward: float | None = None
+    token_texts: list[str] = field(default_factory=list)
 
     def to_record(self) -> dict[str, Any]:
         """As it stands in a file: what is not known is left out."""
@@ -112,6 +114,7 @@ def prompt_key_from_json(value: Any) -> PromptKey:
 
 PROMPT_KEY = Kind(is_prompt_key, "an integer from 0 or [shard, integer]")
 TOKEN_IDS, PER_TOKEN = list_of(is_index, "token ids"), list_of(is_finite, "finite numbers")
+TEXTS = list_of(lambda value: isinstance(value, str), "texts")
 ROLLOUT_KINDS = {
     "prompt_idx": PROMPT_KEY,
     "sample_idx": INDEX,
@@ -124,6 +127,7 @@ ROLLOUT_KINDS = {
     "ground_truth": TEXT,
     "correct": TRUE_OR_FALSE,
     "tail_mass": PER_TOKEN.optional(),
+    "token_texts": TEXTS.optional(),
     "bucket_scores": PER_TOKEN.optional(),
     "reward": NUMBER.or_null(),
 }
@@ -148,7 +152,7 @@ def _rollout_faults(record: dict[str, Any]) -> Iterator[str]:
     n_tokens = len(record["response_ids"])
     if not n_tokens == len(record["entropies"]) == len(record["logprobs"]):
         yield "response_ids, entropies and logprobs differ in length"
-    for name in ("tail_mass", "bucket_scores"):
+    for name in ("tail_mass", "token_texts", "bucket_scores"):
         if len(record.get(name) or [0] * n_tokens) != n_tokens:
             yield f"response_ids and {name} differ in length"
     if not record["prompt_ids"]:

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,10 @@ def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tok
     if not all(np.isfinite(values).all() for of_rollout in scores.values() for values in of_rollout):
         raise InputError("the model gives log-probs that are not finite: is the checkpoint sound?")
     scored = []
+    text_of = lru_cache(maxsize=None)(lambda token: checkpoint.tokenizer.decode([token]))
     for i, rollout in enumerate(rollouts):
         per_token = {
+            "token_texts": [text_of(token) for token in rollout.response_ids],
             "entropies": scores[i].entropies.tolist(),
             "logprobs": scores[i].logprobs.tolist(),
             "tail_mass": scores[i].tail_mass.tolist(),

@@ -13,7 +13,7 @@ HEIGHT = {
     **{name: height for height, name in enumerate(FOLDERS)},
     **dict.fromkeys(EXPERIMENTS, len(FOLDERS)),  # side by side: none may import from another
     "figures": len(FOLDERS) + 1,
-    **dict.fromkeys(("library", "check"), len(FOLDERS) + 2),  # doors: nothing inside goes through them
+    **dict.fromkeys(("library", "check", "show"), len(FOLDERS) + 2),  # doors: nothing inside goes through them
     "__init__": len(FOLDERS) + 3,  # opens the library
 }
 SAID_AT_THE_DOOR = {"__version__"}

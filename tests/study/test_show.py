@@ -1,0 +1,72 @@
+"""Rollouts on a terminal: every token once, shaded, picked ones marked, and nothing of a model's raw."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from gradprobe import show
+from gradprobe.dump.format import load_dump
+from gradprobe.dump.records import iter_rollouts, write_records
+from gradprobe.show import Token, coloured, marked, tokens_of, visible
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory, checkpoint_dir, problems_file):
+    import probe_grad_vectors
+
+    path = tmp_path_factory.mktemp("show") / "dump"
+    arguments = "--num-prompts 3 --num-samples 2 --max-new-tokens 12 --device cpu --bins 3 --pos-per-bin-per-rollout 1"
+    paths = ["--model-path", checkpoint_dir, "--dataset", problems_file, "--output-dir", path]
+    assert probe_grad_vectors.main([*map(str, paths), *arguments.split()]) == 0
+    return path
+
+
+def test_tokens_are_the_rollouts_and_marks_the_dumps(dump):
+    opened, rollouts = load_dump(dump), list(iter_rollouts(dump / "rollouts.jsonl"))
+    n_picked = 0
+    for rollout in rollouts:
+        tokens = list(tokens_of(rollout, opened))
+        assert [t.entropy for t in tokens] == rollout.entropies
+        assert [t.text for t in tokens] == list(map(visible, rollout.token_texts))
+        assert all(t.is_high == (t.entropy >= opened.manifest["entropy_edges"][-2]) for t in tokens)
+        n_picked += sum(t.is_picked for t in tokens)
+    assert n_picked == len(opened.grads) > 0
+
+
+def test_no_escape_of_a_model_reaches_the_terminal(dump, tmp_path, capsys):
+    hostile = "\x1b]0;title\x07\x1b[2J\r‮<b>"
+    rollouts = [replace(r, token_texts=[hostile] * len(r.token_texts)) for r in iter_rollouts(dump / "rollouts.jsonl")]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("grads.npy", "meta.jsonl", "manifest.json"):
+        (copy / name).write_bytes((dump / name).read_bytes())
+    write_records(copy / "rollouts.jsonl", rollouts)
+    assert show.main([str(copy), "--num", "2"]) == 0
+    assert not {c for c in capsys.readouterr().out if not c.isprintable() and c != "\n"}
+    token = Token(visible(hostile), 3.0, 1.0, True, True)
+    assert coloured(token).count("\x1b") == 3
+    assert marked(token) == f"[‹{visible(hostile)}›]"
+
+
+def test_one_rollout_by_its_place(dump, capsys):
+    prompt = load_dump(dump).prompt_keys[1]
+    assert show.main([str(dump), "--prompt", str(prompt), "--sample", "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"prompt {prompt} sample 1 ")
+    assert said.count("mean entropy") == 1
+    assert show.main([str(dump), "--prompt", "99"]) == 2
+    assert "no such rollout" in capsys.readouterr().err
+
+
+def test_dumps_without_texts_say_so(dump, tmp_path, capsys):
+    for name in ("grads.npy", "meta.jsonl", "manifest.json"):
+        (tmp_path / name).write_bytes((dump / name).read_bytes())
+    assert show.main([str(tmp_path)]) == 2
+    assert "no rollouts.jsonl" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (dump / "rollouts.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["token_texts"]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert show.main([str(tmp_path)]) == 2
+    assert "no token_texts" in capsys.readouterr().err
