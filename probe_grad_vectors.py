@@ -105,6 +105,7 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add("--num-samples", type=int, metavar="N", help="rollouts per prompt (default: 8)")
     add("--max-new-tokens", type=int, metavar="N", help="tokens at most in a response (default: 1024)")
     add("--temperature", type=float, metavar="T", help="divides the logits while sampling (default: 1.0)")
+    add("--stop", metavar="TEXT", help="ends a response as an end token does (base models, few-shot prompts)")
     add("--sampler", choices=["own", "openai"], help="openai: ask the server at --base-url for responses")
     add("--base-url", metavar="URL", help="of a vLLM, SGLang or llama.cpp server that runs this checkpoint")
     add("--server-model", metavar="NAME", help="model to ask for (default: the only one that the server lists)")

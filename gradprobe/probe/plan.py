@@ -258,7 +258,9 @@ def read_problem_source(
     )
     problems = [problem_set.problems[i] for i in shard]
     log.info(f"for example {preview(problems[0])}")
-    sampling = SamplingSettings(settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed)
+    sampling = SamplingSettings(
+        settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
+    )
     server = connect(settings.base_url, settings.server_model) if settings.sampler == "openai" else None
     method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
     description = {
@@ -275,6 +277,7 @@ def read_problem_source(
             "num_samples_per_prompt": settings.num_samples,
             "seed": settings.seed,
             "num_prompts_of_study": settings.num_prompts,
+            **({} if settings.stop is None else {"stop": settings.stop}),
             "verifier": described_verifier(settings, verifier),
         },
     }

@@ -53,6 +53,7 @@ class ProbeSettings:
     num_samples: int | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
+    stop: str | None = None
     sampler: str = "own"
     base_url: str | None = None
     server_model: str | None = None
@@ -129,7 +130,7 @@ class ProbeSettings:
                 for name, default in given.items()
                 if getattr(self, name) != default
             ]
-        given = {**dict.fromkeys((*SAMPLING_DEFAULTS, "base_url", "server_model")), "sampler": "own"}
+        given = {**dict.fromkeys((*SAMPLING_DEFAULTS, "stop", "base_url", "server_model")), "sampler": "own"}
         return [
             f"`{name}` can't go with `rollouts`, which brings its own"
             for name, default in given.items()
@@ -140,6 +141,8 @@ class ProbeSettings:
         faults = []
         if (self.sampler == "openai") != (self.base_url is not None):
             faults.append("`sampler` openai and `base_url` need each other")
+        if self.stop == "":
+            faults.append("`stop`: an empty text would end every response")
         for name in ("temperature", "verifier_seconds"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

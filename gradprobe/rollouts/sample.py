@@ -25,6 +25,7 @@ class Sampling:
         temperature: divides the logits.
         end_ids: any of them ends a response, which keeps it.
         context: the most tokens of prompt and response together; None for no bound.
+        stop: ends a response too; None for no such text.
     """
 
     n_samples: int
@@ -32,11 +33,28 @@ class Sampling:
     temperature: float = 1.0
     end_ids: frozenset[int] = frozenset()
     context: int | None = None
+    stop: "StopText | None" = None
 
     def room_after(self, prompt: list[int]) -> int:
         """How many tokens a response to `prompt` can have."""
         room = self.max_new_tokens if self.context is None else self.context - len(prompt)
         return min(room, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class StopText:
+    """A text that ends a response with the token in which it is complete; that token stays, as an end id does.
+
+    Where a response ends hangs on nothing but the tokens before, so they are as much the policy's as any others.
+    """
+
+    text: str
+    decode: Callable[[list[int]], str]
+
+    def ends(self, ids: list[int]) -> bool:
+        """Whether the last of `ids` completes the text."""
+        # A token has a byte at least; one more, since tokenizers drop a blank before the first word.
+        return self.text in self.decode(ids[-len(self.text.encode()) - 1 :])
 
 
 Uniforms = Callable[[int, int], np.ndarray]
@@ -146,6 +164,9 @@ def _sample_batch(
         drawn = sample_from(logits, u[row_of, step], sampling.temperature)
         tokens[row_of, step] = drawn
         ended = live & (torch.isin(drawn, ends) | (lengths[row_of] == step + 1))
+        if sampling.stop is not None:
+            so_far = tokens[row_of, : step + 1].tolist()
+            ended |= live & torch.tensor([sampling.stop.ends(ids) for ids in so_far], device=device)
         lengths[row_of[ended]] = step + 1
         live &= ~ended
         n_live = int(live.sum())

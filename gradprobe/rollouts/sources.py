@@ -14,7 +14,7 @@ from ..model.checkpoint import Checkpoint
 from ..model.decoder import context_length
 from ..problems.data_set import Problem
 from ..problems.verify import RunningVerifier
-from .sample import Sampling, rollout_uniforms, sample_responses
+from .sample import Sampling, StopText, rollout_uniforms, sample_responses
 from .server import CompletionsServer, ServerResponse, request_seed, sample_completions
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class SamplingSettings:
     max_new_tokens: int
     temperature: float
     seed: int
+    stop: str | None = None
 
 
 class Source(Protocol):
@@ -106,8 +107,9 @@ class SampledRollouts:
         settings, context = self.settings, context_length(checkpoint.model)
         if context is not None and max(map(len, prompts)) + settings.max_new_tokens > context:
             log.info(f"note: responses end at the model's context of {context} tokens")
+        stop = None if settings.stop is None else StopText(settings.stop, checkpoint.tokenizer.decode)
         sampling = Sampling(
-            settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context
+            settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context, stop
         )
         rows = Budget(sample_rows)
 

@@ -133,6 +133,7 @@ SETTINGS = [
     Change("num_samples", "num_samples_per_prompt", "num_samples_per_prompt is", "--num-samples 3"),
     Change("max_new_tokens", "max_new_tokens", "max_new_tokens is", "--max-new-tokens 9"),
     Change("temperature", "temperature", "temperature is", "--temperature 0.9"),
+    Change("stop", "sampling.stop", "sampling is", "--stop 7"),
     Change("sampler", "sampling.method", "sampling is", "--sampler openai --base-url URL --server-model tiny"),
     Change("base_url", SAME, SAME, "--base-url OTHER", scenario="served"),
     Change("server_model", "sampling.server_model", "sampling is", "--server-model small", scenario="served"),

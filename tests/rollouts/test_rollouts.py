@@ -8,17 +8,15 @@ from tiny import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_model
 
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import load_checkpoint
-from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_from, sample_responses
+from gradprobe.rollouts.sample import Sampling, StopText, rollout_uniforms, sample_from, sample_responses
 from gradprobe.rollouts.score import score_block, score_responses
 
 CPU = torch.device("cpu")
 
 
-def sample(
-    model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, end_ids=frozenset(), max_rows=256, context=None
-):
+def sample(model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, max_rows=256, **ends):
     """All responses, [prompt][sample][token]."""
-    sampling = Sampling(n_samples, max_new_tokens, temperature, end_ids, context)
+    sampling = Sampling(n_samples, max_new_tokens, temperature, **ends)
     uniforms = lambda p, s: rollout_uniforms(seed, p, s, max_new_tokens)  # noqa: E731
     batches = sample_responses(model, prompts, uniforms, sampling, max_rows)
     return [samples for batch in batches for samples in batch]
@@ -96,6 +94,21 @@ def test_responses_end_with_the_first_end_of_sequence_id(checkpoint_dir):
         assert not ends & set(response[:-1])
         assert response[-1] in ends or len(response) == 12
     assert {len(response) < 12 for response in responses} == {True, False}
+
+
+def test_a_stop_text_ends_a_response_and_changes_no_token_before():
+    def decode(ids):
+        return "".join("abcde"[i % 5] for i in ids)
+
+    model, prompts = tiny_model(3), [[1], [2, 3]]
+    whole, stopped = (
+        [response for of_prompt in sample(model, prompts, 50, 12, stop=stop) for response in of_prompt]
+        for stop in (None, StopText("ab", decode))
+    )
+    for before, after in zip(whole, stopped, strict=True):
+        at = decode(before).find("ab")
+        assert after == (before if at < 0 else before[: at + 2])
+    assert {len(response) < 12 for response in stopped} == {True, False}
 
 
 def test_responses_end_where_the_context_is_full():

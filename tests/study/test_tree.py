@@ -14,7 +14,7 @@ HEIGHT = {
     **dict.fromkeys(EXPERIMENTS, len(FOLDERS)),  # side by side: none may import from another
     "figures": len(FOLDERS) + 1,
     **dict.fromkeys(("library", "check", "show"), len(FOLDERS) + 2),  # doors: nothing inside goes through them
-    "__init__": len(FOLDERS) + 3,  # opens the library
+    **dict.fromkeys(("__init__", "__main__"), len(FOLDERS) + 3),  # open the doors
 }
 SAID_AT_THE_DOOR = {"__version__"}
 """What `gradprobe/__init__.py` says before anything is imported; every folder may ask for it."""
