@@ -8,40 +8,18 @@ Without a terminal, or with NO_COLOR, a token of the highest bucket stands in â€
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
-from .common.console import add_common_flags, printable, script_main
+from .common.console import add_common_flags, script_main
 from .common.errors import InputError
-from .dump.format import Dump, find_rollouts, load_dump, target_directories
-from .dump.pooled import buckets_of
-from .dump.records import PromptKey, Rollout, iter_rollouts
+from .dump.format import find_rollouts, load_dump, target_directories
+from .dump.records import PromptKey, iter_rollouts
+from .figures.tokens import Token, head_of, tokens_of
 
 SHADES = (None, 236, 238, 240, 94, 130, 166, 202)
 """Backgrounds among a terminal's 256 colours, from no entropy to much."""
 UNDERLINE, RESET = "\x1b[4m", "\x1b[0m"
-
-
-@dataclass(frozen=True)
-class Token:
-    """One response token as people see it.
-
-    Attributes:
-        text: escaped: what a model writes reaches no terminal raw.
-        shade: from 0 to 1, its entropy in the highest bucket's lower edge, cut off at twice that.
-        is_high: whether it is in the highest bucket.
-        is_picked: whether its gradient is in the dump.
-    """
-
-    text: str
-    entropy: float
-    shade: float
-    is_high: bool
-    is_picked: bool
 
 
 @script_main
@@ -74,44 +52,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _index(key: PromptKey) -> int:
     return key[-1] if isinstance(key, tuple) else key
-
-
-def head_of(rollout: Rollout) -> str:
-    """A line about a rollout."""
-    verdict = "correct" if rollout.correct else "incorrect"
-    mean = float(np.mean(rollout.entropies)) if rollout.entropies else 0.0
-    return printable(
-        f"prompt {rollout.prompt_idx} sample {rollout.sample_idx} ('{rollout.problem_id}'): {verdict}, answer "
-        f"'{rollout.ground_truth}', {len(rollout.response_ids)} tokens, mean entropy {mean:.2f} nats"
-    )
-
-
-def tokens_of(rollout: Rollout, dump: Dump) -> Iterator[Token]:
-    """A rollout's tokens, in order.
-
-    Raises:
-        InputError: the dump is of a time when texts of tokens were not kept.
-    """
-    if not rollout.token_texts:
-        raise InputError(
-            f"{dump.path}: its rollouts.jsonl has no token_texts; probe it again by `rollouts` to add them"
-        )
-    edges = np.array(dump.manifest["entropy_edges"])
-    own = (dump.sample_idx == rollout.sample_idx) & (dump.prompt == _code_of(dump, rollout.prompt_idx))
-    picked = set() if dump.pos is None else set(dump.pos[own].tolist())
-    buckets, high = buckets_of(rollout, edges), max(edges[-2], 1e-9)
-    for k, (text, entropy) in enumerate(zip(rollout.token_texts, rollout.entropies, strict=True)):
-        shade = min(entropy / (2 * high), 1.0)
-        yield Token(visible(text), entropy, shade, bool(buckets[k] == dump.bins - 1), k in picked)
-
-
-def _code_of(dump: Dump, key: PromptKey) -> int:
-    return dump.prompt_keys.index(key) if key in dump.prompt_keys else -1
-
-
-def visible(text: str) -> str:
-    """A token's text with line ends kept and all other control characters escaped."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def coloured(token: Token) -> str:

@@ -1,14 +1,19 @@
 """Rollouts on a terminal: every token once, shaded, picked ones marked, and nothing of a model's raw."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gradprobe import show
+from gradprobe.common.console import printable
+from gradprobe.dump.buckets import bucket_of
 from gradprobe.dump.format import load_dump
 from gradprobe.dump.records import iter_rollouts, write_records
-from gradprobe.show import Token, coloured, marked, tokens_of, visible
+from gradprobe.figures.tokens import Token, commonest_tokens, tokens_of, two_of_one_prompt, visible
+from gradprobe.show import coloured, marked
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +75,23 @@ def test_dumps_without_texts_say_so(dump, tmp_path, capsys):
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert show.main([str(tmp_path)]) == 2
     assert "no token_texts" in capsys.readouterr().err
+
+
+def test_the_commonest_tokens_of_a_bucket_are_counted_there(dump):
+    rollouts, edges = list(iter_rollouts(dump / "rollouts.jsonl")), np.array(load_dump(dump).manifest["entropy_edges"])
+    found = commonest_tokens(rollouts, edges, n=1000)
+    texts = [[] for _ in found]
+    for r in rollouts:
+        for text, bucket in zip(r.token_texts, bucket_of(np.array(r.entropies), edges), strict=True):
+            texts[bucket].append(printable(text))
+    for pairs, expected in zip(found, texts, strict=True):
+        assert {text: share * len(expected) for text, share in pairs} == pytest.approx(Counter(expected))
+        assert [share for _, share in pairs] == sorted((share for _, share in pairs), reverse=True)
+
+
+def test_two_rollouts_of_one_prompt_one_correct_one_not(dump):
+    rollouts = list(iter_rollouts(dump / "rollouts.jsonl"))
+    assert two_of_one_prompt([replace(r, correct=False) for r in rollouts]) == []
+    right, wrong = two_of_one_prompt([replace(r, correct=r.sample_idx == 1) for r in rollouts])
+    assert right.prompt_idx == wrong.prompt_idx
+    assert (right.correct, wrong.correct) == (True, False)

@@ -1,0 +1,101 @@
+"""Rollouts as people read them: each token with its entropy, its bucket, and whether its gradient was taken."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from ..common.console import printable
+from ..common.errors import InputError
+from ..dump.format import Dump
+from ..dump.pooled import buckets_of
+from ..dump.records import PromptKey, Rollout
+
+MOST_COMMON = 12
+
+
+@dataclass(frozen=True)
+class Token:
+    """One response token as people see it.
+
+    Attributes:
+        text: escaped: what a model writes reaches no terminal raw.
+        shade: from 0 to 1, its entropy in the highest bucket's lower edge, cut off at twice that.
+        is_high: whether it is in the highest bucket.
+        is_picked: whether its gradient is in the dump.
+    """
+
+    text: str
+    entropy: float
+    shade: float
+    is_high: bool
+    is_picked: bool
+
+
+def head_of(rollout: Rollout) -> str:
+    """A line about a rollout."""
+    verdict = "correct" if rollout.correct else "incorrect"
+    mean = float(np.mean(rollout.entropies)) if rollout.entropies else 0.0
+    return printable(
+        f"prompt {rollout.prompt_idx} sample {rollout.sample_idx} ('{rollout.problem_id}'): {verdict}, answer "
+        f"'{rollout.ground_truth}', {len(rollout.response_ids)} tokens, mean entropy {mean:.2f} nats"
+    )
+
+
+def tokens_of(rollout: Rollout, dump: Dump) -> Iterator[Token]:
+    """A rollout's tokens, in order.
+
+    Raises:
+        InputError: the dump is of a time when texts of tokens were not kept.
+    """
+    if not rollout.token_texts:
+        raise InputError(
+            f"{dump.path}: its rollouts.jsonl has no token_texts; probe it again by `rollouts` to add them"
+        )
+    edges = np.array(dump.manifest["entropy_edges"])
+    own = (dump.sample_idx == rollout.sample_idx) & (dump.prompt == _code_of(dump, rollout.prompt_idx))
+    picked = set() if dump.pos is None else set(dump.pos[own].tolist())
+    buckets, high = buckets_of(rollout, edges), max(edges[-2], 1e-9)
+    for k, (text, entropy) in enumerate(zip(rollout.token_texts, rollout.entropies, strict=True)):
+        shade = min(entropy / (2 * high), 1.0)
+        yield Token(visible(text), entropy, shade, bool(buckets[k] == dump.bins - 1), k in picked)
+
+
+def _code_of(dump: Dump, key: PromptKey) -> int:
+    return dump.prompt_keys.index(key) if key in dump.prompt_keys else -1
+
+
+def visible(text: str) -> str:
+    """A token's text with line ends kept and all other control characters escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def two_of_one_prompt(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """A correct and an incorrect rollout of one prompt, the shortest such pair; fewer where there is none."""
+    pairs = []
+    for _, of_prompt in groupby(rollouts, lambda r: r.prompt_idx):
+        own = list(of_prompt)
+        kinds = [[r for r in own if r.correct is kind] for kind in (True, False)]
+        if all(kinds):
+            pairs.append([min(of_kind, key=lambda r: len(r.response_ids)) for of_kind in kinds])
+    return min(pairs, key=lambda pair: sum(len(r.response_ids) for r in pair), default=[])
+
+
+def commonest_tokens(
+    rollouts: Iterable[Rollout], edges: np.ndarray, n: int = MOST_COMMON
+) -> list[list[tuple[str, float]]]:
+    """Of each bucket its commonest tokens, each with its share of the bucket's tokens.
+
+    Args:
+        edges: [bins + 1] of the buckets.
+
+    Returns:
+        For each bucket at most `n` pairs of text (escaped) and share; none where texts were not kept.
+    """
+    counts = [Counter() for _ in range(len(edges) - 1)]
+    for rollout in rollouts:
+        for text, bucket in zip(rollout.token_texts, buckets_of(rollout, edges).tolist(), strict=False):
+            counts[bucket][text] += 1
+    return [[(printable(text), k / of_bucket.total()) for text, k in of_bucket.most_common(n)] for of_bucket in counts]
