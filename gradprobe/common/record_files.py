@@ -10,8 +10,12 @@ from types import ModuleType
 from typing import Any
 
 from .errors import InputError, reason_of
+from .files import no_key_twice
 
 PARQUET_MAGIC = b"PAR1"
+MOST_LEVELS = 50
+"""Of objects and lists inside of each other; what compares or prints deeper ones would run out of stack."""
+TOO_DEEP = "not JSON that can be read (nested too deeply)"
 JSONL, JSON, PARQUET = "JSONL", "JSON", "parquet"
 
 
@@ -135,12 +139,25 @@ def _json_list(source: str, named: str, text: str, sha256: str) -> RecordFile:
 
 
 def parse_json(text: str) -> tuple[Any, str]:
+    """What the text holds, or why it is not read: no JSON, a key twice in one object, nested too deeply."""
     try:
-        return json.loads(text), ""
+        found = json.loads(text, object_pairs_hook=no_key_twice)
     except ValueError as error:
         return None, f"not JSON ({error})"
     except RecursionError:
-        return None, "not JSON that can be read (nested too deeply)"
+        return None, TOO_DEEP
+    return (None, TOO_DEEP) if is_deeper(found, MOST_LEVELS) else (found, "")
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects of JSON lie inside of each other more than `most` deep."""
+    level = [[value]]
+    for _ in range(most + 1):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _keys_of(records: Iterable[dict[str, Any]]) -> list[str]:
