@@ -8,16 +8,20 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+import probe_grad_vectors
 from gradprobe.common.console import printable
 from gradprobe.common.errors import InputError
 from gradprobe.rollouts import fetch
 from gradprobe.rollouts.sample import Sampling
 from gradprobe.rollouts.server import CompletionsServer, ServerResponse, connect, sample_completions
 
+DEMO = Path(__file__).parents[2] / "demo"
 VOCAB_SIZE, PROMPT, N_NEW = 10, [3, 4], 4
 SECONDS, SECONDS_OF_THE_SLOW = 30.0, 0.5
 MOST_BYTES = 1 << 20
@@ -222,13 +226,13 @@ class Playing(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         request = self.request.makefile("rb")
-        length = 0
+        method, length = request.readline().split()[0], 0
         while (line := request.readline()).strip():
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split(b":")[1])
         request.read(length)
         self.server.n_asked += 1
-        sent = self.server.sent
+        sent = self.server.models if method == b"GET" and self.server.models else self.server.sent
         with suppress(OSError):  # the other side has had enough
             self.request.sendall(sent) if isinstance(sent, bytes) else sent(self.request)
 
@@ -240,6 +244,7 @@ class Server(socketserver.ThreadingTCPServer):
     block_on_close = False
     request_queue_size = 50
     sent: Sent = b""
+    models: Sent = b""
     n_asked = 0
 
 
@@ -320,3 +325,18 @@ def test_a_busy_server_is_asked_again_without_reading_what_it_says(lying):
     with pytest.raises(InputError, match="more than"):
         asked(lying)
     assert lying.n_asked == 3
+
+
+@pytest.mark.parametrize("temperature", ["1.0", "0.7"])
+def test_a_server_that_ignores_seeds_ends_the_probe_with_one_line(lying, tmp_path, monkeypatch, capsys, temperature):
+    text = "We see 8*3 makes 24. Thus 15*7 makes 105. Now 24+105 makes 139. It is \\boxed{139}."
+    ids = AutoTokenizer.from_pretrained(DEMO / "base")(text)["input_ids"]
+    monkeypatch.setattr(lying, "models", json_http({"data": [{"id": "demo"}]}))
+    lying.sent = json_http({"choices": [{"token_ids": [*ids, 349]}]})
+    command = ["--model-path", str(DEMO / "base"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--sampler", "openai", "--base-url", url_of(lying), "--temperature", temperature]
+    assert probe_grad_vectors.main([*command, "--num-prompts", "4", "--num-samples", "4"]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: --base-url {url_of(lying)}: 12 of 16 responses repeat another one of their prompt")
+    assert said.endswith("does the server ignore a request's seed?")
+    assert not (tmp_path / "out" / "manifest.json").exists()
