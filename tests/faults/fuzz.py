@@ -175,17 +175,17 @@ def change_json(content: bytes, rng: random.Random, files: Files) -> bytes:
 
 
 def _change_place(record: Any, rng: random.Random) -> None:
-    places = list(_places(record))
-    if not places:
+    found = list(places(record))
+    if not found:
         return
-    parent, key = rng.choice(places)
+    parent, key = rng.choice(found)
     how = rng.random()
     if how < 0.2:
         del parent[key]
     elif how < 0.3 and isinstance(parent, dict):
         parent[rng.choice(("", "row", "bin", "targets", "x", "\ud800"))] = parent.pop(key)
     elif how < 0.4:
-        other, other_key = rng.choice(places)
+        other, other_key = rng.choice(found)
         parent[key] = json.loads(json.dumps(other[other_key]))
     elif how < 0.45:
         parent[key] = deep_list(rng.choice((3, 100, 300)))
@@ -197,11 +197,12 @@ def _change_place(record: Any, rng: random.Random) -> None:
         parent[key] = copy.deepcopy(rng.choice(VALUES))
 
 
-def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+def places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything inside of nested JSON."""
     keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
     for key in keys:
         yield node, key
-        yield from _places(node[key])
+        yield from places(node[key])
 
 
 MUTATIONS: list[Mutation] = [

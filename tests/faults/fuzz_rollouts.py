@@ -3,6 +3,7 @@
 python tests/faults/fuzz.py --readers rollouts --seconds 600
 """
 
+import copy
 import io
 import json
 import random
@@ -57,19 +58,27 @@ def sound_files() -> fuzz.Files:
     return found
 
 
-def change_table(content: bytes, rng: random.Random, files: fuzz.Files) -> bytes:
-    """Change what stands at a random place of one row of a parquet file; as it was where arrow has no type for that."""
-    if not content.startswith(b"PAR1"):
-        return fuzz.change_json(content, rng, files)
+def change_field(content: bytes, rng: random.Random, files: fuzz.Files) -> bytes:
+    """Replace what stands under one of the names in one record; names alike, however many ids stand beside them."""
+    is_table, is_list = content.startswith(b"PAR1"), content.startswith(b"[")
     try:
-        records = pq.read_table(io.BytesIO(content)).to_pylist()
-        changed = fuzz.change_json(json.dumps(records[rng.randrange(len(records))]).encode() + b"\n", rng, files)
-        return parquet_of([json.loads(changed)] * rng.choice((1, 2)) + records[1:])
-    except Exception:  # spoilt before, or no type
+        if is_table:
+            records = pq.read_table(io.BytesIO(content)).to_pylist()
+        else:
+            records = json.loads(content) if is_list else [json.loads(line) for line in content.splitlines()]
+        places = [place for place in fuzz.places(rng.choice(records)) if isinstance(place[1], str)]
+        name = rng.choice(sorted({name for _, name in places}))
+        parent, _ = rng.choice([place for place in places if place[1] == name])
+        parent[name] = copy.deepcopy(rng.choice(fuzz.VALUES))
+        if is_table:
+            return parquet_of(records)
+        text = json.dumps(records) if is_list else "\n".join(map(json.dumps, records))
+        return text.encode("utf-8", "surrogatepass")
+    except Exception:  # spoilt before, or arrow has no type for it
         return content
 
 
-MUTATIONS = [*fuzz.MUTATIONS, *[change_table] * 10]
+MUTATIONS = [*fuzz.MUTATIONS, *[change_field] * 15]
 
 
 def rollouts() -> fuzz.Suite:
