@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 LOCK = ".lock"
 HASH_BLOCK_BYTES = 1 << 22
@@ -30,7 +30,7 @@ def read_json(file: Path, missing: str = "no such file") -> dict[str, Any]:
         raise InputError(f"{file}: {missing}") from error
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
-    return _json_object(content, str(file))
+    return json_object(content, str(file))
 
 
 def iter_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -42,16 +42,25 @@ def iter_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                yield number, _json_object(line, f"{file}:{number}")
+                yield number, json_object(line, f"{file}:{number}")
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
 
 
-def _json_object(content: bytes, where: str) -> dict[str, Any]:
-    """What `content` holds, refused unless our own writers could write it again."""
+def json_object(content: bytes, where: str, is_strict: bool = False) -> dict[str, Any]:
+    """What `content` holds, refused unless our own writers could write it again.
+
+    Args:
+        where: for messages.
+        is_strict: refuse a key that stands twice in one object as well, for content of others.
+
+    Raises:
+        InputError: no such JSON object.
+    """
+    pairs = {"object_pairs_hook": no_key_twice} if is_strict else {}
     try:
         text = content.decode("utf-8")
-        found = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        found = json.loads(text, parse_constant=_no_number, parse_float=_finite, **pairs)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(found, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -62,6 +71,19 @@ def _json_object(content: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise InputError(f"{where}: not a JSON object")
+    return found
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of `pairs`; for `json.loads`, which would keep the last of equal keys without a word.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"'{one_line(twice, 40)}' stands twice in one object")
     return found
 
 

@@ -9,9 +9,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import InputError, reason_of
+from .errors import InputError, one_line, reason_of
+from .files import no_key_twice
 
 PARQUET_MAGIC = b"PAR1"
+MOST_FILE_BYTES, MOST_BYTES, MOST_JSON_BYTES = 1 << 31, 1 << 30, 1 << 28
+"""Of a file; of what is in it, unpacked (all of a JSONL file, the columns read of parquet); of one JSON text, a line or
+a file, whose objects take up to 20 times more memory."""
+MOST_ROWS, MOST_VALUES = 5_000_000, 1 << 27
+"""Of parquet: rows, and entries of its columns, those of lists too. A few bytes can say "the same, a billion times"."""
+BATCH_BYTES, MOST_BATCH_ROWS = 1 << 28, 1024
+MOST_LEVELS = 50
+"""Of objects and lists inside of each other; what compares or prints deeper ones would run out of stack."""
+TOO_DEEP = "not JSON that can be read (nested too deeply)"
 JSONL, JSON, PARQUET = "JSONL", "JSON", "parquet"
 
 
@@ -55,12 +65,19 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
     """
     named = f"`{parameter}` {file}"
     try:
-        content = file.read_bytes()
+        with file.open("rb") as stream:
+            content = stream.read(MOST_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{named}: {error.strerror}") from error
+    _raise_if_more(len(content), MOST_FILE_BYTES, f"{named}: has", "bytes")
     if file.suffix == ".parquet" or content.startswith(PARQUET_MAGIC):
         return _open_parquet(str(file), named, content)
     return _open_text(str(file), named, file.suffix, content)
+
+
+def _raise_if_more(n: int, most: int, has: str, what: str) -> None:
+    if n > most:
+        raise InputError(f"{has} more than {most:,} {what}; split it, or leave out columns that nobody asks for")
 
 
 def lookup(fields: dict[str, Any], key: str) -> Any:
@@ -85,6 +102,7 @@ def lookup(fields: dict[str, Any], key: str) -> Any:
 
 
 def _open_text(source: str, named: str, suffix: str, content: bytes) -> RecordFile:
+    _raise_if_more(len(content), MOST_BYTES, f"{named}: has", "bytes")
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -135,12 +153,27 @@ def _json_list(source: str, named: str, text: str, sha256: str) -> RecordFile:
 
 
 def parse_json(text: str) -> tuple[Any, str]:
+    """What the text holds, or why it is not read: no JSON, a key twice in one object, nested too deeply, too long."""
+    if len(text) > MOST_JSON_BYTES:
+        return None, f"more than {MOST_JSON_BYTES:,} characters of JSON in one piece; write more and shorter lines"
     try:
-        return json.loads(text), ""
+        found = json.loads(text, object_pairs_hook=no_key_twice)
     except ValueError as error:
         return None, f"not JSON ({error})"
     except RecursionError:
-        return None, "not JSON that can be read (nested too deeply)"
+        return None, TOO_DEEP
+    return (None, TOO_DEEP) if is_deeper(found, MOST_LEVELS) else (found, "")
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects of JSON lie inside of each other more than `most` deep."""
+    level = [[value]]
+    for _ in range(most + 1):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _keys_of(records: Iterable[dict[str, Any]]) -> list[str]:
@@ -161,33 +194,80 @@ def _open_parquet(source: str, named: str, content: bytes) -> RecordFile:
     parquet, arrow = library("pyarrow.parquet", named), library("pyarrow", named)
     if not content:
         return RecordFile(source, PARQUET, hashlib.sha256(content).hexdigest(), [], lambda keys: [])
+    faults = (arrow.ArrowException, OSError, ValueError, OverflowError, LookupError)
     try:
         file = parquet.ParquetFile(arrow.BufferReader(content))
-    except (arrow.ArrowException, OSError) as error:
+        schema = file.schema_arrow
+    except faults as error:
         raise InputError(f"{named}: not readable as parquet ({reason_of(error)})") from error
+    if len(set(schema.names)) < len(schema.names):
+        raise InputError(f"{named}: a column's name stands twice")
+    keys = arrow_keys(schema, named=named)
 
     def read(keys: Sequence[str]) -> list[Record]:
-        columns = columns_of(keys, file.schema_arrow.names)
+        columns = columns_of(keys, schema.names)
+        batch_rows = _bounded(file.metadata, columns, named)
+        records: list[dict[str, Any]] = []
+        n_bytes = 0
         try:
-            records = file.read(columns=columns).to_pylist()
-        except (arrow.ArrowException, OSError) as error:
+            for batch in file.iter_batches(batch_rows, columns=columns):
+                batch = _unpacked(arrow, batch)
+                n_bytes += batch.nbytes
+                _raise_if_more(n_bytes, MOST_BYTES, f"{named}: unpacks to", "bytes")
+                _raise_if_more(len(records) + len(batch), MOST_ROWS, f"{named}: has", "rows")
+                records += batch.to_pylist()
+        except faults as error:
             raise InputError(f"{named}: not readable as parquet ({reason_of(error)})") from error
         return numbered(source, records)
 
-    return RecordFile(source, PARQUET, hashlib.sha256(content).hexdigest(), arrow_keys(file.schema_arrow), read)
+    return RecordFile(source, PARQUET, hashlib.sha256(content).hexdigest(), keys, read)
+
+
+def _bounded(metadata: Any, columns: Sequence[str], named: str) -> int:
+    """How many rows can be read at once, whatever a cell can hold by what the file says of itself.
+
+    Raises:
+        InputError: there is more in these columns than is read.
+    """
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
+    read = [part for part in parts if any(f"{part.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+    _raise_if_more(sum(group.num_rows for group in groups), MOST_ROWS, f"{named}: has", "rows")
+    _raise_if_more(sum(part.num_values for part in read), MOST_VALUES, f"{named}: has", "values")
+    sizes = [part.total_uncompressed_size for part in read]
+    _raise_if_more(sum(sizes), MOST_BYTES, f"{named}: unpacks to", "bytes")
+    # A cell of a dictionary can stand in every row, and is at most as large as all of its column.
+    return min(MOST_BATCH_ROWS, max(1, BATCH_BYTES // max([1, *sizes])))
+
+
+def _unpacked(arrow: ModuleType, batch: Any) -> Any:
+    """The batch with every text in its place, where it was a number in a dictionary."""
+    columns = [
+        column.dictionary_decode() if arrow.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    return arrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def numbered(source: str, records: list[dict[str, Any]]) -> list[Record]:
     return [Record(f"{source}: row {i}", i, record) for i, record in enumerate(records)]
 
 
-def arrow_keys(fields: Any, prefix: str = "") -> list[str]:
-    """Dotted names of a pyarrow schema or struct type."""
+def arrow_keys(fields: Any, prefix: str = "", named: str = "", n_levels: int = 0) -> list[str]:
+    """Dotted names of a pyarrow schema or struct type.
+
+    Raises:
+        InputError: nested too deeply, or dictionaries inside of lists or structs, which would unpack unseen.
+    """
+    if n_levels > MOST_LEVELS:
+        raise InputError(f"{named}: nested too deeply")
     keys = []
     for column in fields:
         keys.append(prefix + column.name)
-        if str(column.type).startswith("struct<"):
-            keys += arrow_keys(column.type.fields, f"{prefix}{column.name}.")
+        kind = column.type
+        if "dictionary<" in str(kind) and (prefix or not str(kind).startswith("dictionary<")):
+            raise InputError(f"{named}: column '{one_line(prefix + column.name, 60)}' has a dictionary inside of it")
+        if str(kind).startswith("struct<"):
+            keys += arrow_keys(kind.fields, f"{prefix}{column.name}.", named, n_levels + 1)
     return keys
 
 

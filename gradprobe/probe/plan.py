@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import __version__
 from ..common.errors import InputError
-from ..common.files import read_json, sha256_of
+from ..common.files import read_json
 from ..dump import format as contract
 from ..dump.buckets import fit_edges
 from ..dump.on_policy import are_same_weights
@@ -316,6 +316,15 @@ def read_rollout_source(
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
     )
+    # Their manifest says how they were sampled; without one that stays unknown.
+    manifest_file = contract.find_manifest(file)
+    origin = {} if manifest_file is None else read_json(manifest_file)
+    recorded = origin.get("checksums")
+    if isinstance(recorded, dict) and recorded.get(contract.ROLLOUTS, found.report.sha256) != found.report.sha256:
+        raise InputError(
+            f"`rollouts` {file}: has changed since its dump was written (its SHA-256 is not that in {manifest_file}); "
+            "restore it, or, if that is meant, copy it to where there is no manifest"
+        )
     for line in found.report.lines():
         log.info(line)
     prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
@@ -324,9 +333,6 @@ def read_rollout_source(
     places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
     mine = {prompts[i] for i in places}
     source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
-    # Their manifest says how they were sampled; without one that stays unknown.
-    manifest_file = contract.find_manifest(file)
-    origin = {} if manifest_file is None else read_json(manifest_file)
     judge = {} if found.report.n_to_verify == 0 else {"verifier": described_verifier(settings, verifier)}
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),
@@ -336,7 +342,7 @@ def read_rollout_source(
         "sampling": origin.get("sampling"),
         "rollouts_from": {
             "path": str(file),
-            "sha256": sha256_of(file),
+            "sha256": found.report.sha256,
             "model_path": origin.get("model_path"),
             "identity": origin.get("model_identity"),
             **found.report.as_dict(),

@@ -17,7 +17,7 @@ from ..dump import format as contract
 from ..dump.buckets import choose_positions
 from ..dump.check import checksums_of
 from ..dump.growing import Record
-from ..dump.on_policy import Tokens, claims_on_policy
+from ..dump.on_policy import OFF_POLICY, Tokens, claims_on_policy
 from ..dump.pooled import buckets_of, pooled_tokens
 from ..dump.records import PooledTokens, Position, Rollout, write_records
 from ..gradients.chosen import Chosen
@@ -26,6 +26,7 @@ from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.identity import refuse_changed_checkpoint
 from ..problems.verify import RunningVerifier
+from ..rollouts.copies import problem_of_copies
 from ..rollouts.early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
 from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
@@ -73,6 +74,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
         tokens = Tokens.of(rollouts)
+        refuse_copies(plan, rollouts, tokens.test(is_claimed=False).verdict == OFF_POLICY)
         say_early_word(plan, checkpoint, rollouts, tokens)
         if settings.sample_only:
             return
@@ -158,11 +160,35 @@ def collect_rollouts(
                 with watch.phase("score"):
                     rollouts = score(plan, checkpoint, rollouts, tokens)
                 notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
+                if isinstance(plan.source, SampledRollouts):  # a server that ignores seeds, known before hours are lost
+                    refuse_copies(plan, rollouts)
                 growing.append(rollouts, notes | server_gap(plan.source, sampled, rollouts))
     rollouts = growing.finish()
     if not rollouts:
         raise InputError(f"`verifier` {settings.verifier}: no rollout is left")
     return rollouts, summed(growing.notes)
+
+
+def refuse_copies(plan: Plan, rollouts: list[Rollout], is_off_policy: bool = False) -> None:
+    """Raise `InputError` if rollouts of a server or a file, scored, are copies of each other; our own sampler's aren't.
+
+    Args:
+        is_off_policy: the tokens themselves say that they are not from this model's full softmax.
+    """
+    settings, is_file = plan.settings, plan.settings.rollouts is not None
+    if not is_file and settings.sampler == "own":
+        return
+    model, origin = plan.identity["model"], plan.description.get("rollouts_from", {}).get("identity")
+    if claims_on_policy(plan.description | {"model_identity": model}):
+        sampled_at, is_off_policy = 1.0, False
+    else:
+        sampled_at = None if is_file else settings.temperature
+        is_off_policy |= origin not in (None, model)
+    problem = problem_of_copies(rollouts, sampled_at, is_off_policy and is_file)
+    if problem and is_file:
+        raise InputError(f"`rollouts` {settings.rollouts}: {problem}; was it written twice? leave the copies out")
+    if problem:
+        raise InputError(f"`base_url` {settings.base_url}: {problem}; does the server ignore a request's seed?")
 
 
 def server_gap(source: Source, sampled: list[Rollout], scored: list[Rollout]) -> dict[str, float]:

@@ -4,11 +4,10 @@ Whatever the shape, what comes out is token ids. Ids in the file are taken as th
 care: what does not come back from its ids is dropped and counted, for its tokens can't be known.
 """
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..common.errors import FaultyRecord, InputError
-from ..common.fields import is_index
+from ..common.fields import is_finite, is_index
 from ..dump.records import PromptKey, Rollout, prompt_key_from_json
 from ..problems.data_set import Problem
 from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
@@ -40,6 +39,9 @@ OTHER_THAN_DATASET = "have a prompt other than the data set's rendering of their
 RENDERED = "have a prompt of messages, rendered with the tokenizer's chat template"
 SPECIALS_NOT_ADDED = "have a prompt as text, tokenised without the special tokens this tokenizer would add"
 
+VERIFIER, ANEW = "the verifier", "`correct_from` verifier judges them anew"
+VERDICTS = ("correct", "acc")
+"""Fields that hold verdicts, by themselves or (verl's `acc`) as 1 and 0."""
 NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "completion_ids", *TRUTH_KEYS}
 """TRL's columns that are no reward; each reward function has a column of its name."""
 
@@ -84,8 +86,8 @@ def read_rollouts(
         file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
         problems: the data set the prompts come from; gives ground truths and prompt_idx. Without it prompts are
             numbered as they appear.
-        correct_from: "auto" (a bool `correct`, verl's bool `acc`, else the reward), the name of a bool or a reward
-            in the file, or "verifier" to ignore what the file says.
+        correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
+            bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
 
     Raises:
@@ -101,56 +103,100 @@ def read_rollouts(
     n_samples_of: Counter = Counter()
     for completion in completions:
         try:
-            rollout = resolve.rollout(completion, judge.verdict(completion.fields), n_samples_of)
+            correct, source = judge.verdict(completion.fields)
+            rollout = resolve.rollout(completion, correct, n_samples_of)
+            if rollout is not None:
+                judge.keep(source, completion.where)
         except FaultyRecord as error:
             faults.append((completion.where, str(error)))
             continue
         if rollout is not None:
             rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
     raise_folded(faults)
-    if correct_above is not None and not judge.n_rewards:
-        raise InputError(f"`correct_above` {correct_above:g}: {file} has no reward to hold against it")
+    if correct_above is not None and rollouts and " > " not in judge.source:
+        took = "" if judge.source == "verifier" else f"; its verdicts are taken from '{judge.source}', which needs none"
+        raise InputError(f"`correct_above` {correct_above:g}: {file} has no reward to hold against it{took}")
     if not rollouts:
         raise InputError("; ".join((f"`rollouts` {file}: no rollouts left", *report.lines()[1:])))
     report.n_rollouts = len(rollouts)
     report.n_prompts = len({rollout.prompt_idx for rollout in rollouts})
+    report.verdict_from = judge.source
     report.n_to_verify = sum(rollout.correct is None for rollout in rollouts)
     return ForeignRollouts(rollouts, report)
 
 
 @dataclass
 class _Judge:
-    """Takes the verdict from a completion's fields; None leaves it to the verifier."""
+    """Takes the verdict from a completion's fields; None leaves it to the verifier.
+
+    Attributes:
+        places: where each kind of verdict that was kept is first: a field, a field and its threshold, or the verifier.
+    """
 
     format: str
     correct_from: str
     correct_above: float | None
-    n_rewards: int = 0
+    places: dict[str, str] = field(default_factory=dict)
 
-    def verdict(self, fields: dict[str, Any]) -> bool | None:
-        if self.correct_from == "verifier":
-            return None
+    def verdict(self, fields: dict[str, Any]) -> tuple[bool | None, str]:
+        """The verdict, and what it is from."""
         key = self._key(fields)
-        value = None if key is None else fields.get(key)
-        if value is None or isinstance(value, bool):
-            return value
+        if key is None:
+            return None, VERIFIER
+        value = fields[key]
+        if isinstance(value, bool):
+            return value, key
+        if value is None or value != value:
+            raise FaultyRecord(f"'{key}' is {'null' if value is None else 'NaN'}, no verdict: {ANEW}")
         if not isinstance(value, int | float):
             raise FaultyRecord(f"'{key}' is neither true or false nor a number")
-        self.n_rewards += 1
+        if not is_finite(value):
+            raise FaultyRecord(f"'{key}' is not a finite number")
+        if self._is_verdict(key, value):
+            return value == 1, key
         if self.correct_above is None:
             raise FaultyRecord(
-                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, "
-                "`correct_from` verifier judges them anew"
+                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, {ANEW}"
             )
-        return None if value != value else value > self.correct_above  # NaN is no verdict
+        return value > self.correct_above, f"{key} > {self.correct_above:g}"
+
+    def keep(self, source: str, where: str) -> None:
+        """Count a rollout whose verdict is from `source`.
+
+        Raises:
+            FaultyRecord: others' are from elsewhere.
+        """
+        first, place = next(iter(self.places.items()), (source, where))
+        if source != first:
+            said, before = (name if name == VERIFIER else f"'{name}'" for name in (source, first))
+            raise FaultyRecord(
+                f"would take its verdict from {said}, {place} from {before}: one file needs one kind; "
+                "`correct_from` names a field that all have, or verifier"
+            )
+        self.places[source] = place
+
+    @property
+    def source(self) -> str:
+        """What all verdicts are from."""
+        return next(iter(self.places), VERIFIER).removeprefix("the ")
+
+    def _is_verdict(self, key: str, value: Any) -> bool:
+        """Whether a value is a verdict as it stands: true or false, or `acc` (or `correct`) as 1 or 0."""
+        if isinstance(value, bool):
+            return key in VERDICTS
+        # With a threshold for it, a number in `correct` is a reward; verl's `acc` is one only where it is asked for.
+        is_reward = self.correct_above is not None and (key != "acc" or self.correct_from == key)
+        return key in VERDICTS and not is_reward and _is_number(value) and value in (0, 1)
 
     def _key(self, fields: dict[str, Any]) -> str | None:
+        if self.correct_from == "verifier":
+            return None
         if self.correct_from != "auto":
             if self.correct_from not in fields:
                 raise FaultyRecord(f"`correct_from` {self.correct_from}: key '{self.correct_from}' is missing")
             return self.correct_from
-        for key in ("correct", "acc"):
-            if isinstance(fields.get(key), bool):
+        for key in VERDICTS:
+            if self._is_verdict(key, fields.get(key)):
                 return key
         rewards = [key for key in self._reward_keys(fields) if _is_number(fields.get(key))]
         if len(rewards) > 1:
@@ -165,7 +211,7 @@ class _Judge:
     def reward(self, fields: dict[str, Any]) -> float | None:
         """The number that a completion was rewarded with, where one and only one is known."""
         named = [self.correct_from] if self.correct_from not in ("auto", "verifier") else self._reward_keys(fields)
-        found = [fields[key] for key in named if _is_number(fields.get(key)) and math.isfinite(fields[key])]
+        found = [fields[key] for key in named if is_finite(fields.get(key))]
         return float(found[0]) if len(found) == 1 else None
 
 
@@ -244,6 +290,11 @@ class _Resolver:
         for remark in (*self._prompt_remarks(completion, prompt, problem, prompt_ids), *self._remarks(completion, ids)):
             self.report.note(remark, completion.where)
         given_id = completion.fields.get("problem_id")
+        if not isinstance(given_id, str | int | float | None):
+            raise FaultyRecord("'problem_id' is neither a text nor a number")
+        for name, text in (("problem_id", given_id), ("ground truth", ground_truth)):
+            if isinstance(text, str) and SURROGATE.search(text):
+                raise FaultyRecord(f"half a surrogate pair in its {name}")
         return Rollout(
             prompt_idx=prompt_idx,
             sample_idx=sample_idx,
@@ -371,7 +422,9 @@ class _Resolver:
             return
         if len(ids) < len(completion.response_ids):
             yield PADDING_CUT
-        texts_of_ids = (self.codec.decode(ids), self.codec.readable(ids))
+        # The last is how our own sampler decodes; a tokenizer that tidies up makes another text of it.
+        plain = self.tokenizer.decode(ids, skip_special_tokens=True)
+        texts_of_ids = (self.codec.decode(ids), self.codec.readable(ids), plain)
         if isinstance(completion.text, str) and completion.text not in texts_of_ids:
             yield TEXT_DIFFERS
 

@@ -5,12 +5,12 @@ and llama.cpp's `logprobs.content[].id`), TRL 1.x's completion logs and verl 0.x
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import FaultyRecord, InputError, first_few, raise_if_any
+from ..common.errors import FaultyRecord, InputError, first_few, one_line, raise_if_any
 from ..common.fields import ANYTHING, INDEX, faults_of
 from ..common.record_files import open_record_file
 from ..dump.records import PROMPT_KEY
@@ -36,6 +36,7 @@ class Completion:
         end: what ended it: "eos", the id of another end token, or "cut" (its length, or a stop string).
         fields: what else stands in its record: problem_id, ground truth, verdicts, rewards.
         unusable: why it has to be dropped.
+        sample: its request's id and its number among that request's samples.
     """
 
     where: str
@@ -46,20 +47,25 @@ class Completion:
     end: str | int | None
     fields: dict[str, Any]
     unusable: str | None = None
+    sample: tuple[str, Any] | None = None
 
 
 @dataclass
 class RolloutReport:
     """What was read, and what became of it.
 
+    `sha256` is that of the file's bytes as they were read.
+    `verdict_from` is the field that verdicts are from, with its threshold if there is one, or "verifier".
     `dropped` and `notes` count completions (failed requests: lines) by reason; `examples` has the first places of each.
     """
 
     format: str
+    sha256: str = ""
     n_completions: int = 0
     n_rollouts: int = 0
     n_prompts: int = 0
     n_to_verify: int = 0
+    verdict_from: str = ""
     dropped: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -81,7 +87,8 @@ class RolloutReport:
     def lines(self) -> list[str]:
         """The report for a person, one line each."""
         head = f"{self.format} rollouts: {self.n_rollouts} of {self.n_prompts} prompts"
-        verify = f", {self.n_to_verify} to be verified" if self.n_to_verify else ""
+        verify = f", verdict from '{self.verdict_from}'" if self.n_rollouts else ""
+        verify = f", {self.n_to_verify} to be verified" if self.n_to_verify else verify
         return [
             head + verify,
             *(f"dropped {n} {reason} ({', '.join(self.examples[reason])})" for reason, n in self.dropped.items()),
@@ -96,6 +103,7 @@ class RolloutReport:
             "n_rollouts": self.n_rollouts,
             "n_prompts": self.n_prompts,
             "n_to_verify": self.n_to_verify,
+            "verdict_from": self.verdict_from,
             "dropped": dict(self.dropped),
             "notes": dict(self.notes),
         }
@@ -103,12 +111,12 @@ class RolloutReport:
 
 def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion], RolloutReport]:
     """The file's format, its completions in order, and a report that has counted them."""
-    records = _records(file)
+    sha256, records = _records(file)
     if not records:
         raise InputError(f"`rollouts` {file}: no rollouts in it")
     if file_format == "auto":
         file_format = _recognise(*records[0])
-    report = RolloutReport(file_format)
+    report = RolloutReport(file_format, sha256)
     completions: list[Completion] = []
     faults: list[tuple[str, str]] = []
     first_step = records[0][1].get("step")
@@ -126,16 +134,39 @@ def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion],
         if file_format in ("trl", "verl") and record.get("step") != first_step:
             report.note(OTHER_STEPS, where)
         completions += found
-    raise_folded(faults)
+    raise_folded([*faults, *_repeated_requests(completions)])
     report.n_completions = len(completions)
     return file_format, completions, report
 
 
-def _records(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(place, record) of each; every line that is none is named at once."""
+def _repeated_requests(completions: list[Completion]) -> Iterator[tuple[str, str]]:
+    """(place, fault) of samples of one request that stand twice, word for word.
+
+    vLLM numbers its requests from 0 in every process, so that two runs in one file share ids; where any of the samples
+    of one name differ, names say nothing.
+    """
+    first: dict[tuple[str, Any], Completion] = {}
+    again = []
+    for completion in completions:
+        before = None if completion.sample is None else first.setdefault(completion.sample, completion)
+        if before is None or before is completion:
+            continue
+        if any(getattr(before, name) != getattr(completion, name) for name in WHAT_WAS_SAID):
+            return
+        again.append((completion, before))
+    for completion, before in again:
+        yield (
+            completion.where,
+            f"request '{one_line(completion.sample[0], 60)}' stands at {Path(before.where).name} already, word for "
+            "word: was the file written twice? leave the copies out",
+        )
+
+
+def _records(file: Path) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """The file's SHA-256 and (place, record) of each; every line that is none is named at once."""
     opened = open_record_file(file, "rollouts")
     raise_if_any(first_few(opened.faults, "faults"))
-    return [(record.place, record.fields) for record in opened.read(opened.keys)]
+    return opened.sha256, [(record.place, record.fields) for record in opened.read(opened.keys)]
 
 
 class _UnusableRecord(FaultyRecord):
@@ -175,19 +206,29 @@ def _keys_of(record: dict[str, Any]) -> str:
 def _own(where: str, record: dict[str, Any]) -> list[Completion]:
     for fault in faults_of(record, OWN_KINDS):
         raise FaultyRecord(fault)
-    return [Completion(where, None, record["prompt_ids"], None, record["response_ids"], "cut", record)]
+    text = record.get("response")
+    return [Completion(where, None, record["prompt_ids"], text, record["response_ids"], "cut", record)]
 
 
 def _vllm(where: str, record: dict[str, Any]) -> list[Completion]:
     found = []
-    for output in record["outputs"]:
+    for number, output in enumerate(record["outputs"]):
         output = {"text": output} if isinstance(output, str) else output
         if not isinstance(output, dict):
             raise FaultyRecord("an entry of 'outputs' is neither an object nor a text")
         fields = _fields(record, output, len(record["outputs"]))
         prompt_ids, ids = record.get("prompt_token_ids"), output.get("token_ids")
         found.append(
-            Completion(where, record.get("prompt"), prompt_ids, output.get("text"), ids, _end_of(output), fields)
+            Completion(
+                where,
+                record.get("prompt"),
+                prompt_ids,
+                output.get("text"),
+                ids,
+                _end_of(output),
+                fields,
+                sample=_sample_of(record.get("request_id"), output, number),
+            )
         )
     return found
 
@@ -211,8 +252,9 @@ def _openai(where: str, record: dict[str, Any]) -> list[Completion]:
             _end_of(choice, may_be_stop_string=bool(request.get("stop")) and "stop_reason" not in choice),
             _fields({"problem_id": record.get("custom_id"), **record}, choice, len(choices)),
             None if _has_all_ids(response, choice) else INCOMPLETE_IDS,
+            _sample_of(response.get("id"), choice, number),
         )
-        for choice in choices
+        for number, choice in enumerate(choices)
     ]
 
 
@@ -256,6 +298,8 @@ def _verl(where: str, record: dict[str, Any]) -> list[Completion]:
     return [Completion(where, record["input"], prompt_ids, record["output"], ids, None, record)]
 
 
+WHAT_WAS_SAID = ("prompt", "prompt_ids", "text", "response_ids")
+
 PARSERS: dict[str, Callable[[str, dict[str, Any]], list[Completion]]] = {
     "gradprobe": _own,
     "vllm": _vllm,
@@ -274,6 +318,12 @@ def _fields(record: dict[str, Any], output: dict[str, Any], n_outputs: int) -> d
     """What an output says of itself, and what its record says of all of them: the problem, not the verdict."""
     shared = ("problem_id", *TRUTH_KEYS)
     return {**(record if n_outputs == 1 else {key: record[key] for key in shared if key in record}), **output}
+
+
+def _sample_of(request: Any, output: dict[str, Any], number: int) -> tuple[str, Any] | None:
+    """What names one sample in its file; None where the request has no id."""
+    index = output.get("index")
+    return (request, index if type(index) is int else number) if isinstance(request, str) else None
 
 
 def _end_of(output: dict[str, Any], may_be_stop_string: bool = False) -> str | int | None:

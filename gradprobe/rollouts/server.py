@@ -4,17 +4,17 @@ The server's own sampling defaults and the checkpoint's generation config play n
 how to sample. A server that keeps the token ids to itself is refused, since text does not determine them.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError, one_line, raise_if_any, reason_of
+from ..common.errors import InputError, first_of, one_line, raise_if_any
+from ..common.fields import OBJECT, TEXT, Kind, is_finite, list_of
+from ..common.fields import faults_of as faults_of_kinds
+from .fetch import json_at
 from .sample import Sampling
 
 FULL_SOFTMAX = {
@@ -37,13 +37,28 @@ FULL_SOFTMAX = {
 WITH_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True, "logprobs": 1}
 """How to ask for token ids: vLLM and SGLang by the first key, llama.cpp by the two after it."""
 
-RETRIES: dict[str, Any] = {
-    **{"total": 6, "connect": 2, "read": 0, "redirect": 0, "status_forcelist": (429, 502, 503, 504)},
-    **{"raise_on_status": False, "backoff_factor": 1.0, "backoff_max": 30.0, "retry_after_max": 60},
+LARGEST_LOGPROB = 1e-3
+"""Rounding puts the log-prob of a certain token a little above 0."""
+
+
+def is_logprob(value: Any) -> bool:
+    """Whether it is a number that can be a log-prob."""
+    return is_finite(value) and value <= LARGEST_LOGPROB
+
+
+ANSWER_KINDS = {"usage": OBJECT.or_null()}
+CHOICE_KINDS = {
+    "text": TEXT.or_null(),
+    "prompt_token_ids": list_of(lambda value: type(value) is int, "integers").or_null(),
+    "logprobs": Kind(OBJECT.accepts, "an object of log-probs").or_null(),
 }
-"""How a busy server is asked again: after 0, 2, 4, 8, 16 and 30 seconds, or when it says. A request that it may be
-working on is not sent twice."""
-SECONDS_TO_CONNECT, READ_BYTES, MOST_BYTES = 30.0, 1 << 16, 1 << 28
+LOGPROB_KINDS = {
+    "token_logprobs": list_of(is_logprob, "log-probs (numbers up to 0)").or_null(),
+    "content": list_of(
+        lambda entry: isinstance(entry, dict) and is_logprob(entry.get("logprob")), "objects with a 'logprob' up to 0"
+    ).or_null(),
+}
+"""What stands in an answer beside the ids, which are looked at first. Fields that are not named are free."""
 
 Seeds = Callable[[int, int], int]
 """(prompt number, sample number) -> seed of that request."""
@@ -71,7 +86,7 @@ class CompletionsServer:
         Raises:
             InputError: the server can't be reached, refuses the request, or answers with something else.
         """
-        return _answer(f"{self.url}/completions", self.timeout, {"model": self.model, **request})
+        return json_at(f"{self.url}/completions", self.timeout, {"model": self.model, **request})
 
 
 def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> CompletionsServer:
@@ -88,12 +103,15 @@ def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> 
     if not url.startswith(("http://", "https://")):
         raise InputError(f"`base_url` {base_url}: must start with http:// or https://")
     url = url if url.endswith("/v1") else f"{url}/v1"
-    listed = _answer(f"{url}/models", timeout).get("data")
-    names = [entry.get("id") for entry in listed or [] if isinstance(entry, dict)]
+    listed = json_at(f"{url}/models", timeout).get("data")
+    if not isinstance(listed, list) or not all(isinstance(object_at({"": x}, "").get("id"), str) for x in listed):
+        raise InputError(f"{url}/models: the answer has no list 'data' of models, each with its 'id'")
+    names = [entry["id"] for entry in listed]
+    serves = one_line(first_of(names)) or "no model"
     if model is None and len(names) != 1:
-        raise InputError(f"`base_url` {base_url}: serves {', '.join(map(str, names)) or 'no model'}; name one of them")
+        raise InputError(f"`base_url` {base_url}: serves {serves}; name one of them")
     if model is not None and model not in names:
-        raise InputError(f"`base_url` {base_url}: does not serve '{model}' but {', '.join(map(str, names))}")
+        raise InputError(f"`base_url` {base_url}: does not serve '{model}' but {serves}")
     return CompletionsServer(url, model or names[0], timeout)
 
 
@@ -138,7 +156,8 @@ def sample_completions(
             **WITH_IDS,
         }
         answer = server.post(request)
-        raise_if_any(f"{server.url}: {fault}" for fault in faults_of(answer, prompt, vocab_size))
+        faults = faults_of(answer, prompt, vocab_size, request["max_tokens"])
+        raise_if_any(f"{server.url}: {fault}" for fault in faults)
         return _until_end(answer, sampling.end_ids)
 
     with ThreadPoolExecutor(n_parallel) as pool:
@@ -150,12 +169,13 @@ def sample_completions(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def faults_of(answer: dict[str, Any], prompt: list[int], vocab_size: int) -> list[str]:
+def faults_of(answer: dict[str, Any], prompt: list[int], vocab_size: int, max_tokens: int) -> list[str]:
     """What is wrong with the answer to a request for one completion of `prompt` with token ids."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         return ["one completion was asked for, the answer has no list 'choices' with one object"]
-    ids = token_ids_of(answer, choices[0])
+    choice = choices[0]
+    ids = token_ids_of(answer, choice)
     if ids is None:
         return [
             "the answer has no token ids (neither choices[].token_ids nor __verbose.tokens); vLLM, SGLang and "
@@ -163,14 +183,33 @@ def faults_of(answer: dict[str, Any], prompt: list[int], vocab_size: int) -> lis
         ]
     if not are_token_ids(ids, vocab_size):
         return [f"the answer's token ids are not integers from 0 to {vocab_size - 1}: another model's?"]
-    faults = []
-    if (choices[0].get("prompt_token_ids") or prompt) != prompt:
+    faults = [f"the answer's {fault}" for fault in faults_of_kinds(answer, ANSWER_KINDS)]
+    faults += [f"the answer's choice: {fault}" for fault in faults_of_kinds(choice, CHOICE_KINDS)]
+    if faults:
+        return faults
+    if not 0 < len(ids) <= max_tokens:
+        many = f"{len(ids)} tokens, more than the {max_tokens} asked for (max_tokens)"
+        faults.append(f"the answer has {many if ids else 'no tokens, not even one that ends it'}")
+    if (choice.get("prompt_token_ids") or prompt) != prompt:
         faults.append("the model saw another prompt than was sent")
     usage = object_at(answer, "usage")
     for key, n_tokens in (("prompt_tokens", len(prompt)), ("completion_tokens", len(ids))):
         if usage.get(key, n_tokens) != n_tokens:
-            faults.append(f"usage.{key} is {usage[key]}, but the ids are {n_tokens}")
-    return faults
+            faults.append(f"usage.{key} is {one_line(str(usage[key]), 40)}, but the ids are {n_tokens}")
+    return [*faults, *_faults_of_logprobs(choice, ids)]
+
+
+def _faults_of_logprobs(choice: dict[str, Any], ids: list[int]) -> Iterator[str]:
+    """Where log-probs are not one for each id; of llama.cpp's entries some may be missing."""
+    said = object_at(choice, "logprobs")
+    for fault in faults_of_kinds(said, LOGPROB_KINDS):
+        yield f"log-probs: {fault}"
+        return
+    if len(said.get("token_logprobs") or ids) != len(ids):
+        yield f"the answer has {len(said['token_logprobs'])} log-probs of {len(ids)} tokens"
+    entries, left = said.get("content") or [], iter(ids)
+    if len(entries) > len(ids) or not all(entry["id"] in left for entry in entries if "id" in entry):
+        yield "the answer's log-probs are of other tokens than its ids"
 
 
 def token_ids_of(answer: dict[str, Any], choice: dict[str, Any]) -> list[int] | None:
@@ -235,56 +274,3 @@ def _logprobs_of(choice: dict[str, Any]) -> list[float]:
     if entries:
         return [entry["logprob"] for entry in entries if "logprob" in entry]
     return object_at(choice, "logprobs").get("token_logprobs") or []
-
-
-def _answer(url: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object at `url`, asked for again where the server is busy; no redirect is followed.
-
-    Raises:
-        InputError: anything else comes of it; also an answer that is too large, or takes longer than `seconds`.
-    """
-    urllib3 = _urllib3(url)
-    try:
-        with urllib3.request(
-            "GET" if body is None else "POST",
-            url,
-            body=None if body is None else json.dumps(body),
-            headers={"Content-Type": "application/json", "Connection": "close"},
-            retries=urllib3.Retry(allowed_methods=None, **RETRIES),
-            redirect=False,
-            timeout=urllib3.Timeout(connect=min(seconds, SECONDS_TO_CONNECT), read=seconds),
-            preload_content=False,
-        ) as response:
-            content = _bounded_body(response, url, seconds)
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        reason = getattr(error, "reason", None) or error  # of retries: what the last one failed of
-        if isinstance(reason, urllib3.exceptions.ReadTimeoutError):
-            raise InputError(f"{url}: no answer within {seconds:g} seconds") from error
-        raise InputError(f"{url}: can't be reached ({reason_of(reason)})") from error
-    if response.status != 200:
-        said = one_line(content.decode("utf-8", "replace"))
-        raise InputError(f"{url}: HTTP {response.status} {response.reason}: {said}")
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{url}: no JSON answer ({error})") from error
-    if not isinstance(answer, dict):
-        raise InputError(f"{url}: the answer is not a JSON object")
-    return answer
-
-
-def _bounded_body(response: Any, url: str, seconds: float) -> bytes:
-    deadline, content = time.monotonic() + seconds, b""
-    while part := response.read1(READ_BYTES):
-        content += part
-        if len(content) > MOST_BYTES or time.monotonic() > deadline:
-            raise InputError(f"{url}: its answer has more than {MOST_BYTES:,} bytes, or takes over {seconds:g} seconds")
-    return content
-
-
-def _urllib3(url: str) -> ModuleType:
-    try:
-        import urllib3
-    except ImportError as error:
-        raise InputError(f"`base_url` {url}: asking a server takes urllib3: pip install 'gradprobe[server]'") from error
-    return urllib3

@@ -1,6 +1,7 @@
 """Feed spoilt files to the readers: whatever is in a file, the only answer is an `InputError` that names it.
 
-    python tests/faults/fuzz.py --seconds 600 --seed 1
+    python tests/faults/fuzz.py --seconds 600 --seed 1                        # dumps and data sets
+    python tests/faults/fuzz.py --seconds 600 --seed 1 --readers rollouts     # rollouts of other tools
 
 Every case is a pure function of the seed and its number. A crash is printed, its files are kept under --keep, and
 `--seed SEED --only NUMBER` runs it alone. Exit status 1 if there was one.
@@ -18,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ PROBLEMS, ROLLOUTS, MANIFEST, META, GRADS = (
 )  # fmt: skip
 
 Files = dict[str, bytes]
+Mutation = Callable[[bytes, random.Random, Files], bytes]
+Reader = Callable[[Path], None]
 
 
 def sound_files() -> Files:
@@ -172,17 +175,17 @@ def change_json(content: bytes, rng: random.Random, files: Files) -> bytes:
 
 
 def _change_place(record: Any, rng: random.Random) -> None:
-    places = list(_places(record))
-    if not places:
+    found = list(places(record))
+    if not found:
         return
-    parent, key = rng.choice(places)
+    parent, key = rng.choice(found)
     how = rng.random()
     if how < 0.2:
         del parent[key]
     elif how < 0.3 and isinstance(parent, dict):
         parent[rng.choice(("", "row", "bin", "targets", "x", "\ud800"))] = parent.pop(key)
     elif how < 0.4:
-        other, other_key = rng.choice(places)
+        other, other_key = rng.choice(found)
         parent[key] = json.loads(json.dumps(other[other_key]))
     elif how < 0.45:
         parent[key] = deep_list(rng.choice((3, 100, 300)))
@@ -194,26 +197,27 @@ def _change_place(record: Any, rng: random.Random) -> None:
         parent[key] = copy.deepcopy(rng.choice(VALUES))
 
 
-def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+def places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of everything inside of nested JSON."""
     keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
     for key in keys:
         yield node, key
-        yield from _places(node[key])
+        yield from places(node[key])
 
 
-MUTATIONS: list[Callable[[bytes, random.Random, Files], bytes]] = [
+MUTATIONS: list[Mutation] = [
     *(flip_bits, truncate, cut_out, repeat, splice, insert, insert, change_number, shuffle_lines),
     *[change_json] * 6,
 ]
 
 
-def spoilt(files: Files, rng: random.Random) -> Files:
+def spoilt(files: Files, rng: random.Random, mutations: Sequence[Mutation]) -> Files:
     """Some of `files`, spoilt in some ways."""
     changed: Files = {}
     for name in rng.sample(sorted(files), rng.choice((1, 1, 1, 2))):
         content = files[name]
         for _ in range(rng.choice((1, 1, 2, 3))):
-            content = rng.choice(MUTATIONS)(content, rng, files)
+            content = rng.choice(mutations)(content, rng, files)
         changed[name] = content
     return changed
 
@@ -247,6 +251,20 @@ def read_everything(directory: Path) -> None:
 
 
 READERS = (read_dump, read_manifest, read_rollouts, read_problems, read_everything)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is fuzzed: sound files by name, how they are put into a directory and spoilt, who reads them.
+
+    Attributes:
+        readers_of: those that read any of the files of these names.
+    """
+
+    sound: Files
+    place: Callable[[Files, Path], None]
+    mutations: Sequence[Mutation]
+    readers_of: Callable[[Iterable[str]], Sequence[Reader]]
 
 
 @dataclass
@@ -283,12 +301,17 @@ def place(files: Files, directory: Path) -> None:
         (directory / name if above else directory / "dump" / name).write_bytes(content)
 
 
-def run_case(number: int, seed: int, sound: Files, directory: Path, keep: Path, tally: Tally) -> None:
+def dumps() -> Suite:
+    """A dump, its rollouts and a data set; all readers read all of them."""
+    return Suite(sound_files(), place, MUTATIONS, lambda names: READERS)
+
+
+def run_case(number: int, seed: int, suite: Suite, directory: Path, keep: Path, tally: Tally) -> None:
     """One case: spoil, read by every reader, mend."""
-    changed = spoilt(sound, random.Random(f"{seed}-{number}"))
-    place(changed, directory)
+    changed = spoilt(suite.sound, random.Random(f"{seed}-{number}"), suite.mutations)
+    suite.place(changed, directory)
     tally.n_cases += 1
-    for reader in READERS:
+    for reader in suite.readers_of(changed):
         try:
             tally.outcomes[f"{reader.__name__} {read(reader, directory)}"] += 1
         except Exception:
@@ -297,22 +320,29 @@ def run_case(number: int, seed: int, sound: Files, directory: Path, keep: Path, 
             report = f"--seed {seed} --only {number} {reader.__name__}: files in {kept}\n{traceback.format_exc()}"
             tally.crashes.append(report)
             print(report.encode("ascii", "backslashreplace").decode(), flush=True)
-    place({name: sound[name] for name in changed}, directory)
+    suite.place({name: suite.sound[name] for name in changed}, directory)
 
 
-def fuzz(seed: int, keep: Path, seconds: float = math.inf, cases: float = math.inf, first: int = 0) -> Tally:
+def fuzz(
+    seed: int,
+    keep: Path,
+    seconds: float = math.inf,
+    cases: float = math.inf,
+    first: int = 0,
+    suite_of: Callable[[], Suite] = dumps,
+) -> Tally:
     """Run case after case until `seconds` are over or `cases` are done."""
-    tally, sound = Tally(Counter(), []), sound_files()
+    tally, suite = Tally(Counter(), []), suite_of()
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("error")
         directory = Path(name)
         (directory / "dump").mkdir()
-        place(sound, directory)
-        for reader in READERS:
-            assert read(reader, directory) == "taken", "the files must be sound at first"
+        suite.place(suite.sound, directory)
+        for reader in suite.readers_of(suite.sound):
+            assert read(reader, directory) == "taken", f"the files must be sound at first: {reader.__name__}"
         while tally.n_cases < cases and time.monotonic() < end:
-            run_case(first + tally.n_cases, seed, sound, directory, keep, tally)
+            run_case(first + tally.n_cases, seed, suite, directory, keep, tally)
     return tally
 
 
@@ -323,9 +353,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all cases (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="run this one case")
     parser.add_argument("--keep", type=Path, default=Path("fuzz_crashes"), help="where files that crash a reader go")
+    parser.add_argument("--readers", choices=["dumps", "rollouts"], default="dumps", help="(default: %(default)s)")
     args = parser.parse_args()
+    suite_of = dumps
+    if args.readers == "rollouts":
+        from fuzz_rollouts import rollouts as suite_of
     one = {} if args.only is None else {"cases": 1, "first": args.only}
-    tally = fuzz(args.seed, args.keep, seconds=args.seconds, **one)
+    tally = fuzz(args.seed, args.keep, seconds=args.seconds, suite_of=suite_of, **one)
     print(f"{tally.n_cases} cases, {len(tally.crashes)} crashes")
     for outcome, n in sorted(tally.outcomes.items()):
         print(f"  {outcome}: {n}")

@@ -133,6 +133,21 @@ def test_rollouts_of_other_tools_are_probed(tmp_path, name, capsys):
     assert manifest_of(tmp_path / "out")["rollouts_from"]["sha256"]
 
 
+def test_rollouts_of_a_dump_that_have_changed_since_are_refused(tmp_path, checkpoint_dir, problems_file, capsys):
+    model = ["--model-path", checkpoint_dir]
+    assert probe(tmp_path / "out", *model, "--dataset", problems_file, "--num-prompts", 4, *SMALL) == 0
+    rollouts = tmp_path / "out" / "rollouts.jsonl"
+    text = rollouts.read_text()
+    for given in (tmp_path / "out", rollouts):
+        rollouts.write_text(text.replace('"correct": false', '"correct": true', 1))
+        assert probe(tmp_path / "again", *model, "--rollouts", given, *SMALL[4:]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"error: --rollouts {rollouts}: has changed since its dump was written")
+        assert not (tmp_path / "again").exists()
+        rollouts.write_text(text)
+        assert probe(tmp_path / f"sound{given.suffix}", *model, "--rollouts", given, *SMALL[4:]) == 0
+
+
 def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, capsys):
     for flags, complaint in (
         (["--correct-above", "1"], "--correct-above says something of --rollouts only"),

@@ -21,6 +21,7 @@ from scipy.stats import chisquare
 import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint
+from gradprobe.rollouts import fetch
 from gradprobe.rollouts import server as completions
 from gradprobe.rollouts.sample import Sampling
 from gradprobe.rollouts.score import score_responses
@@ -200,21 +201,21 @@ def test_responses_end_as_our_own_sampler_ends_them(server, checkpoint, prompts)
 
 def test_answers_without_ids_or_of_another_prompt_or_vocabulary_are_refused(server, prompts):
     request = {"prompt": prompts[0], "max_tokens": 4, "temperature": 1.0}
-    (fault,) = faults_of(server.post(request), prompts[0], 350)
+    (fault,) = faults_of(server.post(request), prompts[0], 350, 4)
     assert "no token ids" in fault
     answer = server.post({**request, **completions.WITH_IDS})
-    assert faults_of(answer, prompts[0], 350) == []
-    (fault,) = faults_of(answer, prompts[1] + prompts[0], 350)
+    assert faults_of(answer, prompts[0], 350, 4) == []
+    (fault,) = faults_of(answer, prompts[1] + prompts[0], 350, 4)
     assert "usage.prompt_tokens is" in fault
-    (fault,) = faults_of(answer, prompts[0], 10)
+    (fault,) = faults_of(answer, prompts[0], 10, 4)
     assert "another model's" in fault
     answer["choices"][0]["prompt_token_ids"] = [1, *prompts[0]]
-    (fault,) = faults_of(answer, prompts[0], 350)
+    (fault,) = faults_of(answer, prompts[0], 350, 4)
     assert "another prompt" in fault
     del answer["choices"][0]["prompt_token_ids"], answer["__verbose"]["tokens"][-1]
-    (fault,) = faults_of(answer, prompts[0], 350)
+    fault, _ = faults_of(answer, prompts[0], 350, 4)
     assert "usage.completion_tokens is 4, but the ids are 3" in fault
-    (fault,) = faults_of({"choices": []}, prompts[0], 350)
+    (fault,) = faults_of({"choices": []}, prompts[0], 350, 4)
     assert "one completion was asked for" in fault
 
 
@@ -258,7 +259,7 @@ class Playing(BaseHTTPRequestHandler):
 @pytest.fixture
 def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """One on a free port of 127.0.0.1, asked without waiting between."""
-    monkeypatch.setitem(completions.RETRIES, "backoff_factor", 0.01)
+    monkeypatch.setitem(fetch.RETRIES, "backoff_factor", 0.01)
     found = ThreadingHTTPServer(("127.0.0.1", 0), Playing)
     found.n_asked = 0
     thread = threading.Thread(target=found.serve_forever)
@@ -300,7 +301,7 @@ def test_a_server_that_stays_busy_ends_the_probe_with_one_line(playing, tmp_path
 
 
 def test_waiting_for_a_busy_server_is_bounded():
-    retry = urllib3.Retry(allowed_methods=None, **completions.RETRIES)
+    retry = urllib3.Retry(allowed_methods=None, **fetch.RETRIES)
     waits = []
     while not retry.is_exhausted():
         waits.append(retry.get_backoff_time())
@@ -317,15 +318,15 @@ def test_waiting_for_a_busy_server_is_bounded():
     [
         ((307, {"Location": "http://example.com/"}, b""), "HTTP 307"),
         ((200, {}, b"[1]"), "not a JSON object"),
-        ((200, {}, b"{"), "no JSON answer"),
-        ((200, {}, b"[" * 200_000), "no JSON answer"),
+        ((200, {}, b"{"), "not JSON"),
+        ((200, {}, b"[" * 200_000), "not JSON"),
         ((200, {}, b'{"a": "' + b"x" * 300_000 + b'"}'), "more than 200,000 bytes"),
-        ((200, {"Content-Length": "99"}, b"{}"), "can't be reached|no JSON answer"),
+        ((200, {"Content-Length": "99"}, b"{}"), "can't be reached|not JSON"),
         ((404, {}, b"no `such` \x1b[31mmodel"), "HTTP 404 Not Found: no 'such'"),
     ],
 )
 def test_odd_answers_are_one_line(playing, monkeypatch, answer, says):
-    monkeypatch.setattr(completions, "MOST_BYTES", 200_000)
+    monkeypatch.setattr(fetch, "MOST_BYTES", 200_000)
     playing.script = [answer]
     with pytest.raises(InputError, match=says):
         connect(url_of(playing))
@@ -334,7 +335,7 @@ def test_odd_answers_are_one_line(playing, monkeypatch, answer, says):
 def test_a_server_that_drips_or_is_silent_does_not_hold_the_probe(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
-        with pytest.raises(InputError, match="no answer within 0.5 seconds"):
+        with pytest.raises(InputError, match="no whole answer within 0.5 seconds"):
             connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5)
         assert time.monotonic() - start < 10
 

@@ -1,5 +1,6 @@
 """Rollouts from elsewhere: every shape, text that does not come back from its ids, and what must be refused."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -292,6 +293,26 @@ def test_text_of_another_tokenizer_is_said(tokenizer, tmp_path):
     assert read(file, tokenizer).report.notes == {rollout_files.TEXT_DIFFERS: 1}
 
 
+def test_own_rollouts_under_another_tokenizer_are_said(tokenizer, tmp_path):
+    lines = [json.loads(line) for line in (DATA / "gradprobe.jsonl").read_text().splitlines()]
+    swapped = AutoTokenizer.from_pretrained(swapped_digits(tmp_path))
+    assert rollout_files.TEXT_DIFFERS not in read(DATA / "gradprobe.jsonl", tokenizer).report.notes
+    report = read(DATA / "gradprobe.jsonl", swapped).report
+    assert report.notes[rollout_files.TEXT_DIFFERS] == len(lines)
+
+
+def swapped_digits(directory: Path) -> Path:
+    """The demo's tokenizer, but for 1 and 7, which change places."""
+    for file in (DEMO / "base").glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    content = json.loads((directory / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["1"], vocab["7"] = vocab["7"], vocab["1"]
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "config.json").write_bytes((DEMO / "base" / "config.json").read_bytes())
+    return directory
+
+
 def test_what_exceeds_the_context_is_dropped(tokenizer, tmp_path):
     file = written(tmp_path, vllm_line("1+2", {"text": "We see 3."}, {"text": "3"}))
     found = read(file, tokenizer, context=5)
@@ -303,21 +324,79 @@ def test_what_exceeds_the_context_is_dropped(tokenizer, tmp_path):
 
 
 def test_correct_is_taken_where_given(tokenizer, tmp_path):
-    outputs = [{"text": "3", "correct": False}, {"text": "3", "correct": True}, {"text": "3"}]
+    outputs = [{"text": "3", "correct": False}, {"text": "3", "correct": True}]
     found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
-    assert [r.correct for r in found.rollouts] == [False, True, None]
-    anew = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer, correct_from="verifier")
+    assert [r.correct for r in found.rollouts] == [False, True]
+    assert found.report.lines()[0] == "vllm rollouts: 2 of 1 prompts, verdict from 'correct'"
+    assert found.report.as_dict()["verdict_from"] == "correct"
+    anew = read(written(tmp_path, vllm_line("1+2", *outputs, {"text": "3"})), tokenizer, correct_from="verifier")
     assert [r.correct for r in anew.rollouts] == [None] * 3
+    assert anew.report.as_dict()["verdict_from"] == "verifier"
+
+
+def verl_line(output: str = "3", **more) -> dict:
+    """A line of verl's shape."""
+    return {"input": "<|im_start|>1+2", "output": output, "gts": "3", **more}
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "correct", "verdict_from"),
+    [
+        (verl_line(acc=1.0, score=0.0), {}, True, "acc"),
+        (verl_line(acc=0, score=1.0), {}, False, "acc"),
+        (verl_line(acc=0.0, score=1.0), {"correct_from": "acc"}, False, "acc"),
+        (verl_line(acc=1.0), {"correct_from": "acc", "correct_above": 1.5}, False, "acc > 1.5"),
+        (verl_line(acc=0.5, score=1.0), {"correct_above": 0.7}, True, "score > 0.7"),
+        (vllm_line("1+2", {"text": "3", "correct": 1}), {}, True, "correct"),
+        (vllm_line("1+2", {"text": "3", "correct": 1}), {"correct_above": 1.5}, False, "correct > 1.5"),
+        ({"prompt": "1+2", "completion": "3", "boxed": 1.0}, {"correct_above": 0.5}, True, "boxed > 0.5"),
+    ],
+)
+def test_a_field_becomes_the_verdict_and_the_report_says_which(
+    tokenizer, tmp_path, line, options, correct, verdict_from
+):
+    found = read(written(tmp_path, line), tokenizer, **options)
+    assert [r.correct for r in found.rollouts] == [correct]
+    assert found.report.as_dict()["verdict_from"] == verdict_from
+
+
+ABOVE = {"correct_above": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ([vllm_line(correct=True), vllm_line()], {}, r":2: .* verdict from the verifier, .*:1 from 'correct'"),
+        ([vllm_line(), vllm_line(correct=True)], {}, r":2: .* verdict from 'correct', .*:1 from the verifier"),
+        ([verl_line(acc=1.0), verl_line(acc=0.5, score=1.0)], ABOVE, r":2: .*'score > 0.7', .*:1 from 'acc'"),
+        ([verl_line(acc=True), verl_line(score=1.0)], ABOVE, r":2: .*'score > 0.7', .*:1 from 'acc'"),
+        ([vllm_line(correct=True), vllm_line(correct=None)], {}, r":2: .* the verifier, .*:1 from 'correct'"),
+        ([vllm_line(reward=0.5), vllm_line(score=1.0)], ABOVE, r":2: .*'score > 0.7', .*'reward > 0.7'"),
+        ([vllm_line(reward=0.5), vllm_line(reward=None)], ABOVE, r":2: .* the verifier, .*:1"),
+        ([vllm_line(), vllm_line(reward=float("nan"))], ABOVE, r":2: 'reward' is NaN, no verdict:"),
+        ([vllm_line(correct=None)], {"correct_from": "correct"}, r":1: 'correct' is null, no verdict: .*verifier"),
+        ([verl_line(acc=1.0, score=1.0)], ABOVE, r"`correct_above` 0.7: .* verdicts are taken from 'acc'"),
+    ],
+)  # fmt: skip
+def test_verdicts_of_several_kinds_in_one_file_are_refused(tokenizer, tmp_path, lines, options, message):
+    with pytest.raises(InputError, match=message):
+        read(written(tmp_path, *lines), tokenizer, **options)
+
+
+def test_what_is_dropped_needs_no_verdict(tokenizer, tmp_path):
+    outputs = [{"text": "3", "correct": True}, {"text": ""}]
+    assert read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer).report.n_rollouts == 1
 
 
 def test_verdicts_fall_to_those_without_one_and_none_leaves_a_rollout_out(tokenizer, tmp_path):
-    outputs = [{"text": "3", "correct": False}, {"text": "4"}, {"text": "5"}, {"text": "6"}]
-    found = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer)
+    outputs = [{"text": "3"}, {"text": "4"}, {"text": "5"}, {"text": "6"}]
+    rollouts = read(written(tmp_path, vllm_line("1+2", *outputs)), tokenizer).rollouts
+    rollouts[0] = dataclasses.replace(rollouts[0], correct=False)
     with RunningVerifier(load_verifier("boxed")) as running:
         running.judge = lambda response, truth: {"4": Verdict(True), "5": Verdict(None, "no"), "6": Verdict(False)}[
             response
         ]
-        assert [(r.response, r.correct) for r in judged(found.rollouts, running)] == [
+        assert [(r.response, r.correct) for r in judged(rollouts, running)] == [
             ("3", False), ("4", True), ("6", False)
         ]  # fmt: skip
 
@@ -436,6 +515,15 @@ def test_whatever_stands_in_a_file_it_is_read_or_refused(tokenizer, problems, tm
         ([vllm_line("1+2", prompt_token_ids=[])], r":1: its prompt has no tokens"),
         ([vllm_line("1+2", {"index": 0})], r":1: neither text nor token ids of the completion"),
         ([vllm_line(None)], r":1: neither text nor token ids of the prompt"),
+        ([vllm_line(ground_truth="\ud800")], r":1: half a surrogate pair in its ground truth"),
+        ([vllm_line(problem_id="a\ud800")], r":1: half a surrogate pair in its problem_id"),
+        ([vllm_line(problem_id={"a": 1})], r":1: 'problem_id' is neither a text nor a number"),
+        ([vllm_line(reward=10**400)], r":1: 'reward' is not a finite number"),
+        (['{"prompt": "1+2", "prompt": "2+1", "outputs": ["3"], "ground_truth": "3"}'], r":1: .*'prompt' stands twice"),
+        ([json.dumps(vllm_line()).replace('"3"', "[" * 60 + "]" * 60)], r":1: not JSON that can be read .*nested"),
+        (['{"outputs": ' + '{"a": ' * 5000 + "1" + "}" * 5000 + "}"], r":1: not JSON that can be read .*nested"),
+        ([json.dumps(vllm_line()).replace("1+2", "1\x00")], r":1: not JSON"),
+        (['{"outputs": ' + "9" * 5000 + "}"], r":1: not JSON"),
         ([vllm_line(ground_truth=["3"])], r":1: its ground truth is of type list"),
         ([vllm_line("1+2", {"text": ""})], r"no rollouts left; dropped 1 completions without response tokens"),
         ([{"prompt": ["a", "b"], "choices": [{"text": "c"}]}], r":1: several prompts in one line"),
@@ -447,6 +535,31 @@ def test_whatever_stands_in_a_file_it_is_read_or_refused(tokenizer, problems, tm
 def test_bad_files_are_refused_with_their_line(tokenizer, tmp_path, records, message):
     with pytest.raises(InputError, match=message):
         read(written(tmp_path, *records), tokenizer)
+
+
+ANSWER = {"prompt": "1+2", "ground_truth": "3", "id": "cmpl-1", "choices": [{"index": 0, "text": "We see 3."}]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        vllm_line("1+2", {"index": 0, "text": "3"}, {"index": 1, "text": "4"}, request_id="7"),
+        ANSWER,
+        {"custom_id": "demo", "ground_truth": "3", "prompt": "1+2", "response": {"body": ANSWER}},
+    ],
+)
+def test_a_request_that_stands_twice_is_refused(tokenizer, tmp_path, line):
+    other = json.loads(json.dumps(line).replace("1+2", "2+1").replace("cmpl-1", "cmpl-2").replace('"7"', '"8"'))
+    with pytest.raises(InputError, match=r":3: request '(7|cmpl-1)' stands at .*:1 .*written twice.*leave the copies"):
+        read(written(tmp_path, line, other, line), tokenizer)
+    assert read(written(tmp_path, line, other), tokenizer).report.n_prompts == 2
+
+
+def test_runs_that_number_their_requests_alike_are_no_copies(tokenizer, tmp_path):
+    """vLLM counts from 0 in every process; a short answer can come twice."""
+    lines = [vllm_line(f"{i}+2", {"index": 0, "text": text}, request_id=str(i)) for text in "34" for i in range(2)]
+    lines[2]["outputs"][0]["text"] = "3"
+    assert read(written(tmp_path, *lines), tokenizer).report.n_rollouts == 4
 
 
 def test_all_faults_are_named_at_once_up_to_a_bound(tokenizer, tmp_path):
