@@ -43,8 +43,11 @@ class VerifierProcess(Child):
     def judge(self, response: str, ground_truth: str) -> bool | str:
         """The verdict, or why there is none; after a time-out `is_alive` is False."""
         answer = self.ask({"response": response, "ground_truth": ground_truth}, self.seconds)
-        correct = answer.get("correct")
-        return correct if isinstance(correct, bool) else str(answer.get("error"))
+        if isinstance(answer.get("correct"), bool):
+            return answer["correct"]
+        if "error" not in answer:
+            self.end()
+        return str(answer.get("error", "its answer is neither a verdict nor an error"))
 
 
 # The child's side
