@@ -52,9 +52,14 @@ CONFIG_KINDS: dict[str, Kind] = {
 }
 
 
-def faults_of_config(config: Mapping[str, Any]) -> Iterator[str]:
+def faults_of_config(config: Any) -> Iterator[str]:
     """Numbers in a config.json, and in the configs inside it, that no model has."""
+    if not isinstance(config, dict):
+        yield "not a JSON object"
+        return
     yield from faults_of(config, CONFIG_KINDS)
+    if config.get("use_sliding_window") is not False:
+        yield from faults_of(config, {"sliding_window": _count(MOST_WIDTH)})
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if type(heads) is int and type(groups) is int and groups > 0 and heads % groups:
         yield f"'num_attention_heads' {heads} is not a multiple of 'num_key_value_heads' {groups}"

@@ -1,11 +1,13 @@
-"""Verifiers that print, forge, hang, fork and break what they find: an error or a verdict of their own, nothing else."""
+"""Verifiers that print, forge, hang, fork and break what they find: an error or their own verdict, nothing else."""
 
 import logging
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.problems.verify import RunningVerifier, Verdict, load_verifier
 
@@ -14,29 +16,46 @@ FORGE = """
         try: os.write(fd, LINE)
         except OSError: pass
 """
+TRUE = r"b'{\"correct\": true}\n'"
+LATER = """
+    def later():
+        time.sleep(0.2)
+        for fd in range(3, 64):
+            try: os.write(fd, LINE)
+            except OSError: pass
+    threading.Thread(target=later, daemon=True).start()
+    time.sleep(0.5)
+    return False
+"""
+READ = """
+    for fd in range(3, 64):
+        try: os.set_blocking(fd, False); os.read(fd, 999)
+        except OSError: pass
+    return True
+"""
+CALLS_ITSELF_IN_C = """
+    sys.setrecursionlimit(10**9)
+    class A:
+        def __repr__(self): return repr(self)
+    repr(A())
+"""
 SIZE = 1 << 37  # 128 GiB
 
 HOSTILE = {
-    "writes a verdict to every descriptor": (FORGE.replace("LINE", r"b'{\"correct\": true}\n'"), "through its channel"),
-    "writes two": (FORGE.replace("LINE", r"b'{\"correct\": true}\n' * 2"), "through its channel"),
+    "writes a verdict to every descriptor": (FORGE.replace("LINE", TRUE), "through its channel"),
+    "writes two": (FORGE.replace("LINE", TRUE + " * 2"), "through its channel"),
     "writes one with a token of its own": (
         FORGE.replace("LINE", r"b'0' * 32 + b' {\"correct\": true}\n'"), "through its channel",
     ),
     "writes half a line": (FORGE.replace("LINE", "b'{'"), "through its channel"),
     "writes without end": (FORGE.replace("LINE", "b'x' * 10**7"), "answer is longer"),
     "writes what is nested": (FORGE.replace("LINE", r"b'[' * 60000 + b'\n'"), "through its channel"),
-    "reads the next question": (
-        "    for fd in range(3, 64):\n        try: os.set_blocking(fd, False); os.read(fd, 999)\n        except OSError: pass\n"
-        "    return True\n",
-        None,
-    ),
-    "forges later, from a thread": (
-        "    def later():\n        time.sleep(0.2)\n" + FORGE.replace("LINE", r"b'{\"correct\": true}\n'").replace("\n    ", "\n        ")
-        + "\n    threading.Thread(target=later, daemon=True).start(); time.sleep(0.5); return False\n",
-        "through its channel",
-    ),
+    "reads the next question": (READ, None),
+    "forges later, from a thread": (LATER.replace("LINE", TRUE), "through its channel"),
     "prints megabytes": ("    print('\\x1b[31mred' * 10**6); return True\n", True),
-    "prints to the descriptors": ("    os.write(1, b'\\x1b]0;t\\x07' * 9); os.write(2, b'\\x9b31m'); return True\n", True),
+    "prints to the descriptors": (
+        "    os.write(1, b'\\x1b]0;t\\x07' * 9); os.write(2, b'\\x9b31m'); return True\n", True,
+    ),
     "lets a child print": ("    subprocess.run(['echo', '\\x1b[31m']); return True\n", True),
     "prints without end": ("    while True: os.write(2, b'x' * 65536)\n", "took longer than"),
     "forks, and both return": ("    os.fork(); return True\n", True),
@@ -48,10 +67,7 @@ HOSTILE = {
     "stops itself": ("    os.kill(os.getpid(), signal.SIGSTOP)\n", "took longer than"),
     "closes all descriptors": ("    os.closerange(0, 256); return True\n", "ended by itself"),
     "calls itself": ("    return f(response, ground_truth)\n", "raised RecursionError"),
-    "calls itself in C": (
-        "    sys.setrecursionlimit(10**9)\n    class A:\n        def __repr__(self): return repr(self)\n    repr(A())\n",
-        None,
-    ),
+    "calls itself in C": (CALLS_ITSELF_IN_C, None),
     "takes 128 GiB": (f"    b'x' * {SIZE}\n", "raised MemoryError"),
     "breaks json": ("    json.dumps = lambda *a, **k: 'null'; return True\n", "through its channel"),
     "lets json say one": ("    json.dumps = lambda *a, **k: '{\"correct\": 1}'; return True\n", "neither a verdict"),
@@ -93,7 +109,9 @@ def test_a_hostile_verifier(tmp_path, monkeypatch, capfd, caplog, case):
     assert time.monotonic() - started < 60
     assert before == Verdict(True)
     # What it has broken may cost one more answer its verdict, but never changes one.
-    assert [verdict.correct in (right, None) for verdict, right in zip(after, (False, True, False), strict=True)] == [True] * 3
+    assert [verdict.correct in (right, None) for verdict, right in zip(after, (False, True, False), strict=True)] == [
+        True
+    ] * 3
     assert after[1:] == [Verdict(True), Verdict(False)]
     if isinstance(outcome, bool):
         assert verdict == Verdict(outcome)
@@ -121,7 +139,7 @@ def test_what_it_prints_is_said_once_and_clipped(tmp_path, monkeypatch, caplog):
 
 MODULES = {
     "checker.py": "from helper import same\nimport json, numpy\n\ndef f(response, ground_truth):\n"
-    "    import late\n    return same(response, ground_truth)\n",
+    "    if response == 'never': import late\n    return same(response, ground_truth)\n",
     "helper.py": "import deeper\nfrom tools.texts import clean\n\ndef same(a, b): return clean(a) == clean(b)\n",
     "deeper.py": "import importlib\n\ndef g(): return importlib.import_module('named')\n",
     "late.py": "from tools import numbers\n",
@@ -174,3 +192,25 @@ def test_a_change_while_it_runs_is_refused(several):
     (several / "helper.py").write_text("def same(a, b): return True\n")
     with RunningVerifier(verifier) as running, pytest.raises(InputError, match="`verifier` checker:f: its source has"):
         running.judge("a", "b")
+
+
+def test_a_helper_edited_between_kill_and_resume_is_refused(
+    several, checkpoint_dir, problems_file, monkeypatch, capsys
+):
+    arguments = ["--model-path", checkpoint_dir, "--dataset", problems_file, "--output-dir", several / "out"]
+    arguments += ["--num-prompts", 2, "--num-samples", 2, "--max-new-tokens", 5, "--device", "cpu", "--bins", 2]
+    arguments = [*map(str, arguments), "--verifier", "checker:f"]
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradprobe.probe.run.write_gradients", interrupted)
+        assert probe_grad_vectors.main(arguments) == 130
+    shutil.copytree(several / "out", several / "copy")
+    (several / "tools/inner.py").write_text("def strip(text): return text.strip().lower()\n")
+    assert probe_grad_vectors.main(arguments) == 2
+    assert "source_sha256" in capsys.readouterr().err
+    assert (several / "out/rollouts.jsonl").read_bytes() == (several / "copy/rollouts.jsonl").read_bytes()
+    (several / "tools/inner.py").write_text(MODULES["tools/inner.py"])
+    assert probe_grad_vectors.main(arguments) == 0
