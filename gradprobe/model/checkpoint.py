@@ -1,6 +1,7 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
 import errno
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, first_of, raise_if_any, reason_of
 from ..common.files import read_json
 from .batches import is_out_of_memory
-from .placement import Placement
+from .placement import Placement, input_device
+from .soundness import faults_of_config, faults_of_files, faults_of_size, faults_of_weights, weights_left_out
 
+log = logging.getLogger(__name__)
 WEIGHTS_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
 """What loaders raise on weights that are torn or missing, and on libraries that a checkpoint or an attention needs."""
 READING_ERRORS = (
@@ -30,7 +33,6 @@ READING_ERRORS = (
 )
 """What transformers raises besides on a tokenizer's or a configuration's JSON that says something impossible."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-SHOWN_WEIGHTS = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -113,8 +115,9 @@ def load_checkpoint(
 
     Raises:
         InputError: there is no such checkpoint, it can't be loaded, it lacks weights (transformers would draw them at
-            random), its tokenizer has no vocabulary, it names no end-of-sequence token, or an adapter would have to be
-            merged into weights that are spread.
+            random) or has others that its config leaves no place for, it can't be run, its tokenizer has no
+            vocabulary, it names no end-of-sequence token, or an adapter would have to be merged into weights that are
+            spread.
     """
     source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
     if placement is not None and source.adapter is not None:
@@ -123,7 +126,7 @@ def load_checkpoint(
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     tokenizer = load_tokenizer(source)
     options = _where_weights_go(source, device, placement) | source.options
-    with _blaming(source, WEIGHTS_ERRORS):
+    with _blaming(source, WEIGHTS_ERRORS), _without_load_report():
         model, found = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype if source.adapter is None else torch.float32,
@@ -133,13 +136,24 @@ def load_checkpoint(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    raise_if_any(_faults_of_weights(source.path, found))
+    raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults_of_weights(model, found))
+    if left_out := weights_left_out(model, found):
+        log.warning(f"`model_path` {source.path}: weights of no part of the model are left out: {first_of(left_out)}")
     if source.adapter is not None:
         model = _with_adapter(model, source.adapter).to(dtype)
     if placement is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
-    return Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
+    end_ids = end_token_ids(model, tokenizer)
+    _try_out(source, model, min(end_ids))
+    return Checkpoint(model, tokenizer, end_ids)
+
+
+def _try_out(source: CheckpointSource, model: nn.Module, token: int) -> None:
+    """Raise `InputError` where the model can't be run: what a config says may load, and yet not fit together."""
+    ids = torch.full((1, 2), token, device=input_device(model))
+    with faults_as_input(f"`model_path` {source.path}: can't be run", READING_ERRORS), torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
 
 
 def _where_weights_go(source: CheckpointSource, device: torch.device, placement: Placement | None) -> dict[str, Any]:
@@ -156,7 +170,7 @@ def load_tokenizer(source: CheckpointSource) -> Any:
     Raises:
         InputError: there is none, or it has no vocabulary.
     """
-    _refuse_incomplete(source)
+    _refuse_unsound(source)
     with _blaming(source, READING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
     if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
@@ -170,10 +184,13 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
     Raises:
         InputError: there is no such checkpoint, or no causal language model in it.
     """
-    _refuse_incomplete(source)
+    _refuse_unsound(source)
     with _blaming(source, READING_ERRORS), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.path, **source.options)
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    directory = Path(source.path)
+    if directory.is_dir():
+        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults_of_size(directory, skeleton))
     with suppress(OSError):  # many checkpoints have none
         skeleton.generation_config = GenerationConfig.from_pretrained(
             source.path, **{key: value for key, value in source.options.items() if key != "trust_remote_code"}
@@ -214,6 +231,20 @@ def _blaming(source: CheckpointSource, kinds: tuple[type[Exception], ...]) -> Ab
 
 
 @contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Without transformers' coloured table of weights that are missing or left over, unless it was asked to say more.
+
+    These weights are refused, or named in a line.
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(before if before < logging.WARNING else logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextmanager
 def faults_as_input(what: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
     """Exceptions of `kinds` that another library raises here are the input's fault; memory that runs out is not.
 
@@ -225,6 +256,14 @@ def faults_as_input(what: str, kinds: tuple[type[Exception], ...]) -> Iterator[N
         if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
             raise
         raise InputError(f"{what}: {reason_of(error)}") from error
+
+
+def _refuse_unsound(source: CheckpointSource) -> None:
+    """Raise `InputError` where a look at files and config tells that it is no checkpoint of ours."""
+    _refuse_incomplete(source)
+    with _blaming(source, READING_ERRORS):
+        config, _ = PreTrainedConfig.get_config_dict(source.path, **source.options)
+    raise_if_any(f"`model_path` {source.path}: can't be loaded: config.json: {f}" for f in faults_of_config(config))
 
 
 def _refuse_incomplete(source: CheckpointSource) -> None:
@@ -245,35 +284,30 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
     if not any(directory.glob("*.safetensors")):
         faults.append(f"`model_path` {path}: no *.safetensors in it; other formats, which can hold code, are not read")
     raise_if_any(faults)
+    raise_if_any(f"`model_path` {path}: {fault}" for fault in faults_of_files(directory))
     generation_config = directory / "generation_config.json"
     if generation_config.is_file():
         read_json(generation_config)  # transformers passes over a broken one, and so over end-of-sequence ids
 
 
-def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
-    """Weights that the checkpoint lacks, or has in another shape; `found` is transformers' loading info."""
-    faults = (
-        ("lacks weights of its architecture", sorted(found["missing_keys"])),
-        ("has weights of other shapes than its config's", sorted(str(key[0]) for key in found["mismatched_keys"])),
-    )
-    for fault, names in faults:
-        if names:
-            yield f"`model_path` {path}: {fault}: {first_of(names, SHOWN_WEIGHTS)}"
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """The union of what generation config, model config and tokenizer call end of sequence.
 
     Raises:
-        InputError: one of them calls something else than token ids so, or none names any.
+        InputError: one of them calls something else than ids of the vocabulary so, or none names any.
     """
     found: set[int] = set()
+    size = model.config.get_text_config().vocab_size
     generation_config = getattr(model, "generation_config", None)
     for source in (generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int for i in listed):
             raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
+        if not all(0 <= i < size for i in listed):
+            raise InputError(f"{type(source).__name__}: eos_token_id {ids!r} is not within the vocabulary of {size}")
         found.update(listed)
     if not found:
         name = getattr(model.config, "name_or_path", "") or type(model).__name__

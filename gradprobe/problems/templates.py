@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ..common.errors import InputError
+from .chat import ChatRefusal, ChatTemplate
 from .data_set import Problem, ProblemSet
 
 PLACEHOLDER = "{problem}"
@@ -56,7 +55,7 @@ def render_prompts(
 
     Raises:
         InputError: lists of messages without `chat` or with `template`, a system prompt without `chat` or twice, a
-            tokenizer without a chat template, or one that refuses a problem.
+            tokenizer without a chat template, or with one that refuses a problem or takes too much time or room.
     """
     if template is not None and PLACEHOLDER not in template:
         raise InputError(f"`prompt_template`: no {PLACEHOLDER} in it")
@@ -80,14 +79,14 @@ def render_prompts(
     notes: list[str] = []
     prompts = [fill(template, problem.prompt) if template else problem.prompt for problem in problem_set.problems]
     if chat:
-        chat_template = _chat_template(tokenizer)
-        notes = _notes(problem_set.problems, prompts, tokenizer, chat_template)
-        rendering["chat_template_sha256"] = _sha256(chat_template)
-        rendering["system_prompt"] = system_prompt
-        prompts = [
-            _in_chat(problem, prompt, system_prompt, tokenizer)
-            for problem, prompt in zip(problem_set.problems, prompts, strict=True)
-        ]
+        with ChatTemplate(tokenizer) as chat_template:
+            notes = _notes(problem_set.problems, prompts, tokenizer, chat_template.text)
+            rendering["chat_template_sha256"] = _sha256(chat_template.text)
+            rendering["system_prompt"] = system_prompt
+            prompts = [
+                _in_chat(problem, prompt, system_prompt, chat_template)
+                for problem, prompt in zip(problem_set.problems, prompts, strict=True)
+            ]
     rendering["prompts_sha256"] = _sha256(json.dumps(prompts))
     problems = [
         replace(problem, prompt=prompt, messages=())
@@ -115,16 +114,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _chat_template(tokenizer: Any) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InputError(
-            "`chat_template`: this checkpoint's tokenizer has none; give the whole prompt with `prompt_template`"
-        ) from error
-
-
-def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, tokenizer: Any) -> str:
+def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, chat_template: ChatTemplate) -> str:
     given = problem.messages or (("user", prompt),)
     if system_prompt is not None and any(role == "system" for role, _ in given):
         raise InputError(f"`system_prompt`: problem '{problem.id}' brings a system message of its own; leave it out")
@@ -132,8 +122,8 @@ def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, tokenizer
         given = (("system", system_prompt), *given)
     messages = [{"role": role, "content": content} for role, content in given]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
+        return chat_template.render(messages)
+    except ChatRefusal as error:
         raise InputError(f"`chat_template`: the tokenizer's refuses problem '{problem.id}' ({error})") from error
 
 

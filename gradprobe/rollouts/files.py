@@ -7,16 +7,16 @@ care: what does not come back from its ids is dropped and counted, for its token
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ..common.errors import FaultyRecord, InputError
 from ..common.fields import is_finite, is_index
 from ..dump.records import PromptKey, Rollout, prompt_key_from_json
+from ..problems.chat import ChatRefusal, ChatTemplate
 from ..problems.data_set import Problem
 from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .server import are_token_ids
@@ -97,21 +97,22 @@ def read_rollouts(
     if found_format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
     judge = _Judge(found_format, correct_from, correct_above)
-    resolve = _Resolver(vocabulary, found_format, report, problems)
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
     n_samples_of: Counter = Counter()
-    for completion in completions:
-        try:
-            correct, source = judge.verdict(completion.fields)
-            rollout = resolve.rollout(completion, correct, n_samples_of)
+    with _chat_template_of(vocabulary.tokenizer) as chat_template:
+        resolve = _Resolver(vocabulary, found_format, report, problems, chat_template)
+        for completion in completions:
+            try:
+                correct, source = judge.verdict(completion.fields)
+                rollout = resolve.rollout(completion, correct, n_samples_of)
+                if rollout is not None:
+                    judge.keep(source, completion.where)
+            except FaultyRecord as error:
+                faults.append((completion.where, str(error)))
+                continue
             if rollout is not None:
-                judge.keep(source, completion.where)
-        except FaultyRecord as error:
-            faults.append((completion.where, str(error)))
-            continue
-        if rollout is not None:
-            rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
+                rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
     raise_folded(faults)
     if correct_above is not None and rollouts and " > " not in judge.source:
         took = "" if judge.source == "verifier" else f"; its verdicts are taken from '{judge.source}', which needs none"
@@ -255,17 +256,18 @@ class _Resolver:
         file_format: str,
         report: RolloutReport,
         problems: Sequence[Problem] | None,
+        chat_template: ChatTemplate | None,
     ):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
         self.tokenizer, self.end_ids, self.vocabulary = tokenizer, end_ids, vocabulary
-        self.format, self.report = file_format, report
+        self.format, self.report, self.chat_template = file_format, report, chat_template
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
-        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer)
+        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer, chat_template)
 
     def rollout(self, completion: Completion, correct: bool | None, n_samples_of: Counter) -> Rollout | None:
         """The completion's rollout, or None where it was dropped (and counted).
@@ -339,12 +341,12 @@ class _Resolver:
             return prompt if isinstance(prompt, str) else None
         if not is_list_of(dict, prompt):
             raise FaultyRecord("its prompt is neither a text nor a list of messages")
-        if not self.tokenizer.chat_template:
+        if self.chat_template is None:
             raise FaultyRecord("its prompt is a list of messages, and the tokenizer has no chat template")
         messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:  # templates raise the first on purpose, the second by accident
+            return self.chat_template.render(messages)
+        except ChatRefusal as error:
             raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
 
     def _prompt_idx(self, completion: Completion, problem: Problem | None, prompt_ids: list[int]) -> PromptKey:
@@ -451,11 +453,18 @@ def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool
     return problem.ground_truth
 
 
-def _template_has_specials(tokenizer: Any) -> bool:
-    if not tokenizer.chat_template:
+def _chat_template_of(tokenizer: Any) -> AbstractContextManager[ChatTemplate | None]:
+    """The tokenizer's chat template to be used within, or None where it has none."""
+    return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else nullcontext()
+
+
+def _template_has_specials(tokenizer: Any, chat_template: ChatTemplate | None) -> bool:
+    if chat_template is None:
         return False
-    probe = [{"role": "user", "content": "x"}]
-    rendered = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = chat_template.render([{"role": "user", "content": "x"}])
+    except ChatRefusal:
+        return True  # as far as anybody knows
     return any(token in rendered for token in tokenizer.all_special_tokens)
 
 

@@ -1,7 +1,7 @@
 """Where rollouts come from: sampled here, asked of a server, or read; each stretch of prompts at a time, judged."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -129,15 +129,21 @@ class SampledRollouts:
         return sample
 
     def _encoded(self, checkpoint: Checkpoint) -> list[list[int]]:
-        context = context_length(checkpoint.model)
+        context, size = context_length(checkpoint.model), checkpoint.model.config.get_text_config().vocab_size
         encode = checkpoint.tokenizer
         prompts = [encode(problem.prompt, add_special_tokens=False)["input_ids"] for problem in self.problems]
-        raise_if_any(
-            f"problem '{problem.id}': its prompt has {len(ids)} tokens, "
-            + ("at least 1 is needed" if not ids else f"the model's context {context}")
-            for problem, ids in zip(self.problems, prompts, strict=True)
-            if not ids or (context is not None and len(ids) >= context)
-        )
+
+        def faults() -> Iterator[str]:
+            for problem, ids in zip(self.problems, prompts, strict=True):
+                its_prompt = f"problem '{problem.id}': its prompt has"
+                if not ids:
+                    yield f"{its_prompt} 0 tokens, at least 1 is needed"
+                elif context is not None and len(ids) >= context:
+                    yield f"{its_prompt} {len(ids)} tokens, the model's context {context}"
+                elif max(ids) >= size:
+                    yield f"{its_prompt} token id {max(ids)}, the model's vocabulary {size}: another model's tokenizer?"
+
+        raise_if_any(faults())
         return prompts
 
     def _sampled(

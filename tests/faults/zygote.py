@@ -12,7 +12,10 @@ import sys
 import time
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
+IMPORTED_ONCE = (AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer)
+"""Else each child would import them anew, which takes longer than what it does with them."""
 SCRIPTS = {
     name: importlib.import_module(name)
     for name in (

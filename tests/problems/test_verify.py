@@ -334,8 +334,8 @@ def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how
         "    return sum(range(10**12)) > 0\n"
     )
     script = (
-        "from gradprobe.problems.verify import RunningVerifier, Verifier; "
-        "RunningVerifier(Verifier('stuck:f', {}), 600).judge('', '')"
+        "from gradprobe.problems.verify import RunningVerifier, load_verifier; "
+        "RunningVerifier(load_verifier('stuck:f'), 600).judge('', '')"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
@@ -356,7 +356,7 @@ def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how
 def test_the_clock_in_the_child_ends_it_if_nobody_else_does(own_verifiers):
     with VerifierProcess("own:odd", seconds=0.5) as process:
         process.seconds = 60  # the parent's patience, not the child's
-        assert process.ask("spin", "")["error"] == "its process ended by itself (exit status 1)"
+        assert process.judge("spin", "") == "its process ended by itself (exit status 1)"
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_the_clock_in_the_child_ends_it_if_nobody_else_does(own_verifiers):
         ("../own:same", "not one of"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
         ("lacking:f", "its module can't be imported (No module named 'no_such_library')"),
-        ("broken:f", "its module raised ZeroDivisionError when imported"),
+        ("broken:f", "its module, when imported, raised ZeroDivisionError"),
         ("leaving:f", "its process ended by itself (exit status 3)"),
         ("own:nix", "'own' has no 'nix'"),
         ("own:not_a_function", "'not_a_function' is of type int, not a function"),
