@@ -92,7 +92,7 @@ def is_verbose() -> bool:
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
     """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
 
-    So does a full disk. Ctrl-C and SIGTERM end it with one line, and 130 or 143. Anything else that escapes is a fault
+    So does a full disk, and a file that the system refuses. Ctrl-C and SIGTERM end it with one line, and 130 or 143. Anything else that escapes is a fault
     of ours: the interpreter prints it and exits with 1.
     """
 
@@ -107,10 +107,11 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
             log.error("%s", error)
             return 2
         except OSError as error:
-            if error.errno not in DISK_IS_FULL:
+            is_full, where = error.errno in DISK_IS_FULL, error.filename2 or error.filename
+            if where is None and not is_full:
                 raise
-            where = error.filename or "writing"
-            log.error("%s: %s; make room and run the same command again", where, error.strerror)
+            hint = "; make room and run the same command again" if is_full else ""
+            log.error("%s: %s%s", where or "writing", error.strerror, hint)
             return 2
         except KeyboardInterrupt:
             log.info("interrupted; the same command continues or starts over")

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import InputError, reason_of
+from .files import read_bytes
 
 PARQUET_MAGIC = b"PAR1"
 JSONL, JSON, PARQUET = "JSONL", "JSON", "parquet"
@@ -55,7 +56,7 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
     """
     named = f"`{parameter}` {file}"
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
     except OSError as error:
         raise InputError(f"{named}: {error.strerror}") from error
     if file.suffix == ".parquet" or content.startswith(PARQUET_MAGIC):

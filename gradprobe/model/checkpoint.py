@@ -18,7 +18,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, first_of, raise_if_any, reason_of
-from ..common.files import read_json, sha256_of
+from ..common.files import read_json, refuse_other_kinds, sha256_of
 from .batches import is_out_of_memory
 from .placement import Placement
 
@@ -31,6 +31,7 @@ READING_ERRORS = (
 """What transformers raises besides on a tokenizer's or a configuration's JSON that says something impossible."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SHOWN_WEIGHTS = 3
+READ_OF_A_CHECKPOINT = (".json", ".safetensors", ".jinja", ".model", ".txt")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -192,6 +193,7 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     if is_local and not (directory / "adapter_model.safetensors").is_file():
         raise InputError(f"`adapter` {adapter}: no adapter_model.safetensors in it; other formats are not read")
     fault = f"`adapter` {adapter}: can't be merged"
+    raise_if_any(_unreadable_files(directory, "adapter") if is_local else ())
     with faults_as_input(fault, READING_ERRORS):
         config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
     with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)):  # the last where shapes are others
@@ -239,7 +241,7 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
         raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {path} is a directory")
     if not directory.is_dir():
         raise InputError(f"`model_path` {path}: is a file; a checkpoint is a directory")
-    faults = []
+    faults = list(_unreadable_files(directory, "model_path"))
     if not (directory / "config.json").is_file():
         faults.append(f"`model_path` {path}: no config.json in it")
     if not any(directory.glob("*.safetensors")):
@@ -248,6 +250,16 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
     generation_config = directory / "generation_config.json"
     if generation_config.is_file():
         read_json(generation_config)  # transformers passes over a broken one, and so over end-of-sequence ids
+
+
+def _unreadable_files(directory: Path, parameter: str) -> Iterator[str]:
+    """Names of a checkpoint's files that are no files, for which the libraries that read them would wait, or look away."""
+    for file in sorted(directory.iterdir()):
+        if file.suffix in READ_OF_A_CHECKPOINT:
+            try:
+                refuse_other_kinds(file)
+            except OSError as error:
+                yield f"`{parameter}` {file}: {error.strerror}"
 
 
 def _faults_of_weights(path: str, found: dict[str, Any]) -> Iterator[str]:
