@@ -1,7 +1,7 @@
 """Files, whatever is in them: JSON in, written whole or not at all, hashed, and directories made and locked.
 
-What is read or continued must be an ordinary file, which `opened` sees to: a FIFO would keep whoever opens it waiting, a
-device may never end. Reading follows links, as people lay large files elsewhere; writing follows none, so that nobody's
+What is read or continued must be an ordinary file, which `opened` sees to: a FIFO would keep whoever opens it waiting,
+a device may never end. Reading follows links, as people lay large files elsewhere; writing follows none, so that no
 link in an output directory leads to another file of the user's.
 """
 
@@ -218,16 +218,21 @@ def aside(file: Path) -> Path:
 def bytes_aside(file: Path) -> Iterator[BinaryIO]:
     """A stream of bytes that appear under `file`'s name whole or not at all.
 
-    What lies beside it under the name of a beginning is taken away, not written to: it may be a link.
+    What lies beside it under the name of a beginning is taken away, not written to: it may be a link. A beginning that
+    comes to nothing, for example on a full disk, leaves none.
     """
     beginning = aside(file)
     with naming(beginning):
         beginning.unlink(missing_ok=True)
-        with open(opened(beginning, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-    replace(beginning, file)
+        try:
+            with open(opened(beginning, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            replace(beginning, file)
+        except BaseException:
+            beginning.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Record:
         self.entries: list[dict[str, Any]] = []
         n_bytes = 0
         descriptor = opened(file, os.O_RDWR | os.O_CREAT)
-        self._file, self._stream = file, open(descriptor, "r+b")
+        self._file, self._stream = file, os.fdopen(descriptor, "r+b")
         for line in self._stream.read().splitlines(keepends=True):
             entry = _whole_entry(line)
             if entry is None:
@@ -120,7 +120,7 @@ class GrowingLines:
 
     def __init__(self, file: Path, pieces: Iterable[Piece] = ()):
         self._file, self._beginning = file, _as_beginning(file)
-        self._stream = open(opened(self._beginning, os.O_RDWR | os.O_CREAT), "r+b")
+        self._stream = os.fdopen(opened(self._beginning, os.O_RDWR | os.O_CREAT), "r+b")
         self.n_kept, self._end = 0, 0
         for piece in pieces:
             content = self._stream.read(piece.end - self._end)

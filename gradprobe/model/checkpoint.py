@@ -253,7 +253,7 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
 
 
 def _unreadable_files(directory: Path, parameter: str) -> Iterator[str]:
-    """Names of a checkpoint's files that are no files, for which the libraries that read them would wait, or look away."""
+    """What is no file among a checkpoint's: the libraries that read it would wait for it, or look away."""
     for file in sorted(directory.iterdir()):
         if file.suffix in READ_OF_A_CHECKPOINT:
             try:

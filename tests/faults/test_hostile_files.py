@@ -1,4 +1,4 @@
-"""What lies where a file is expected: links, FIFOs, devices, directories. No hang, no traceback, nothing written through.
+"""What lies where a file is expected: links, FIFOs, devices, directories. No hang, no traceback, none written through.
 
 Each entry of a table is a place and what is planted there. Whatever a script makes of it (a refusal in one line, or its
 work done beside it), the file behind a link keeps its bytes, and with the plant taken away the same command completes.
@@ -127,7 +127,7 @@ def is_untouched(precious: Path) -> bool:
     return precious.read_text() == PRECIOUS and [file.name for file in precious.parent.iterdir()] == [precious.name]
 
 
-# ---- outputs -----------------------------------------------------------------------------------------------------------
+# ---- outputs ---------------------------------------------------------------------------------------------------------
 
 GROWING = ("progress.jsonl", "rollouts.jsonl.partial", "grads.npy.partial", "rollouts.jsonl", "grads.npy")
 WHOLE = ("settings.json", "settings.json.partial", "meta.jsonl", "meta.jsonl.partial", "manifest.json")
@@ -211,21 +211,25 @@ def test_where_a_merge_writes(call, finished, precious, tmp_path, name, plant):
 
 
 RESULTS = {
-    "exp1": (analyze_exp1_compression.main, ("exp1_summary.json", "exp1_arrays.npz", "exp1_norms.png")),
-    "exp2": (analyze_exp2_direction.main, ("exp2_summary.json", "exp2_arrays.npz", "exp2_alignment_hist.png")),
+    "exp1": (analyze_exp1_compression.main, ("exp1_summary.json", "exp1_arrays.npz"), (plant_link,)),
+    "exp2": (
+        analyze_exp2_direction.main,
+        ("exp2_summary.json", "exp2_arrays.npz", "exp2_alignment.png"),
+        OUTPUT_KINDS,
+    ),
 }
 PLACES = [
     pytest.param(analysis, name + ending, plant, id=f"{plant.__name__.removeprefix('plant_')}-{name}{ending}")
-    for analysis, (_, names) in RESULTS.items()
+    for analysis, (_, names, kinds) in RESULTS.items()
     for name in names
     for ending in ("", ".partial")
-    for plant in OUTPUT_KINDS
+    for plant in kinds
 ]
 
 
 @pytest.mark.parametrize(("analysis", "name", "plant"), PLACES)
 def test_where_an_analysis_writes(call, dump, precious, tmp_path, analysis, name, plant):
-    out, (main, _) = tmp_path / "results", RESULTS[analysis]
+    out, main = tmp_path / "results", RESULTS[analysis][0]
     out.mkdir()
     plant(out / name, precious)
     arguments = [f"base={dump}", "--output-dir", out]
@@ -240,7 +244,7 @@ def test_where_an_analysis_writes(call, dump, precious, tmp_path, analysis, name
     assert not list(out.glob("*.partial"))
 
 
-# ---- inputs ------------------------------------------------------------------------------------------------------------
+# ---- inputs ----------------------------------------------------------------------------------------------------------
 
 MODEL_FILES = ("config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -287,7 +291,7 @@ def test_files_of_a_dump(call, finished, precious, tmp_path, reader, name, plant
     status, said = call(main, *arguments)
     assert status == 2
     assert f"{dump}" in said
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").glob("*"))
 
 
 @pytest.mark.parametrize("name", DUMP_FILES)
@@ -316,12 +320,12 @@ def test_summaries_that_the_plots_read(call, dump, results, precious, tmp_path, 
 @pytest.fixture(scope="module")
 def results(dump, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("results")
-    for main, _ in RESULTS.values():
+    for main, *_ in RESULTS.values():
         assert main([f"base={dump}", "--output-dir", str(out), "-q"]) == 0
     return out
 
 
-# ---- the system says no ------------------------------------------------------------------------------------------------
+# ---- the system says no ----------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_the_system_refuses_is_one_line(call, tmp_path):
