@@ -82,8 +82,7 @@ def main(directory: Path, is_mounted: bool) -> None:
             if is_new and output == "merged":
                 shutil.rmtree(merged)
             elif is_new:
-                for file in results.glob("report.html" if name == "plots" else f"{name}_*"):
-                    file.unlink()
+                (results / ("report.html" if name == "plots" else f"{name}_summary.json")).unlink()
             before = hashes(disk.path)
             with disk.full(room):
                 status, said = run(main, arguments)
