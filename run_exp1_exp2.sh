@@ -30,6 +30,10 @@ printable() { # text: a terminal gets no control characters
     tr '\r' '\n' | tr -d '\000-\010\013-\037\177'
 }
 
+refuse_other_kinds() { # a file to be written: no link is followed, and no FIFO waited for
+    [[ ! -L "$1" && (! -e "$1" || -f "$1") ]] || die "$(printf '%q' "$1"): is not an ordinary file; take it away"
+}
+
 # ---- settings ---------------------------------------------------------------------------------------------------
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash 5.1 or later is needed, this is $BASH_VERSION"
@@ -225,14 +229,32 @@ is_locked=0
 take_lock() { # on OUT_ROOT, for the life of this process
     ((is_locked == 0)) || return 0
     is_locked=1
+    refuse_other_kinds "$OUT_ROOT/.lock"
     exec 9>>"$OUT_ROOT/.lock"
     flock --nonblock 9 ||
         die "OUT_ROOT=$(printf %q "$OUT_ROOT"): another launcher is at work there, $(printable <"$OUT_ROOT/.lock")"
     printf 'process %d on %s since %s\n' "$$" "$HOSTNAME" "$(date '+%F %T %z')" >"$OUT_ROOT/.lock"
 }
 
+warn_of_shared_gpus() { # two studies on one GPU may be meant, so it is said and not refused; held as long as steps live
+    local gpu descriptor directory="${TMPDIR:-/tmp}/gradprobe-$UID"
+    mkdir -p -m 700 -- "$directory" 2>/dev/null || true
+    [[ -d "$directory" && ! -L "$directory" && -O "$directory" ]] || return 0
+    for gpu in "${gpus[@]}"; do
+        refuse_other_kinds "$directory/gpu$gpu"
+        exec {descriptor}>>"$directory/gpu$gpu"
+        if flock --nonblock "$descriptor"; then
+            printf 'process %d, OUT_ROOT=%q\n' "$$" "$OUT_ROOT" >"$directory/gpu$gpu"
+        else
+            say "warning: GPU $gpu is in use by another launcher ($(printable <"$directory/gpu$gpu")): both get slower, \
+and may run out of its memory; set GPUS to have one each"
+        fi
+    done
+}
+
 save_configuration() { # what was asked for, as a file of settings that asks for it again from any directory
     local file="$OUT_ROOT/config.resolved.env" name names
+    rm -f -- "$file.part" # not written through, if it is a link
     mapfile -t names < <(sed -n 's/^: "${\([A-Z0-9_]*\):=.*/\1/p' "$PROJECT/config.env")
     {
         printf '# bash run_exp1_exp2.sh THIS_FILE runs this study again; the environment wins over what stands here.\n'
@@ -309,6 +331,7 @@ check_disk_space
 reason="$(mkdir -p -- "$figures" "$logs" 2>&1)" || die "OUT_ROOT=$(printf %q "$OUT_ROOT"): $reason"
 take_lock
 save_configuration
+if [[ "$LAUNCHER" == local && "$device" == cuda ]]; then warn_of_shared_gpus; fi
 
 # ---- the chain --------------------------------------------------------------------------------------------------
 

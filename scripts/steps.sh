@@ -30,6 +30,7 @@ interrupted() {
 start() { # name, log, slot, command...: stdout and stderr are added to the log
     local name="$1" log="$2" slot="$3" offset=0
     shift 3
+    refuse_other_kinds "$log"
     if [[ -s "$log" ]]; then
         printf '\n==== %s ====\n' "$(date '+%F %T %z')" >>"$log"
         offset="$(stat --format %s -- "$log")"

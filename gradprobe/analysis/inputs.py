@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..common.errors import InputError, raise_if_any
+from ..common.files import read_bytes
 from ..dump.check import checksum_problems, first_of, read_content
 from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, load_dump, target_directories
 from ..dump.format import target_name as name_of_target
@@ -184,7 +185,7 @@ def fingerprint(dump: Path) -> str:
         InputError: there is none.
     """
     try:
-        return hashlib.sha256((dump / MANIFEST).read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(dump / MANIFEST)).hexdigest()
     except OSError as error:
         raise InputError(f"{dump / MANIFEST}: {error.strerror}") from error
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +50,8 @@ class _StderrHandler(logging.Handler):
             kind, colour = record.levelname.lower(), COLOURS.get(record.levelno)
             is_coloured = colour is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
             line = (f"\x1b[{colour}m{kind}\x1b[0m: " if is_coloured else f"{kind}: ") + line
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log on a full disk must not hide how the script ends
+            print(line, file=sys.stderr, flush=True)
 
 
 def _speak() -> None:
@@ -92,8 +93,8 @@ def is_verbose() -> bool:
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
     """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
 
-    So does a full disk. Ctrl-C and SIGTERM end it with one line, and 130 or 143. Anything else that escapes is a fault
-    of ours: the interpreter prints it and exits with 1.
+    So does a full disk, and a file that the system refuses. Ctrl-C and SIGTERM end it with one line, and 130 or 143.
+    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1.
     """
 
     @functools.wraps(main)
@@ -102,15 +103,18 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
         try:
             _refuse_undecodable(sys.argv[1:] if argv is None else argv)
             with _sigterm_raises():
-                return main(argv)
+                status = main(argv)
+                _flush_results()
+                return status
         except InputError as error:
             log.error("%s", error)
             return 2
         except OSError as error:
-            if error.errno not in DISK_IS_FULL:
+            is_full, where = error.errno in DISK_IS_FULL, error.filename2 or error.filename
+            if where is None and not is_full:
                 raise
-            where = error.filename or "writing"
-            log.error("%s: %s; make room and run the same command again", where, error.strerror)
+            hint = "; make room and run the same command again" if is_full else ""
+            log.error("%s: %s%s", where or "writing", error.strerror, hint)
             return 2
         except KeyboardInterrupt:
             log.info("interrupted; the same command continues or starts over")
@@ -120,6 +124,15 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
             return 143
 
     return wrapped
+
+
+def _flush_results() -> None:
+    """Write out what was printed, while it can still be told that there is no room for it, or no reader left."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would fail once more when the interpreter ends
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def _refuse_undecodable(arguments: Iterable[str]) -> None:

@@ -1,14 +1,22 @@
-"""Files, whatever is in them: JSON in, written whole or not at all, hashed, and directories made and locked."""
+"""Files, whatever is in them: JSON in, written whole or not at all, hashed, and directories made and locked.
 
+What is read or continued must be an ordinary file, which `opened` sees to: a FIFO would keep whoever opens it waiting,
+a device may never end. Reading follows links, as people lay large files elsewhere; writing follows none, so that no
+link in an output directory leads to another file of the user's.
+"""
+
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import socket
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -16,6 +24,77 @@ from .errors import InputError, one_line
 
 LOCK = ".lock"
 HASH_BLOCK_BYTES = 1 << 22
+OTHER_KINDS = {
+    stat.S_IFLNK: "is a link",
+    stat.S_IFDIR: os.strerror(errno.EISDIR),
+    stat.S_IFIFO: "is a FIFO",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a device",
+    stat.S_IFBLK: "is a device",
+}
+"""What is no ordinary file, in words."""
+
+
+def refuse_other_kinds(file: Path, is_written: bool = False) -> None:
+    """Raise `OSError` if there is something else than an ordinary file; a file to be written has no other name either.
+
+    Raises:
+        OSError: with the file's name, and why in its `strerror`; `FileNotFoundError` where there is none to be read.
+    """
+    try:
+        found = os.lstat(file) if is_written else os.stat(file)
+    except FileNotFoundError:
+        if is_written:
+            return
+        raise
+    kind = OTHER_KINDS.get(stat.S_IFMT(found.st_mode))
+    if kind is None and is_written and found.st_nlink > 1:
+        kind = "has another name, a hard link,"
+    if kind is not None:
+        hint = " and is not written to; take it away" if is_written else ", not an ordinary file"
+        raise OSError(errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL, kind + hint, str(file))
+
+
+def opened(file: Path, flags: int = os.O_RDONLY) -> int:
+    """`os.open` of an ordinary file, new or there already, that waits for nobody; to be written, no link is followed.
+
+    Raises:
+        OSError: as `refuse_other_kinds` and the system say.
+    """
+    is_written = flags & (os.O_WRONLY | os.O_RDWR) != 0
+    refuse_other_kinds(file, is_written)
+    # These two for whoever puts something else there at this very moment.
+    return os.open(file, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if is_written else 0), 0o666)
+
+
+def open_binary(file: Path) -> BinaryIO:
+    """An ordinary file, maybe behind a link, as a stream of bytes to be read.
+
+    Raises:
+        OSError: see `opened`.
+    """
+    return open(opened(file), "rb")
+
+
+def read_bytes(file: Path, most: int = -1) -> bytes:
+    """All bytes of an ordinary file, maybe behind a link, or its first `most`.
+
+    Raises:
+        OSError: see `opened`.
+    """
+    with naming(file), open_binary(file) as stream:
+        return stream.read(most)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Give the errors of what is done to an open file its name, so that a full disk says what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 def read_json(file: Path, missing: str = "no such file") -> dict[str, Any]:
@@ -25,7 +104,7 @@ def read_json(file: Path, missing: str = "no such file") -> dict[str, Any]:
         InputError: the file is missing (said as `missing`), unreadable, or not a JSON object.
     """
     try:
-        content = file.read_bytes()
+        content = read_bytes(file)
     except FileNotFoundError as error:
         raise InputError(f"{file}: {missing}") from error
     except OSError as error:
@@ -40,7 +119,7 @@ def iter_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         InputError: the file can't be read or a line is no JSON object.
     """
     try:
-        with file.open("rb") as stream:
+        with open_binary(file) as stream:
             for number, line in enumerate(stream, 1):
                 yield number, json_object(line, f"{file}:{number}")
     except OSError as error:
@@ -102,7 +181,7 @@ def sha256_of(*files: Path) -> str:
     """One SHA-256 over the contents of `files`, in the order given."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
+        with naming(file), open_binary(file) as stream:
             while block := stream.read(HASH_BLOCK_BYTES):
                 digest.update(block)
     return digest.hexdigest()
@@ -137,14 +216,16 @@ def locked(directory: Path, patience: float = 0.0) -> Iterator[None]:
     file = directory / LOCK
     lock = FileLock(file, timeout=patience, poll_interval=min(1.0, patience / 2 + 0.01))
     try:
+        refuse_other_kinds(file, is_written=True)
         lock.acquire()
     except Timeout as error:
-        holder = file.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+        holder = read_bytes(file).decode("utf-8", errors="replace").strip() or "unknown"
         raise InputError(f"{directory}: in use by another process ({holder}); wait for it, or end it") from error
-    except OSError as error:  # a link is not followed
+    except OSError as error:
         raise InputError(f"{file}: can't be locked: {error.strerror or error}") from error
     try:
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with naming(file), open(opened(file, os.O_WRONLY | os.O_TRUNC), "wb") as stream:
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         lock.release()
@@ -156,13 +237,34 @@ def aside(file: Path) -> Path:
 
 
 @contextmanager
+def bytes_aside(file: Path) -> Iterator[BinaryIO]:
+    """A stream of bytes that appear under `file`'s name whole or not at all.
+
+    What lies beside it under the name of a beginning is taken away, not written to: it may be a link. A beginning that
+    comes to nothing, for example on a full disk, leaves none.
+    """
+    beginning = aside(file)
+    with naming(beginning):
+        beginning.unlink(missing_ok=True)
+        try:
+            with open(opened(beginning, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            replace(beginning, file)
+        except BaseException:
+            beginning.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
 def written_aside(file: Path) -> Iterator[TextIO]:
     """A text stream whose content appears under `file`'s name whole or not at all."""
-    with aside(file).open("w", encoding="utf-8", newline="\n") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    replace(aside(file), file)
+    with bytes_aside(file) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+        yield text
+        text.flush()
+        text.detach()
 
 
 def replace(source: Path, target: Path) -> None:

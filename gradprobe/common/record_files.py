@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import InputError, one_line, reason_of
-from .files import no_key_twice
+from .files import no_key_twice, read_bytes
 
 PARQUET_MAGIC = b"PAR1"
 MOST_FILE_BYTES, MOST_BYTES, MOST_JSON_BYTES = 1 << 31, 1 << 30, 1 << 28
@@ -65,8 +65,7 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
     """
     named = f"`{parameter}` {file}"
     try:
-        with file.open("rb") as stream:
-            content = stream.read(MOST_FILE_BYTES + 1)
+        content = read_bytes(file, MOST_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{named}: {error.strerror}") from error
     _raise_if_more(len(content), MOST_FILE_BYTES, f"{named}: has", "bytes")

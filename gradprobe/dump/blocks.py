@@ -13,6 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from ..common.errors import InputError
+from ..common.files import open_binary
 
 BLOCK_BYTES = 64 << 20
 LONGEST_HEADER = 1 << 16
@@ -60,7 +61,40 @@ class SelectedRows:
         return self.source[self.rows[key]]
 
 
-def open_rows(file: Path) -> np.ndarray:
+@dataclass(frozen=True)
+class MappedFile:
+    """A `.npy` that `open_rows` has found sound, to be mapped when its rows are asked for.
+
+    Attributes:
+        file: its name.
+        shape: (n_rows, row_dim).
+        offset: bytes before the first row.
+    """
+
+    file: Path
+    shape: tuple[int, int]
+    offset: int
+
+    @staticmethod
+    def of(file: Path) -> "MappedFile":
+        """See `open_rows`."""
+        rows = open_rows(file)
+        return MappedFile(file, rows.shape, rows.offset)
+
+    def mapped(self) -> np.memmap:
+        """The rows as a read-only memory map, [n_rows, row_dim] float32.
+
+        Raises:
+            InputError: the file is not there any more, or is shorter.
+        """
+        try:
+            with open_binary(self.file) as stream:
+                return np.memmap(stream, "<f4", "r", self.offset, self.shape)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.file}: has changed since it was opened ({error})") from error
+
+
+def open_rows(file: Path) -> np.memmap:
     """The array of a `.npy` as a read-only memory map, [n_rows, row_dim] float32.
 
     No pickle is ever loaded, and nothing is allocated on a header's word: what is mapped is held against the file's
@@ -70,7 +104,7 @@ def open_rows(file: Path) -> np.ndarray:
         InputError: no such file, or not just such an array.
     """
     try:
-        with file.open("rb") as stream:
+        with open_binary(file) as stream:
             length, beginning = os.fstat(stream.fileno()).st_size, stream.read(LONGEST_HEADER)
         rows = _mapped(file, beginning)
     except FileNotFoundError as error:

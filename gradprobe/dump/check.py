@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputError, first_few, first_of
-from ..common.files import sha256_of
+from ..common.files import open_binary, sha256_of
 from . import format as contract
 from .blocks import iter_row_blocks
 from .format import Dump
@@ -36,7 +36,7 @@ def read_content(dump: Dump) -> Content:
     """Read all gradients once, in blocks."""
     file = dump.path / contract.GRADS
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_binary(file) as stream:
         digest.update(stream.read(file.stat().st_size - 4 * dump.grads.shape[0] * dump.grads.shape[1]))
     nonfinite, zero, start = [], [], 0
     for block in iter_row_blocks(dump.grads):

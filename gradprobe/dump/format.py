@@ -17,8 +17,8 @@ import numpy as np
 
 from ..common.errors import FaultyRecord, InputError, first_few, first_of, raise_if_any
 from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index
-from ..common.files import iter_jsonl, read_json
-from .blocks import SelectedRows, open_rows
+from ..common.files import iter_jsonl, open_binary, read_json
+from .blocks import MappedFile, SelectedRows
 from .buckets import bucket_of
 from .pooled import BUCKET, POOLING
 from .records import PROMPT_KEY, PromptKey, prompt_key_from_json
@@ -73,7 +73,7 @@ class Dump:
     Attributes:
         path: its directory.
         manifest: `manifest.json` as it stands.
-        grads: [n, row_dim] float32, a read-only memory map, or some rows of one (see `only`).
+        grads_file: all of `grads.npy`, mapped into memory where `grads` is asked for.
         row: [n] int64, which rows of `grads.npy` these are.
         prompt_keys: the distinct prompts, sorted.
         prompt: [n] index into `prompt_keys`.
@@ -91,7 +91,7 @@ class Dump:
 
     path: Path
     manifest: dict[str, Any]
-    grads: np.ndarray | SelectedRows
+    grads_file: MappedFile
     row: np.ndarray
     prompt_keys: list[PromptKey]
     prompt: np.ndarray
@@ -108,6 +108,16 @@ class Dump:
     reward: np.ndarray | None
     lines_in_row_order: bool
     warnings: tuple[str, ...]
+
+    @property
+    def grads(self) -> np.ndarray | SelectedRows:
+        """[n, row_dim] float32, a read-only memory map, or some rows of one (see `only`).
+
+        It is made anew each time: a map keeps a descriptor, of which a process may have as few as 256, and there is a
+        dump for each of a thousand targets.
+        """
+        source = self.grads_file.mapped()
+        return source if len(self.row) == len(source) else SelectedRows(source, self.row)
 
     @property
     def is_pooled(self) -> bool:
@@ -127,7 +137,7 @@ class Dump:
     @property
     def row_dim(self) -> int:
         """The length of a gradient row."""
-        return self.grads.shape[1]
+        return self.grads_file.shape[1]
 
     def rows_of_bucket(self, bucket: int) -> np.ndarray:
         """Ascending row numbers of `bucket`."""
@@ -140,7 +150,7 @@ class Dump:
             yield from (record for _, record in iter_jsonl(file))
             return
         starts = np.zeros(len(self.row), np.int64)
-        with file.open("rb") as stream:
+        with open_binary(file) as stream:
             start = 0
             for line in stream:
                 starts[json.loads(line)["row"]] = start
@@ -155,8 +165,7 @@ class Dump:
             return self
         per_row = ("row", "prompt", *COLUMNS)
         columns = {name: None if getattr(self, name) is None else getattr(self, name)[kept] for name in per_row}
-        source = self.grads.source if isinstance(self.grads, SelectedRows) else self.grads
-        return replace(self, grads=SelectedRows(source, columns["row"]), **columns)
+        return replace(self, **columns)
 
 
 def load_dump(path: Path) -> Dump:
@@ -169,15 +178,16 @@ def load_dump(path: Path) -> Dump:
         InputError: a file is missing or malformed, or the files contradict each other; all problems are named.
     """
     manifest = load_manifest(path)
-    grads = open_rows(path / GRADS)
+    grads = MappedFile.of(path / GRADS)
     raise_if_any(
         f"{path / MANIFEST}: {key} is {manifest[key]}, but {GRADS} has {actual}"
         for key, actual in zip(("num_positions", "row_dim"), grads.shape, strict=True)
         if manifest[key] != actual
     )
-    columns, prompt_keys = _load_meta(path / META, len(grads), manifest)
+    n_rows = grads.shape[0]
+    columns, prompt_keys = _load_meta(path / META, n_rows, manifest)
     warnings = _warnings(path, manifest)
-    dump = Dump(path, manifest, grads, np.arange(len(grads)), prompt_keys, warnings=warnings, **columns)
+    dump = Dump(path, manifest, grads, np.arange(n_rows), prompt_keys, warnings=warnings, **columns)
     repeated = _repeated_tokens(dump)
     is_ours = find_rollouts(path) is not None  # the original did not promise to dump a token once
     raise_if_any([*_bucket_problems(dump), *_count_problems(dump), *(repeated if is_ours else [])])

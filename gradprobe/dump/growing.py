@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 
-from ..common.files import aside, json_line, replace
+from ..common.files import aside, json_line, naming, opened, refuse_other_kinds, replace
 
 
 class Record:
@@ -32,27 +32,25 @@ class Record:
     def __init__(self, file: Path):
         self.entries: list[dict[str, Any]] = []
         n_bytes = 0
-        content = file.read_bytes() if file.exists() else b""
-        for line in content.splitlines(keepends=True):
+        descriptor = opened(file, os.O_RDWR | os.O_CREAT)
+        self._file, self._stream = file, os.fdopen(descriptor, "r+b")
+        for line in self._stream.read().splitlines(keepends=True):
             entry = _whole_entry(line)
             if entry is None:
                 break
             self.entries.append(entry)
             n_bytes += len(line)
-        self._stream = file.open("r+b" if file.exists() else "w+b")
         self._cut(n_bytes)
 
     def keep(self, entries: list[dict[str, Any]]) -> None:
         """Forget all entries but these."""
         self._cut(0)
-        self._stream.write(b"".join(map(_line_of, entries)))
-        _sync(self._stream.fileno(), self._stream)
+        self._write(b"".join(map(_line_of, entries)))
         self.entries = list(entries)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one entry, on disk when this returns."""
-        self._stream.write(_line_of(entry))
-        _sync(self._stream.fileno(), self._stream)
+        self._write(_line_of(entry))
         self.entries.append(entry)
 
     def close(self) -> None:
@@ -62,6 +60,11 @@ class Record:
     def _cut(self, n_bytes: int) -> None:
         self._stream.truncate(n_bytes)
         self._stream.seek(n_bytes)
+
+    def _write(self, lines: bytes) -> None:
+        with naming(self._file):
+            self._stream.write(lines)
+            _sync(self._stream)
 
 
 def _line_of(entry: dict[str, Any]) -> bytes:
@@ -77,10 +80,23 @@ def _whole_entry(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _sync(descriptor: int, stream: Any = None) -> None:
-    if stream is not None:
-        stream.flush()
-    os.fsync(descriptor)
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _as_beginning(file: Path) -> Path:
+    """Where `file` grows until it is whole; what stands whole under its name becomes a beginning again.
+
+    Raises:
+        OSError: one of the two is no ordinary file, or has other names, which must not be written through.
+    """
+    beginning = aside(file)
+    for name in (file, beginning):
+        refuse_other_kinds(name, is_written=True)
+    if file.exists():
+        replace(file, beginning)
+    return beginning
 
 
 @dataclass(frozen=True)
@@ -103,10 +119,8 @@ class GrowingLines:
     """
 
     def __init__(self, file: Path, pieces: Iterable[Piece] = ()):
-        self._file = file
-        if file.exists():
-            replace(file, aside(file))
-        self._stream = aside(file).open("r+b" if aside(file).exists() else "w+b")
+        self._file, self._beginning = file, _as_beginning(file)
+        self._stream = os.fdopen(opened(self._beginning, os.O_RDWR | os.O_CREAT), "r+b")
         self.n_kept, self._end = 0, 0
         for piece in pieces:
             content = self._stream.read(piece.end - self._end)
@@ -119,66 +133,70 @@ class GrowingLines:
     def append(self, objects: Iterable[dict[str, Any]]) -> Piece:
         """Write objects, on disk when this returns."""
         content = "".join(map(json_line, objects)).encode("utf-8")
-        self._stream.write(content)
-        _sync(self._stream.fileno(), self._stream)
+        with naming(self._beginning):
+            self._stream.write(content)
+            _sync(self._stream)
         self._end += len(content)
         return Piece(self._end, zlib.crc32(content))
 
     def finish(self) -> None:
         """Give the file its name."""
         self._stream.close()
-        replace(aside(self._file), self._file)
+        replace(self._beginning, self._file)
 
 
 class GrowingRows:
     """A float32 `.npy` of known shape, [n_rows, row_dim], written row by row in any order.
 
     It appears under its name when it is whole. Its space on disk is taken at the start, so that a disk that is too full
-    fails there and not hours later.
+    fails there and not hours later. The file is open only while it is written or read: a probe has one for each target,
+    and a process may have as few as 256 descriptors.
 
     Raises:
         OSError: no space.
     """
 
     def __init__(self, file: Path, n_rows: int, row_dim: int):
-        self._file = file
+        self._file, self._beginning = file, _as_beginning(file)
         self._row_bytes = 4 * row_dim
-        if file.exists():
-            replace(file, aside(file))
         header = _npy_header(n_rows, row_dim)
         self._start = len(header)
-        self._descriptor = os.open(aside(file), os.O_RDWR | os.O_CREAT, 0o666)
         size = self._start + n_rows * self._row_bytes
-        if os.pread(self._descriptor, len(header), 0) != header or os.fstat(self._descriptor).st_size != size:
-            os.ftruncate(self._descriptor, 0)
-            os.posix_fallocate(self._descriptor, 0, size)
-            os.pwrite(self._descriptor, header, 0)
+        with self._opened(os.O_CREAT) as descriptor:
+            if os.pread(descriptor, len(header), 0) != header or os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, 0)
+                os.posix_fallocate(descriptor, 0, size)
+                os.pwrite(descriptor, header, 0)
 
     def write(self, row_numbers: np.ndarray, rows: np.ndarray) -> None:
         """Write `rows`, [n, row_dim], to distinct ascending `row_numbers`, [n]; on disk when this returns."""
         rows = np.ascontiguousarray(rows, dtype="<f4")
-        for start, stop in _runs(row_numbers):
-            _write_all(self._descriptor, rows[start:stop].data.cast("B"), self._offset(row_numbers[start]))
-        _sync(self._descriptor)
+        with self._opened() as descriptor:
+            for start, stop in _runs(row_numbers):
+                _write_all(descriptor, rows[start:stop].data.cast("B"), self._offset(row_numbers[start]))
+            os.fsync(descriptor)
 
     def read(self, row_numbers: np.ndarray) -> np.ndarray:
         """The rows, [n, row_dim] float32, at distinct ascending `row_numbers`."""
-        parts = [
-            os.pread(self._descriptor, (stop - start) * self._row_bytes, self._offset(row_numbers[start]))
-            for start, stop in _runs(row_numbers)
-        ]
+        with self._opened() as descriptor:
+            parts = [
+                os.pread(descriptor, (stop - start) * self._row_bytes, self._offset(row_numbers[start]))
+                for start, stop in _runs(row_numbers)
+            ]
         return np.frombuffer(b"".join(parts), dtype="<f4").reshape(len(row_numbers), self._row_bytes // 4)
 
     def finish(self) -> None:
         """Give the file its name."""
-        self.close()
-        replace(aside(self._file), self._file)
+        replace(self._beginning, self._file)
 
-    def close(self) -> None:
-        """Close the file, whole or not."""
-        if self._descriptor != -1:
-            os.close(self._descriptor)
-        self._descriptor = -1
+    @contextmanager
+    def _opened(self, flags: int = 0) -> Iterator[int]:
+        with naming(self._beginning):
+            descriptor = opened(self._beginning, os.O_RDWR | flags)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
 
     def _offset(self, row_number: int) -> int:
         return self._start + int(row_number) * self._row_bytes
@@ -190,11 +208,8 @@ def new_rows(file: Path, n_rows: int, row_dim: int) -> Iterator[GrowingRows]:
     for stale in (file, aside(file)):
         stale.unlink(missing_ok=True)
     rows = GrowingRows(file, n_rows, row_dim)
-    try:
-        yield rows
-        rows.finish()
-    finally:
-        rows.close()
+    yield rows
+    rows.finish()
 
 
 def crc32_of(rows: np.ndarray) -> int:

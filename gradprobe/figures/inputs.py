@@ -20,7 +20,7 @@ import numpy as np
 from ..analysis.bucket import bucket_of
 from ..analysis.inputs import first_targets, open_dumps, warn
 from ..analysis.jackknife import Estimate
-from ..common.files import aside, replace
+from ..common.files import bytes_aside, open_binary
 from ..dump.format import Dump
 from ..dump.on_policy import OnPolicy
 from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
@@ -213,15 +213,13 @@ def is_about(summary: Mapping[str, Any], fingerprints: Fingerprints) -> bool:
 
 def _write(file: Path, arrays: dict[str, np.ndarray], fingerprints: Fingerprints) -> None:
     about = {"layout": LAYOUT, "manifest_sha256": {tag: list(values) for tag, values in fingerprints.items()}}
-    partial = aside(file)
-    with partial.open("wb") as stream:
+    with bytes_aside(file) as stream:
         np.savez(stream, about=np.array(json.dumps(about)), **arrays)
-    replace(partial, file)
 
 
 def _read(file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints) -> dict[str, np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with open_binary(file) as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = dict(stored)
             about = json.loads(str(arrays.pop("about")))
     except FileNotFoundError as error:

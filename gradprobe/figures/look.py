@@ -22,6 +22,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 
 from ..analysis.inputs import target_name
+from ..common.files import bytes_aside
 
 DPI = 160
 STYLE = {
@@ -113,10 +114,8 @@ def bucket_colours(n_buckets: int) -> np.ndarray:
 
 def save(figure: Figure, file: Path) -> None:
     """Write a PNG, whole or not at all; the same figure gives the same bytes."""
-    aside = file.with_name(file.name + ".partial")
-    with matplotlib.rc_context(STYLE):  # tick labels are made when drawn
-        figure.savefig(aside, format="png", dpi=DPI, metadata={"Software": None})
-    os.replace(aside, file)
+    with bytes_aside(file) as stream, matplotlib.rc_context(STYLE):  # tick labels are made when drawn
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

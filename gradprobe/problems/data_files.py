@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from ..common.errors import InputError, reason_of
+from ..common.files import read_bytes
 from ..common.record_files import (
     Record,
     RecordFile,
@@ -43,7 +44,7 @@ def open_data_set(source: str) -> RecordFile:
 def _open_directory(path: Path) -> RecordFile:
     splits_file = path / "dataset_dict.json"
     if splits_file.is_file():
-        found, fault = parse_json(splits_file.read_text(encoding="utf-8", errors="replace"))
+        found, fault = parse_json(read_bytes(splits_file).decode("utf-8", errors="replace"))
         splits = found.get("splits") if isinstance(found, dict) else None
         if not splits or not isinstance(splits, list):
             raise InputError(f"`dataset` {splits_file}: {fault or 'names no splits'}")

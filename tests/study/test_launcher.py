@@ -291,6 +291,45 @@ def test_a_second_launcher_is_refused(environment):
     assert launch(environment).returncode == 0
 
 
+@pytest.mark.parametrize(("gpus", "is_warned"), [("0,1", True), ("1", True), ("2", False)])
+def test_a_second_launcher_on_a_gpu_in_use_says_so_and_runs(environment, tmp_path, gpus, is_warned):
+    """Two studies on one GPU may be meant; on one OUT_ROOT they never are."""
+    cards = {"DEVICE": "cuda", "STUB_GPUS": "0 1 2"}
+    first = start_and_hang({**environment, **cards, "GPUS": "0,1"})
+    other = {**environment, **cards, "GPUS": gpus, "OUT_ROOT": str(tmp_path / "other")}
+    second = launch({**other, "STUB_CALLS": str(tmp_path / "others calls")})
+    first.terminate()
+    first.communicate(timeout=30)
+    assert second.returncode == 0, second.stderr
+    said = re.findall(
+        r"warning: GPU (\d) is in use by another launcher \(process (\d+), OUT_ROOT=(.*)\): ", second.stderr
+    )
+    assert [gpu for gpu, *_ in said] == (gpus.split(",") if is_warned else [])
+    assert {int(process) for _, process, _ in said} <= {first.pid}
+    again = launch({**other, "OUT_ROOT": str(tmp_path / "third")})
+    assert "is in use" not in again.stderr, "a GPU is let go when its launcher and steps end"
+
+
+PLACES = (".lock", "config.resolved.env.part", "logs/base_s0.log", "logs/merge_base.log")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["link", "FIFO", "directory"])
+def test_what_lies_where_the_launcher_writes(environment, tmp_path, place, kind):
+    precious, planted = tmp_path / "precious", Path(environment["OUT_ROOT"]) / place
+    precious.write_text("all that I have")
+    planted.parent.mkdir(parents=True)
+    {"link": lambda: planted.symlink_to(precious), "FIFO": lambda: os.mkfifo(planted), "directory": planted.mkdir}[
+        kind
+    ]()
+    result = launch(environment)
+    assert precious.read_text() == "all that I have"
+    if result.returncode != 0:
+        assert shlex.quote(planted.name) in result.stderr
+        planted.rmdir() if kind == "directory" else planted.unlink()
+        assert launch(environment).returncode == 0
+
+
 def test_a_full_disk_is_a_failed_step_and_the_next_run_completes(environment):
     full = subprocess.run(
         ["bash", ROOT / "run_exp1_exp2.sh"],
