@@ -102,7 +102,7 @@ def test_a_merge_unites_hashes_beside_their_prompts(data_set, tmp_path: Path):
 
 
 def test_a_merge_refuses_a_prompt_of_other_ids_and_writes_nothing(tmp_path: Path):
-    shards = [shard(tmp_path / name, name, dataset={"sha256": "a" * 64}) for name in ("s0", "s1")]
+    shards = [shard(tmp_path / name, "s0", dataset={"sha256": "a" * 64}) for name in ("s0", "s1")]
     lines = [json.loads(line) for line in (shards[1] / "meta.jsonl").read_text().splitlines()]
     moved = [line | {"sample_idx": line["sample_idx"] + 100} for line in lines]
     (shards[1] / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in moved))
