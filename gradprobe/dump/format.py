@@ -216,6 +216,12 @@ def target_name(manifest: Mapping[str, Any]) -> str:
     return manifest["target"] + of_it
 
 
+def shown_projection(manifest: Mapping[str, Any]) -> dict[str, int] | None:
+    """What `target_name` needs of a projection, for summaries; None of a weight row."""
+    projection = manifest.get("projection")
+    return projection and {side: projection[side] for side in ("rows", "cols")}
+
+
 def target_directories(path: Path) -> list[Path]:
     """The dumps in `path`: itself, or those of several targets inside it, in the order they were asked for.
 
