@@ -126,6 +126,7 @@ def drawn_from(name: str, summary: Mapping[str | None, Mapping[str, Any]]) -> di
 
 def save(figure: Figure, file: Path, about: Mapping[str, Any]) -> None:
     """Write a PNG that says what it was drawn from, whole or not at all; the same figure gives the same bytes."""
+    aside(file).unlink(missing_ok=True)  # a link there would be followed
     with matplotlib.rc_context(STYLE):  # tick labels are made when drawn
         figure.savefig(aside(file), format="png", dpi=DPI, metadata={"Software": None, ABOUT: json.dumps(about)})
     replace(aside(file), file)

@@ -75,7 +75,8 @@ def test_a_dump_without_hashes_has_them_from_its_rollouts(tmp_path: Path):
     other = write(tmp_path / "b")
     lines = [
         {"prompt_idx": prompt, "sample_idx": sample, "problem_id": "", "prompt_ids": [7, 7 - prompt],
-         "response_ids": [], "entropies": [], "logprobs": [], "response": "", "ground_truth": "", "correct": sample % 2 == 0}
+         "correct": sample % 2 == 0,
+         "response_ids": [], "entropies": [], "logprobs": [], "response": "", "ground_truth": ""}
         for prompt, sample in np.ndindex(N_PROMPTS, 3)
     ]  # fmt: skip
     (other / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
