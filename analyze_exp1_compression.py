@@ -20,14 +20,16 @@ import sys
 from pathlib import Path
 
 from gradprobe.analysis.bucket import DEVICES, device_for
+from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
+from gradprobe.analysis.summaries import sealed, seals_of
 from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
 from gradprobe.common.files import make_directory, write_json
 from gradprobe.exp1.measure import measure_dumps, refusal, replication_of, sample_rollouts
-from gradprobe.exp1.summary import SUMMARY, by_bucket, comparison_report, report, summary_of
+from gradprobe.exp1.summary import SUMMARY, comparison_of, comparison_report, report, summary_of
 from gradprobe.figures.exp1 import draw_analysis
 from gradprobe.figures.inputs import EXP1_ARRAYS, compression_of, write_compression
-from gradprobe.figures.look import save
+from gradprobe.figures.look import drawn_from, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)
     warn(targets)
+    differences = say_differences(targets)
 
     dumps, fingerprints = first_targets(targets), fingerprints_of(targets)
     results, compared = measure_dumps(dumps, device=device)
@@ -62,19 +65,21 @@ def main(argv: list[str] | None = None) -> int:
         if len(of_tag) > 1:
             summary[tag]["replication"] = replication_of(of_tag, summary[tag]["per_bucket"], device)
     first_tag = next(iter(dumps))
-    for tag, ratios in compared.items():
-        summary[tag]["compared_with"] = {first_tag: by_bucket(ratios)}
+    for tag, found in compared.items():
+        summary[tag] |= comparison_of(first_tag, found)
+        differences[tag] += [found.warning] if found.warning else []
+    summary = sealed({tag: numbers | {"differences": differences[tag]} for tag, numbers in summary.items()})
     drawn = draw_analysis(dumps, results)
 
     for_figures = {tag: compression_of(dump, results[tag], device) for tag, dump in dumps.items()}
-    write_compression(output_dir / EXP1_ARRAYS, for_figures, fingerprints)
+    write_compression(output_dir / EXP1_ARRAYS, for_figures, fingerprints, seals_of(summary))
     write_json(output_dir / SUMMARY, summary)
     for name, figure in drawn.items():
-        save(figure, output_dir / name)
+        save(figure, output_dir / name, drawn_from(SUMMARY, summary))
     for tag, numbers in summary.items():
         print(report(tag, numbers, results[tag]), end="\n\n")
-    for tag, ratios in compared.items():
-        print(comparison_report(first_tag, tag, ratios), end="\n\n")
+    for tag, found in compared.items():
+        print(comparison_report(first_tag, tag, found), end="\n\n")
     print("\n".join(printable(f"wrote {output_dir / name}") for name in (SUMMARY, EXP1_ARRAYS, *drawn)))
     return 0
 

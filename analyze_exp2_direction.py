@@ -20,14 +20,16 @@ import sys
 from pathlib import Path
 
 from gradprobe.analysis.bucket import DEVICES, device_for
+from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
+from gradprobe.analysis.summaries import sealed, seals_of
 from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
 from gradprobe.common.files import make_directory, write_json
 from gradprobe.exp2.measure import measure_dumps
 from gradprobe.exp2.summary import SUMMARY, report, summary_over_targets
 from gradprobe.figures.exp2 import draw_analysis
 from gradprobe.figures.inputs import EXP2_ARRAYS, write_directions
-from gradprobe.figures.look import save
+from gradprobe.figures.look import drawn_from, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,25 +58,30 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)
     warn(dumps)
+    differences = say_differences(dumps)
 
     results, top_of_others = measure_dumps(dumps, device=device)
     fingerprints = fingerprints_of(dumps)
-    summary = {
-        tag: {
-            **summary_over_targets(targets, results[tag], top_of_others[tag]),
-            "manifest_sha256": fingerprints[tag],
+    summary = sealed(
+        {
+            tag: {
+                **summary_over_targets(targets, results[tag], top_of_others[tag]),
+                "differences": differences[tag],
+                "manifest_sha256": fingerprints[tag],
+            }
+            for tag, targets in dumps.items()
         }
-        for tag, targets in dumps.items()
-    }
+    )
     drawn = draw_analysis(first_targets(dumps), list(results.values()))
 
     written = [SUMMARY, *drawn]
     if None not in dumps:
-        write_directions(output_dir / EXP2_ARRAYS, {tag: found[-1] for tag, found in results.items()}, fingerprints)
+        of_top = {tag: found[-1] for tag, found in results.items()}
+        write_directions(output_dir / EXP2_ARRAYS, of_top, fingerprints, seals_of(summary))
         written.insert(1, EXP2_ARRAYS)
     write_json(output_dir / SUMMARY, summary.get(None, summary))
     for name, figure in drawn.items():
-        save(figure, output_dir / name)
+        save(figure, output_dir / name, drawn_from(SUMMARY, summary))
     print(report(summary), end="\n\n")
     print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0

@@ -18,14 +18,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
+from gradprobe.analysis.summaries import sealed
 from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
 from gradprobe.common.files import make_directory, write_json
 from gradprobe.exp3.measure import measure_dumps, refusal
 from gradprobe.exp3.summary import SUMMARY, report, summary_over_targets
 from gradprobe.exp3.weights import OBJECTIVES
 from gradprobe.figures.exp3 import draw_analysis
-from gradprobe.figures.look import save, subjects_of
+from gradprobe.figures.look import drawn_from, save, subjects_of
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,17 +58,23 @@ def main(argv: list[str] | None = None) -> int:
     results, others = measure_dumps(dumps, args.objective)
     make_directory(output_dir)
     warn(dumps)
+    differences = say_differences(dumps)
 
     fingerprints = fingerprints_of(dumps)
-    summary = {
-        tag: summary_over_targets(targets, results[tag], others[tag], fingerprints[tag])
-        for tag, targets in dumps.items()
-    }
+    summary = sealed(
+        {
+            tag: {
+                **summary_over_targets(targets, results[tag], others[tag], fingerprints[tag]),
+                "differences": differences[tag],
+            }
+            for tag, targets in dumps.items()
+        }
+    )
     drawn = draw_analysis(subjects_of(first_targets(dumps)), list(summary.values()))
 
     write_json(output_dir / SUMMARY, summary)
     for name, figure in drawn.items():
-        save(figure, output_dir / name)
+        save(figure, output_dir / name, drawn_from(SUMMARY, summary))
     print(report(summary), end="\n\n")
     print("\n".join(printable(f"wrote {output_dir / name}") for name in (SUMMARY, *drawn)))
     return 0

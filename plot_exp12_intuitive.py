@@ -25,16 +25,19 @@ Two small dumps that come with the tests (a few seconds):
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradprobe.analysis.differences import other_study, refuse_different_targets, say_differences, study_of
 from gradprobe.analysis.inputs import fingerprints_of, first_targets
+from gradprobe.analysis.summaries import read_summary
 from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, printable, script_main
 from gradprobe.common.errors import InputError, raise_if_any
-from gradprobe.common.files import make_directory, read_json, write_text
+from gradprobe.common.files import make_directory, write_text
 from gradprobe.dump.format import load_manifest, target_directories
 from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY
 from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
@@ -46,13 +49,17 @@ from gradprobe.figures.exp3 import KEEP_TOP
 from gradprobe.figures.exp3 import TRAJECTORY as EXP3_TRAJECTORY
 from gradprobe.figures.headlines import draw_headlines, headline_tables
 from gradprobe.figures.inputs import headlines_of, is_about
-from gradprobe.figures.look import Figure, save, subjects_of
+from gradprobe.figures.look import Figure, drawn_from, read_picture, save, subjects_of
 from gradprobe.figures.replication import draw_replication
 from gradprobe.figures.report import REPLICATION, render_report
 
 REPORT = "report.html"
-ANALYSES_FIGURES = (CUMULATIVE_ENERGY, CROSS_BUCKET_COSINE, NORMS, HISTOGRAM, ALIGNMENT)
-EXP3_FIGURES = (EXP3_HEADLINE, KEEP_TOP, EXP3_TRAJECTORY)
+FIGURES_OF = {
+    EXP1_SUMMARY: (CUMULATIVE_ENERGY, CROSS_BUCKET_COSINE, NORMS),
+    EXP2_SUMMARY: (HISTOGRAM, ALIGNMENT),
+    EXP3_SUMMARY: (EXP3_HEADLINE, KEEP_TOP, EXP3_TRAJECTORY),
+}
+"""What each analysis draws beside its summary."""
 
 
 @dataclass(frozen=True)
@@ -92,27 +99,35 @@ def main(argv: list[str] | None = None) -> int:
     targets = read_sources(paths)
     sources = first_targets(targets)
     refuse_different_buckets(sources)
+    refuse_different_targets(targets)
+    fingerprints, summaries = fingerprints_of(targets), [read_summary(output_dir / name) for name in FIGURES_OF]
+    *summaries, exp3 = summaries
     make_directory(output_dir)
-    for difference in differences(sources):
-        log.warning(difference)
+    say_differences(targets)
 
-    fingerprints, summaries = fingerprints_of(targets), read_summaries(output_dir)
     found = headlines_of(output_dir, paths, summaries, fingerprints)
     drawn = draw_headlines(sources, found)
     have_summaries = all(is_about(summary, fingerprints) for summary in summaries)
     if have_summaries:
         drawn |= draw_targets(summaries, targets)
 
+    if have_summaries:
+        exp3 = of_this_study(exp3, sources)
+        pictures = pictures_of(output_dir, dict(zip(FIGURES_OF, (*summaries, exp3), strict=True)))
     for name, figure in drawn.items():
-        save(figure, output_dir / name)
+        save(figure, output_dir / name, {"manifest_sha256": fingerprints})
     print(headline_tables(found), end="\n\n")
     if have_summaries:
-        write_report(output_dir, sources, summaries, list(drawn))
+        pictures |= {name: (output_dir / name).read_bytes() for name in drawn}
+        manifests = {tag: source.manifest for tag, source in sources.items()}
+        page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3)
+        write_text(output_dir / REPORT, page)
     else:
         tagged = " ".join(f"{tag}=..." for tag in paths)
         log.warning(
             f"{REPORT} is not written, nor {REPLICATION} drawn: they need {EXP1_SUMMARY} and {EXP2_SUMMARY} "
             f"of these dumps in {output_dir}; run both analyses with {tagged} first"
+            + (f". The {REPORT} that lies there is of an earlier run" if (output_dir / REPORT).exists() else "")
         )
     written = [*drawn, *([REPORT] if have_summaries else [])]
     print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
@@ -152,29 +167,42 @@ def read_sources(paths: Mapping[str, Path]) -> dict[str, list[Source]]:
     return found
 
 
-def read_summaries(output_dir: Path) -> list[dict[str, Any]]:
-    """Those of both analyses in `output_dir`; empty where there is none."""
-    files = [output_dir / name for name in (EXP1_SUMMARY, EXP2_SUMMARY)]
-    return [read_json(file) if file.is_file() else {} for file in files]
+def pictures_of(output_dir: Path, summaries: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
+    """The analyses' figures that were drawn from these very summaries; any other that lies there is named and left out.
+
+    Raises:
+        InputError: one is no PNG.
+    """
+    found = {}
+    for summary, names in FIGURES_OF.items():
+        for name in names if summaries[summary] else ():
+            if not os.path.lexists(output_dir / name):
+                continue
+            content, about = read_picture(output_dir / name)
+            if about == drawn_from(summary, summaries[summary]):
+                found[name] = content
+            else:
+                log.warning(
+                    f"{name} is left out of {REPORT}: it is of another run than {summary}; run that analysis again"
+                )
+    return found
 
 
-def write_report(
-    output_dir: Path, sources: dict[str, Source], summaries: list[dict[str, Any]], drawn: list[str]
-) -> None:
-    """Write `report.html` with the analyses' figures and those just `drawn`; what else lies there is of another run."""
-    exp3 = read_exp3(output_dir)
-    names = sorted({*ANALYSES_FIGURES, *drawn, *(EXP3_FIGURES if exp3 else ())})
-    pictures = {name: (output_dir / name).read_bytes() for name in names if (output_dir / name).is_file()}
-    manifests = {tag: source.manifest for tag, source in sources.items()}
-    write_text(output_dir / REPORT, render_report(*summaries, manifests, pictures, exp3))
-
-
-def read_exp3(output_dir: Path) -> dict[str, Any]:
-    """`exp3_summary.json`, where its every tag says which dumps it is about; empty otherwise."""
-    file = output_dir / EXP3_SUMMARY
-    found = read_json(file) if file.is_file() else {}
-    is_told = all(isinstance(one, dict) and isinstance(one.get("manifest_sha256"), list) for one in found.values())
-    return found if is_told else {}
+def of_this_study(exp3: dict[str, Any], sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Exp 3's summary where each of its tags is of the same model and rollouts as here; else empty, and why is said."""
+    reasons = []
+    for tag, numbers in exp3.items():
+        if tag not in sources:
+            reasons.append(f"{tag} is none of the dumps given")
+            continue
+        differing = other_study(study_of(sources[tag].manifest), numbers["study"])
+        reasons += [f"{tag} has another {', '.join(differing)}"] if differing else []
+    if reasons:
+        log.warning(
+            f"{EXP3_SUMMARY} and its figures are left out of {REPORT}, as they are not of these rollouts: "
+            f"{'; '.join(reasons)}"
+        )
+    return {} if reasons else exp3
 
 
 def refuse_different_buckets(sources: dict[str, Source]) -> None:
@@ -182,17 +210,6 @@ def refuse_different_buckets(sources: dict[str, Source]) -> None:
     if len({source.bins for source in sources.values()}) > 1:
         counts = ", ".join(f"{source.path} has {source.bins}" for source in sources.values())
         raise InputError(f"buckets can only be compared where their number is the same: {counts}")
-
-
-def differences(sources: dict[str, Source]) -> list[str]:
-    """What makes dumps hard to compare with the first, one line each."""
-    (first_tag, first), *others = sources.items()
-    return [
-        f"{first_tag} and {tag} differ in {key}: {first.manifest.get(key)!r} and {source.manifest.get(key)!r}"
-        for tag, source in others
-        for key in ("target", "row_idx", "row_dim", "temperature")
-        if first.manifest.get(key) != source.manifest.get(key)
-    ]
 
 
 def draw_targets(summaries: list[dict[str, Any]], targets: dict[str, list[Source]]) -> dict[str, Figure]:

@@ -17,6 +17,7 @@ from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, load_dump,
 from ..dump.format import target_name as name_of_target
 from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy, is_chosen_by_prefix
 from ..dump.records import PromptKey, iter_rollouts
+from .differences import refuse_different_targets
 from .pooled import Pooled
 
 log = logging.getLogger(__name__)
@@ -39,17 +40,20 @@ def open_dumps(
         For each tag its dumps: one, or one for each target that was probed, in the order they were asked for.
 
     Raises:
-        InputError: with the problems of all dumps.
+        InputError: with the problems of all dumps; or tags are of different targets.
     """
     dumps: dict[Tag, list[Dump]] = {}
     problems: list[str] = []
     for tag, path in paths.items():
         try:
-            dumps[tag] = [_usable(_fit(load_dump(target), refusal), problems) for target in target_directories(path)]
+            dumps[tag] = [_fit(load_dump(target), refusal) for target in target_directories(path)]
         except InputError as error:
             problems.extend(error.problems)
     raise_if_any(dict.fromkeys(problems))  # once, where two tags name the same dump
-    return dumps
+    refuse_different_targets(dumps)
+    usable = {tag: [_usable(dump, problems) for dump in targets] for tag, targets in dumps.items()}
+    raise_if_any(dict.fromkeys(problems))
+    return usable
 
 
 def _fit(dump: Dump, refusal: Callable[[Dump], str | None]) -> Dump:

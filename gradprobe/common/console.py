@@ -189,13 +189,18 @@ def progress(
             bar.update(size(item))
 
 
+def is_name(tag: str) -> bool:
+    """Whether a tag can stand in a table, a figure, a page and a file's name: on one line, and no path."""
+    return tag.isprintable() and bool(tag.strip(" .")) and not set(tag) & set("/\\")
+
+
 def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> dict[str | None, Path]:
     """`["base=out/a", "trained=out/b"]` -> `{"base": Path, "trained": Path}`, order kept.
 
     With `allow_untagged`, a single argument that is an existing directory, or has no `=`, is keyed by None.
 
     Raises:
-        InputError: a tag is missing, empty or given twice.
+        InputError: a tag is missing, empty, no name or given twice.
     """
     if allow_untagged and len(arguments) == 1 and ("=" not in arguments[0] or Path(arguments[0]).is_dir()):
         return {None: Path(arguments[0])}
@@ -207,6 +212,8 @@ def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> di
             problems.append(f"'{argument}' is not TAG=DUMP; give for example base={path or tag or 'DIR'}")
         elif tag in dumps:
             problems.append(f"tag '{tag}' is given twice; each dump needs its own")
+        elif not is_name(tag):
+            problems.append(f"tag '{printable(tag)}' is no name: printable characters, none of / and \\")
         else:
             dumps[tag] = Path(path)
     if problems:

@@ -14,7 +14,7 @@ from . import format as contract
 from .blocks import iter_row_blocks
 from .format import Dump
 from .pooled import pooled_tokens
-from .records import Rollout, iter_rollouts, prompt_key_from_json
+from .records import Rollout, iter_rollouts, prompt_hash, prompt_key_from_json
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     code_of = {key: code for code, key in enumerate(dump.prompt_keys)}
     rows_of = _rows_by_rollout(dump)
     seen: set[tuple[Any, int]] = set()
+    hashes, told = contract.prompt_hashes_of(dump.manifest) or {}, set()
     counts = {"num_rollouts": 0, "num_correct_rollouts": 0, "num_response_tokens": 0}
     for rollout in iter_rollouts(file):
         key = (rollout.prompt_idx, rollout.sample_idx)
@@ -136,6 +137,13 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
         counts["num_response_tokens"] += len(rollout.response_ids)
         rows = rows_of.pop((code_of.get(rollout.prompt_idx, -1), rollout.sample_idx), np.zeros(0, np.int64))
         problems += _disagreements(dump, rollout, rows)
+        expected, actual = hashes.get(rollout.prompt_idx), prompt_hash(rollout.prompt_ids)
+        if expected not in (None, actual) and rollout.prompt_idx not in told:
+            told.add(rollout.prompt_idx)
+            problems.append(
+                f"{file}: the ids of prompt {rollout.prompt_idx} are not those of its prompt_hash in "
+                f"{dump.path / contract.MANIFEST} ({actual}, not {expected})"
+            )
     if rows_of:
         (code, sample_idx), rows = next(iter(rows_of.items()))
         problems.append(

@@ -16,12 +16,24 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import FaultyRecord, InputError, first_few, first_of, raise_if_any
-from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index
+from ..common.fields import (
+    INDEX,
+    LIST,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    TRUE_OR_FALSE,
+    Kind,
+    faults_of,
+    is_finite,
+    is_index,
+    list_of,
+)
 from ..common.files import iter_jsonl, open_binary, read_json
 from .blocks import MappedFile, SelectedRows
 from .buckets import bucket_of
 from .pooled import BUCKET, POOLING
-from .records import PROMPT_KEY, PromptKey, prompt_key_from_json
+from .records import HASH_DIGITS, PROMPT_KEY, PromptKey, is_prompt_hash, prompt_key_from_json
 
 GRADS = "grads.npy"
 META = "meta.jsonl"
@@ -43,6 +55,7 @@ MANIFEST_KINDS = {
     **dict.fromkeys(("num_nonfinite_rows", "num_zero_rows"), INDEX.optional()),
     **dict.fromkeys(("num_rollouts_due", "num_unverified_rollouts"), INDEX.optional()),
     **dict.fromkeys(("prompt_idxs", "prompts_due", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
+    "prompt_hashes": list_of(is_prompt_hash, f"hashes of {HASH_DIGITS} hex digits").optional(),
     **dict.fromkeys(("checksums", "shard", "projection", "on_policy"), OBJECT.optional()),
     **dict.fromkeys(("pooling", "bucket_by"), TEXT.optional()),
     **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
@@ -194,6 +207,14 @@ def load_dump(path: Path) -> Dump:
     return replace(dump, warnings=(*warnings, *repeated))
 
 
+def prompt_hashes_of(manifest: Mapping[str, Any]) -> dict[PromptKey, str] | None:
+    """The hash of each prompt, see `records.prompt_hash`; None where the manifest has none."""
+    if "prompt_hashes" not in manifest:
+        return None
+    keys = map(prompt_key_from_json, manifest["prompt_idxs"])
+    return dict(zip(keys, manifest["prompt_hashes"], strict=True))
+
+
 def is_pooled(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is of a pooled dump."""
     return manifest.get(POOLING) == BUCKET
@@ -204,6 +225,12 @@ def target_name(manifest: Mapping[str, Any]) -> str:
     projection = manifest.get("projection")
     of_it = f" ({projection['rows']}x{projection['cols']})" if projection else f"[{manifest['row_idx']}]"
     return manifest["target"] + of_it
+
+
+def shown_projection(manifest: Mapping[str, Any]) -> dict[str, int] | None:
+    """What `target_name` needs of a projection, for summaries; None of a weight row."""
+    projection = manifest.get("projection")
+    return projection and {side: projection[side] for side in ("rows", "cols")}
 
 
 def target_directories(path: Path) -> list[Path]:
@@ -268,6 +295,9 @@ def _manifest_faults(manifest: dict[str, Any]) -> list[str]:
             faults.append(f"{name}: {error}")
         else:
             faults += [f"{name}: some are integers, others [shard, integer]"] if len(kinds) > 1 else []
+    n_hashes, n_prompts = (len(manifest.get(key, [])) for key in ("prompt_hashes", "prompt_idxs"))
+    if "prompt_hashes" in manifest and n_hashes != n_prompts:
+        faults.append(f"{n_hashes} prompt_hashes for {n_prompts} prompt_idxs")
     for key in ("nonfinite_rows", "zero_rows"):
         if not all(is_index(row) and row < manifest["num_positions"] for row in manifest.get(key, [])):
             faults.append(f"{key} are not row numbers below {manifest['num_positions']}")
@@ -397,6 +427,13 @@ def _count_problems(dump: Dump) -> list[str]:
     counts = {"num_prompts": len(dump.prompt_keys), "num_rollouts": rollouts.shape[1]}
     counts["num_correct_rollouts"] = int(np.count_nonzero(n_correct))
     file = dump.path / MANIFEST
+    hashes = prompt_hashes_of(dump.manifest)
+    unknown = [] if hashes is None else [key for key in dump.prompt_keys if key not in hashes]
+    if unknown:
+        problems.append(
+            f"{dump.path / META}: prompt_idx {unknown[0]} (and {len(unknown) - 1} others) is not among the "
+            "manifest's prompt_idxs"
+        )
     problems += [
         f"{file}: {key} is {dump.manifest[key]}, but {META} has rows of {count}"
         for key, count in counts.items()

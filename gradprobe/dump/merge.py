@@ -56,9 +56,9 @@ SUMMED = (
     "num_unverified_rollouts",
     "num_rollouts_due",
 )
-UNITED = ("prompt_idxs", "prompts_due")
 SHOWN_MISSING = 5
 OF_ONE_SHARD = ("shard", "seconds", "on_policy", "entropy_edges_from", "checksums", "nonfinite_rows", "zero_rows")
+OF_ONE_SHARD += ("prompt_idxs", "prompts_due", "prompt_hashes")
 """Manifest keys that say nothing about the merged dump."""
 
 
@@ -85,6 +85,7 @@ def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, 
         for line in differences_in_rounding(shards):
             log.warning(line)
         check_disjoint(shards, namespaces(shards))
+        merged_prompts([shard.manifest for shard in shards], namespaces(shards))
     refuse_changed_files(targets)
     for shards in targets.values():
         refuse_copies(shards)
@@ -287,23 +288,49 @@ def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
     }
 
 
+def merged_prompts(manifests: list[dict[str, Any]], spaces: list[int | None]) -> dict[str, list[Any]]:
+    """The union of `prompt_idxs`, ascending, and the `prompt_hashes` beside them; each only where all shards have it.
+
+    Raises:
+        InputError: a prompt of one data set has other ids in one shard than in another.
+    """
+    if not all("prompt_idxs" in manifest for manifest in manifests):
+        return {}
+    keys = [
+        (merged_key(prompt_key_from_json(key), space), place, number)
+        for number, (manifest, space) in enumerate(zip(manifests, spaces, strict=True))
+        for place, key in enumerate(manifest["prompt_idxs"])
+    ]
+    keys.sort()
+    united: dict[str, list[Any]] = {"prompt_idxs": [key for key, _, _ in keys]}
+    if all("prompt_hashes" in manifest for manifest in manifests):
+        hashes = [manifests[number]["prompt_hashes"][place] for _, place, number in keys]
+        raise_if_any(
+            f"prompt {key} has other token ids in one shard than in another; were they made with one tokenizer?"
+            for (key, _, _), (after, _, _), here, there in zip(keys, keys[1:], hashes, hashes[1:], strict=False)
+            if key == after and here != there
+        )
+        united["prompt_hashes"] = hashes
+    return united
+
+
 def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[str, Any]) -> dict[str, Any]:
     """The first shard's manifest with sums, the union of prompts, the new edges and the shards' names."""
     manifests = [shard.manifest for shard in shards]
-    of_shards = {*OF_ONE_SHARD, *SUMMED, *UNITED}
+    of_shards = {*OF_ONE_SHARD, *SUMMED}
     merged = {key: value for key, value in manifests[0].items() if key not in of_shards}
     for key in SUMMED:
         if all(key in manifest for manifest in manifests):
             merged[key] = sum(manifest[key] for manifest in manifests)
-    for name in UNITED:
-        if all(name in manifest for manifest in manifests):
-            merged[name] = sorted(
-                merged_key(prompt_key_from_json(key), space)
-                for manifest, space in zip(manifests, spaces, strict=True)
-                for key in manifest[name]
-            )
+    if all("prompts_due" in manifest for manifest in manifests):
+        merged["prompts_due"] = sorted(
+            merged_key(prompt_key_from_json(key), space)
+            for manifest, space in zip(manifests, spaces, strict=True)
+            for key in manifest["prompts_due"]
+        )
     return {
         **merged,
+        **merged_prompts(manifests, spaces),
         **edges,
         **merged_faulty_rows(shards),
         "format_version": contract.FORMAT_VERSION,

@@ -1,10 +1,14 @@
 """Rollouts and positions: the lines of rollouts.jsonl and meta.jsonl."""
 
+import hashlib
+import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..common.errors import FaultyRecord, InputError
 from ..common.fields import INDEX, NUMBER, TEXT, TRUE_OR_FALSE, Kind, faults_of, is_finite, is_index, list_of
@@ -12,6 +16,8 @@ from ..common.files import iter_jsonl, write_jsonl
 
 PromptKey = int | tuple[int, int]
 """A prompt's index in its data set, or (shard, index) where shards of unknown origin were merged."""
+HASH_DIGITS = 16
+HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,20 @@ class PooledTokens:
     def to_record(self) -> dict[str, Any]:
         """As it stands in a file: a reward that is not known is left out."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def prompt_hash(ids: Sequence[int]) -> str:
+    """What a prompt is, wherever it stands in a data set: 16 hex digits of SHA-256 of its ids as little-endian int32.
+
+    Ids that need more than 31 bits, which no vocabulary has, make it int64.
+    """
+    dtype = "<i4" if max(ids, default=0) < 1 << 31 else "<i8"
+    return hashlib.sha256(np.array(ids, dtype).tobytes()).hexdigest()[:HASH_DIGITS]
+
+
+def is_prompt_hash(value: Any) -> bool:
+    """Whether JSON holds a `prompt_hash`."""
+    return isinstance(value, str) and HASH.fullmatch(value) is not None
 
 
 def is_prompt_key(value: Any) -> bool:

@@ -7,14 +7,16 @@ A dump's buckets are taken one after the other. Each makes its Gram matrix, take
 its halves included, and leaves behind its leading directions, which is all that comparisons across buckets need.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
 
 from ..analysis.bucket import Bucket, bucket_of, rollout_codes
+from ..analysis.prompts import Pairs, number_prompts
 from ..analysis.replication import spread_of
 from ..common.console import progress_bar
 from ..dump.format import Dump
@@ -43,6 +45,7 @@ from .subspaces import (
     split_half_ceiling,
 )
 
+log = logging.getLogger(__name__)
 RANK_PERCENTS = (50, 90, 95, 99)
 RANK_DRAWS_OF_LARGE = 3
 LARGE_GRAM = 1024
@@ -147,6 +150,23 @@ class Exp1:
         ]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One dump's buckets over the first's, paired by prompt.
+
+    Attributes:
+        ratios: of each bucket, None where either has no number; None in place of all where nothing can be compared.
+        pairs: how prompts were paired.
+        reason: why there are no ratios, else None.
+        warning: what the reader must be told of the pairing, else None.
+    """
+
+    ratios: list[Ratio | None] | None
+    pairs: Pairs
+    reason: str | None = None
+    warning: str | None = field(default=None, compare=False)
+
+
 def place_in_null(value: float, null: np.ndarray) -> int:
     """-1 below, 1 above the central 95% of `null`, [draws], 0 inside or where either has no number."""
     null = null[np.isfinite(null)]
@@ -192,34 +212,51 @@ def sample_rollouts(dump: Dump, most: int = MAX_ROLLOUTS, seed: int = 0) -> Dump
 
 def measure_dumps(
     dumps: Mapping[str, Dump], settings: Exp1Settings | None = None, device: str = "cpu"
-) -> tuple[dict[str, Exp1], dict[str, list[Ratio | None] | None]]:
+) -> tuple[dict[str, Exp1], dict[str, Comparison]]:
     """Exp 1 of every dump, at the smallest bucket of all, with progress on stderr; and further tags against the first.
 
     What only comparisons need is kept of the first dump alone: of many checkpoints it would outgrow all else.
     """
     settings = settings or Exp1Settings()
-    keys = sorted({key for dump in dumps.values() for key in dump.prompt_keys}, key=str)
-    code = {key: number for number, key in enumerate(keys)}  # the same prompt has the same number in all dumps
+    numbers, pairs = number_prompts(dumps)
+    warnings = {tag: _warning_of(next(iter(dumps)), tag, found) for tag, found in pairs.items()}
+    for warning in filter(None, warnings.values()):
+        log.warning(warning)
     common_n = smallest_bucket(dump.bin for dump in dumps.values())
     results: dict[str, Exp1] = {}
     compared = {}
     for tag, dump in dumps.items():
         whole = bucket_of(dump, device=device)
-        whole.prompt = np.array([code[key] for key in dump.prompt_keys], dtype=int)[dump.prompt]
+        whole.prompt = numbers[tag][dump.prompt]
         with progress_bar(f"{tag}: Exp 1", dump.bins + settings.null, "steps") as bar:
             result = measure_dump(whole, dump.bin, dump.bins, common_n, settings, bar.update)
         if results:
-            compared[tag] = _compare(next(iter(results.values())), result)
+            compared[tag] = _compare(next(iter(results.values())), result, pairs[tag], warnings[tag])
             result = replace(result, sums=[])
         results[tag] = result
     return results, compared
 
 
-def _compare(first: Exp1, result: Exp1) -> list[Ratio | None] | None:
-    """One dump's buckets against the first's; None where these have another number of buckets."""
+def _compare(first: Exp1, result: Exp1, pairs: Pairs, warning: str | None) -> Comparison:
+    """One dump's buckets against the first's; no ratios where their number differs or no prompt is common."""
     if len(first.sums) != len(result.sums):
-        return None
-    return [compare_buckets(one, other) for one, other in zip(first.sums, result.sums, strict=True)]
+        return Comparison(None, pairs, "the number of buckets differs", warning)
+    if pairs.n_prompts == 0:
+        return Comparison(None, pairs, f"no prompt is common to both, by {pairs.by}", warning)
+    ratios = [compare_buckets(one, other) for one, other in zip(first.sums, result.sums, strict=True)]
+    return Comparison(ratios, pairs, None, warning)
+
+
+def _warning_of(first: str | None, tag: str | None, pairs: Pairs) -> str | None:
+    """What a reader of the comparison must know: a pairing that is a guess, or leaves nothing."""
+    if not pairs.is_certain:
+        return (
+            f"{first} and {tag} are paired by prompt_idx alone, as they don't tell their prompts' token ids or data "
+            "set: what is said over the prompts of both is wrong if these are other problems, or in another order"
+        )
+    if pairs.n_prompts == 0:
+        return f"{first} and {tag} have no prompt in common, by {pairs.by}: they are not compared"
+    return None
 
 
 def measure_dump(

@@ -7,9 +7,9 @@ import numpy as np
 
 from ..analysis.text import MISSING, format_number, format_replication, format_table, format_with_interval
 from ..common.console import printable
-from ..dump.format import Dump
-from .compression import DrawnNumber, Ratio, drawn_number
-from .measure import REPLICATED, Exp1, chance_outside_null, place_in_null
+from ..dump.format import Dump, shown_projection, target_name
+from .compression import DrawnNumber, drawn_number
+from .measure import REPLICATED, Comparison, Exp1, chance_outside_null, place_in_null
 
 SUMMARY = "exp1_summary.json"
 RANKS = ("rank50", "rank90", "rank95", "rank99")
@@ -24,6 +24,7 @@ def summary_of(dump: Dump, result: Exp1, fingerprints: list[str]) -> dict[str, A
         "row_dim": dump.row_dim,
         "target": dump.manifest["target"],
         "row_idx": dump.manifest["row_idx"],
+        "projection": shown_projection(dump.manifest),
         "model": dump.manifest["model_path"],
         "manifest_sha256": fingerprints,
         **numbers_of(result),
@@ -77,7 +78,7 @@ def _drawn_table(values: np.ndarray) -> list[list[dict[str, Any] | None]]:
 
 def report(tag: str, numbers: dict[str, Any], result: Exp1) -> str:
     """One tag's results as tables for people."""
-    source = printable(f"{tag}: {numbers['model']}, {numbers['target']}[{numbers['row_idx']}]")
+    source = printable(f"{tag}: {numbers['model']}, {target_name(numbers)}")
     draws, common_n = numbers["draws"], numbers["per_bucket"]["0"]["matched_n"]["n"]
     return (
         f"{source}\n"
@@ -151,20 +152,20 @@ def _cross_table(result: Exp1, measure: str, name: str) -> str:
     return format_table(columns, rows)
 
 
-def comparison_report(first_tag: str, tag: str, ratios: list[Ratio | None] | None) -> str:
+def comparison_report(first_tag: str, tag: str, found: Comparison) -> str:
     """One tag against the first as a table for people."""
     title = printable(f"{tag} over {first_tag}: unit-norm participation ratio at equal n")
-    if ratios is None:
-        return f"{title}: not compared, the number of buckets differs"
+    if found.ratios is None:
+        return f"{title}: not compared, {found.reason}"
     rows = []
-    for index, ratio in enumerate(ratios):
+    for index, ratio in enumerate(found.ratios):
         if ratio is None:
             rows.append([str(index), MISSING, MISSING, MISSING, "no number"])
             continue
         with_interval = format_with_interval(ratio.ratio, ratio.ci95, 3)
         rows.append([str(index), str(ratio.n), str(ratio.n_prompts), with_interval, ratio.verdict])
     table = format_table(["bucket", "n", "prompts", "ratio [95%]", "verdict"], rows)
-    return f"{title}, over the prompts of both\n{table}"
+    return f"{title}, over the {found.pairs.n_prompts} prompts of both, paired by {found.pairs.by}\n{table}"
 
 
 def replication_report(numbers: dict[str, Any]) -> str:
@@ -179,11 +180,13 @@ def replication_report(numbers: dict[str, Any]) -> str:
     return f"\n\n{format_replication(spreads)}"
 
 
-def by_bucket(ratios: list[Ratio | None] | None) -> dict[str, Any] | None:
-    """One tag's comparison with the first, for the summary."""
-    if ratios is None:
-        return None
-    return {str(index): None if ratio is None else asdict(ratio) for index, ratio in enumerate(ratios)}
+def comparison_of(first_tag: str, found: Comparison) -> dict[str, Any]:
+    """The keys of one tag's part that compare it with the first."""
+    ratios = None
+    if found.ratios is not None:
+        ratios = {str(index): None if ratio is None else asdict(ratio) for index, ratio in enumerate(found.ratios)}
+    paired = asdict(found.pairs) | {"reason": found.reason}
+    return {"compared_with": {first_tag: ratios}, "paired_with": {first_tag: paired}}
 
 
 def _drawn(number: dict[str, Any] | None, decimals: int) -> str:

@@ -9,7 +9,7 @@ from ..analysis.inputs import directory_name
 from ..analysis.replication import spread_of
 from ..analysis.text import format_number, format_p_value, format_replication, format_table, format_with_interval
 from ..common.console import printable
-from ..dump.format import Dump
+from ..dump.format import Dump, shown_projection, target_name
 from ..dump.on_policy import LARGEST_Z
 from .direction import (
     MIN_RARE_TOKENS,
@@ -77,6 +77,7 @@ def summary_of(dump: Dump, buckets: list[BucketDirections]) -> dict[str, Any]:
         "model": dump.manifest["model_path"],
         "target": dump.manifest["target"],
         "row_idx": dump.manifest["row_idx"],
+        "projection": shown_projection(dump.manifest),
         "bucket": dump.bins - 1,
         "n_prompts": top.directions.n_prompts,
         "bucket_by": dump.manifest.get("bucket_by", "entropy"),
@@ -127,7 +128,7 @@ def _control(cosines: np.ndarray, n_halved: int) -> dict[str, Any]:
 def report(summary: dict[str | None, dict[str, Any]]) -> str:
     """All dumps' results as tables for people."""
     named = {printable(tag or numbers["run_dir"]): numbers for tag, numbers in summary.items()}
-    sources = [printable(f"{name}: {n['model']}, {n['target']}[{n['row_idx']}]") for name, n in named.items()]
+    sources = [printable(f"{name}: {n['model']}, {target_name(n)}") for name, n in named.items()]
     groups = format_table(
         ["correct vs incorrect", "bucket", "usable prompts", "mean cos", "median", "std", "share > 0", "share > 0.5"],
         [

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..analysis.differences import study_of
 from ..analysis.replication import spread_of
 from ..analysis.text import format_number, format_replication, format_share, format_table, format_with_interval
 from ..common.console import printable
-from ..dump.format import Dump, target_name
+from ..dump.format import Dump, shown_projection, target_name
 from ..dump.on_policy import is_chosen_by_prefix
 from .measure import DumpSignal
 from .signal import CLAIMED_SHARE, SEEN, Exp3
@@ -53,17 +54,17 @@ def summary_over_targets(
     numbers = summary_of(of_first.signal)
     for bucket, found in zip(numbers["per_bucket"].values(), of_first.on_policy_by_bucket, strict=True):
         bucket["on_policy"] = asdict(found)
-    projection = manifest.get("projection")
     summary = {
         "model": manifest["model_path"],
         "target": manifest["target"],
         "row_idx": manifest["row_idx"],
-        "projection": projection and {side: projection[side] for side in ("rows", "cols")},
+        "projection": shown_projection(manifest),
         "bucket_by": manifest.get("bucket_by", "entropy"),
         "is_chosen_by_prefix": is_chosen_by_prefix(manifest),
         "edges": manifest["entropy_edges"],
         "on_policy": asdict(of_first.on_policy),
         **numbers,
+        "study": study_of(manifest),
         "manifest_sha256": list(fingerprints),
     }
     if others:

@@ -200,10 +200,19 @@ def limits_of(exp1: Summary, exp2: Summary, exp3: Summary, manifests: Summary) -
     if looking:
         text = f"Buckets by {' and '.join(looking)} are chosen by the very tokens drawn: their scores' mean is not 0."
         limits.append(Limit("rules", text))
+    differences = _differences(exp1, exp2, exp3)
+    if differences:
+        limits.append(Limit("differences beside the weights", " ".join(f"{line}." for line in differences)))
     limits.append(Limit("huge gradients", _sentences(exp1, _huge)))
     if any(numbers.get("reference") is not None for numbers in exp2.values()):
         limits.append(Limit("−1", OTHER_REASONS))
     return limits
+
+
+def _differences(*experiments: Summary) -> list[str]:
+    """What tags differ in, each line once."""
+    lines = (line for summary in experiments for numbers in summary.values() for line in numbers.get("differences", ()))
+    return list(dict.fromkeys(lines))
 
 
 def _sentences(summaries: Summary, sentence: Any) -> str:

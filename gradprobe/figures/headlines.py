@@ -34,7 +34,7 @@ def draw_headlines(sources: Mapping[str, Any], found: Headlines) -> dict[str, Fi
     subjects, of_subjects = subjects_of(sources), list(found.compression.values())
     drawn = {
         EXP1_HEADLINE: draw_compression_headline(
-            subjects, of_subjects, [ratios or [] for ratios in found.compared.values()]
+            subjects, of_subjects, [one.ratios or [] for one in found.compared.values()]
         ),
         TOP_BUCKET_ENERGY: draw_top_bucket_energy(subjects, [one.spectrum(-1) for one in of_subjects]),
         EXP2_HEADLINE: draw_direction_headline(subjects, list(found.directions.values())),
@@ -72,7 +72,7 @@ def headline_tables(found: Headlines) -> str:
         [[tag, *_direction_cells(result)] for tag, result in found.directions.items()],
     )
     first = next(iter(found.compression))
-    comparisons = [comparison_report(first, tag, ratios) for tag, ratios in found.compared.items()]
+    comparisons = [comparison_report(first, tag, one) for tag, one in found.compared.items()]
     return "\n\n".join([bucket_table, *comparisons, direction_table])
 
 

@@ -20,11 +20,13 @@ import numpy as np
 from ..analysis.bucket import bucket_of
 from ..analysis.inputs import first_targets, open_dumps, warn
 from ..analysis.jackknife import Estimate
+from ..analysis.prompts import Pairs
+from ..analysis.summaries import seals_of
 from ..common.files import bytes_aside, open_binary
 from ..dump.format import Dump
 from ..dump.on_policy import OnPolicy
 from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
-from ..exp1.measure import BucketNumbers, Exp1, Exp1Settings, measure_dumps, refusal, sample_rollouts
+from ..exp1.measure import BucketNumbers, Comparison, Exp1, Exp1Settings, measure_dumps, refusal, sample_rollouts
 from ..exp1.plane import Projection, project_to_plane
 from ..exp1.spectrum import Spectrum
 from ..exp2.direction import Alignment, Cancellation, Directions, PromptDirection, Signal
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 EXP1_ARRAYS = "exp1_arrays.npz"
 EXP2_ARRAYS = "exp2_arrays.npz"
-LAYOUT = 1
+LAYOUT = 2
 """Of the arrays' names and meanings: files of another layout are not read."""
 
 Fingerprints = Mapping[str, Sequence[str]]
@@ -79,12 +81,12 @@ class Headlines:
 
     Attributes:
         compression: of each tag.
-        compared: of each tag but the first, per bucket, how it compares with the first; None where buckets differ.
+        compared: of each tag but the first, how it compares with the first.
         directions: of each tag, its bucket of highest entropy.
     """
 
     compression: dict[str, Compression]
-    compared: dict[str, list[Ratio | None] | None]
+    compared: dict[str, Comparison]
     directions: dict[str, BucketDirections]
 
 
@@ -126,8 +128,10 @@ def headlines_of(
     return Headlines(*exp1, directions)
 
 
-def write_compression(file: Path, found: Mapping[str, Compression], fingerprints: Fingerprints) -> None:
-    """Write `exp1_arrays.npz`, whole or not at all."""
+def write_compression(
+    file: Path, found: Mapping[str, Compression], fingerprints: Fingerprints, seals: Mapping[str, str]
+) -> None:
+    """Write `exp1_arrays.npz`, whole or not at all. `seals`: of the summary that it stands beside."""
     arrays: dict[str, np.ndarray] = {}
     for place, one in enumerate(found.values()):
         arrays |= {f"{place}.energies.{bucket}": energies for bucket, energies in enumerate(one.energies)}
@@ -137,12 +141,12 @@ def write_compression(file: Path, found: Mapping[str, Compression], fingerprints
         arrays[f"{place}.n_rows"] = np.array(one.projection.n_rows)
         if one.projection.explained is not None:
             arrays[f"{place}.explained"] = one.projection.explained
-    _write(file, arrays, fingerprints)
+    _write(file, arrays, fingerprints, seals)
 
 
 def read_compression(
     file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints
-) -> tuple[dict[str, Compression], dict[str, list[Ratio | None] | None]]:
+) -> tuple[dict[str, Compression], dict[str, Comparison]]:
     """What `write_compression` wrote and `exp1_summary.json` says: every tag's numbers, and further tags' ratios.
 
     Raises:
@@ -161,16 +165,18 @@ def read_compression(
         energies = [arrays[f"{place}.energies.{bucket}"] for bucket in range(len(buckets))]
         found[tag] = Compression(buckets, energies, projection, arrays[f"{place}.point_buckets"])
     first, *others = fingerprints
-    return found, {tag: _ratios(summary[tag]["compared_with"][first]) for tag in others}
+    return found, {tag: _comparison(summary[tag], first) for tag in others}
 
 
-def write_directions(file: Path, found: Mapping[str, BucketDirections], fingerprints: Fingerprints) -> None:
-    """Write `exp2_arrays.npz` of each tag's bucket of highest entropy, whole or not at all."""
+def write_directions(
+    file: Path, found: Mapping[str, BucketDirections], fingerprints: Fingerprints, seals: Mapping[str, str]
+) -> None:
+    """Write `exp2_arrays.npz` of each tag's bucket of highest entropy, whole or not at all. `seals`: as above."""
     arrays = {}
     for place, one in enumerate(found.values()):
         arrays[f"{place}.control"] = _with_nan(one.directions.control)
         arrays[f"{place}.control_by_rollout"] = _with_nan(one.control_by_rollout)
-    _write(file, arrays, fingerprints)
+    _write(file, arrays, fingerprints, seals)
 
 
 def read_directions(file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints) -> dict[str, BucketDirections]:
@@ -211,8 +217,13 @@ def is_about(summary: Mapping[str, Any], fingerprints: Fingerprints) -> bool:
     )
 
 
-def _write(file: Path, arrays: dict[str, np.ndarray], fingerprints: Fingerprints) -> None:
-    about = {"layout": LAYOUT, "manifest_sha256": {tag: list(values) for tag, values in fingerprints.items()}}
+def _about(fingerprints: Fingerprints, seals: Mapping[str, str]) -> dict[str, Any]:
+    of_dumps = {tag: list(values) for tag, values in fingerprints.items()}
+    return {"layout": LAYOUT, "manifest_sha256": of_dumps, "content_sha256": dict(seals)}
+
+
+def _write(file: Path, arrays: dict[str, np.ndarray], fingerprints: Fingerprints, seals: Mapping[str, str]) -> None:
+    about = _about(fingerprints, seals)
     with bytes_aside(file) as stream:
         np.savez(stream, about=np.array(json.dumps(about)), **arrays)
 
@@ -226,11 +237,13 @@ def _read(file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints) ->
         raise NotTheseDumps(f"there is no {file.name}") from error
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         raise NotTheseDumps(f"{file.name} can't be read ({error})") from error
-    expected = {tag: list(values) for tag, values in fingerprints.items()}
-    if about != {"layout": LAYOUT, "manifest_sha256": expected} or list(about["manifest_sha256"]) != list(expected):
+    expected = _about(fingerprints, {})
+    if not isinstance(about, dict) or {**about, "content_sha256": {}} != expected:
         raise NotTheseDumps(f"{file.name} is about others")
     if not is_about(summary, fingerprints):
         raise NotTheseDumps(f"the summary beside {file.name} is missing or about others")
+    if about.get("content_sha256") != seals_of(summary):
+        raise NotTheseDumps(f"{file.name} is of another run than the summary beside it")
     return arrays
 
 
@@ -250,6 +263,12 @@ def _bucket_numbers(numbers: Mapping[str, Any]) -> BucketNumbers:
         for name, value in numbers["matched_n"].items()
     }
     return _made_of(BucketNumbers, {**numbers, "matched_n": MatchedN(**matched)})
+
+
+def _comparison(numbers: Mapping[str, Any], first: str) -> Comparison:
+    paired = dict(numbers["paired_with"][first])
+    reason = paired.pop("reason")
+    return Comparison(_ratios(numbers["compared_with"][first]), Pairs(**paired), reason)
 
 
 def _ratios(buckets: Mapping[str, Any] | None) -> list[Ratio | None] | None:

@@ -8,6 +8,8 @@ says why.
 """
 
 import functools
+import io
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
+from PIL import Image
 
 from ..analysis.inputs import target_name
-from ..common.files import bytes_aside
+from ..analysis.summaries import seals_of
+from ..common.errors import InputError, reason_of
+from ..common.files import bytes_aside, read_bytes
 
 DPI = 160
 STYLE = {
@@ -45,6 +50,8 @@ SERIES_COLOURS = {"base": "#0072B2", "trained": "#D55E00"}
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 CONTROL_COLOUR = "#4d4d4d"
 NOTE_COLOUR = "#595959"
+ABOUT = "gradprobe"
+"""The PNG text that says, as JSON, what a figure was drawn from."""
 MAX_NAME_LENGTH = 32
 MAX_TAG_LENGTH = 16
 MAX_UPRIGHT_NAMES = 4
@@ -112,10 +119,34 @@ def bucket_colours(n_buckets: int) -> np.ndarray:
     return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, n_buckets))
 
 
-def save(figure: Figure, file: Path) -> None:
-    """Write a PNG, whole or not at all; the same figure gives the same bytes."""
+def drawn_from(name: str, summary: Mapping[str | None, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a figure of an analysis says that it shows: the summary written beside it, `name`, by its seals."""
+    return {"summary": name, "content_sha256": seals_of(summary)}
+
+
+def save(figure: Figure, file: Path, about: Mapping[str, Any]) -> None:
+    """Write a PNG that says what it was drawn from, whole or not at all; the same figure gives the same bytes."""
     with bytes_aside(file) as stream, matplotlib.rc_context(STYLE):  # tick labels are made when drawn
-        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None, ABOUT: json.dumps(about)})
+
+
+def read_picture(file: Path) -> tuple[bytes, Any]:
+    """A PNG's bytes and what it says that it was drawn from; None where it says nothing that can be read.
+
+    Raises:
+        InputError: it is no whole PNG.
+    """
+    try:
+        content = read_bytes(file)
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            about = picture.info.get(ABOUT)
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file}: is no whole PNG ({reason_of(error)}); run the analysis again") from error
+    try:
+        return content, json.loads(str(about))
+    except (ValueError, RecursionError):
+        return content, None
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

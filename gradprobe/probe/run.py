@@ -19,7 +19,7 @@ from ..dump.check import checksums_of
 from ..dump.growing import Record
 from ..dump.on_policy import OFF_POLICY, Tokens, claims_on_policy
 from ..dump.pooled import buckets_of, pooled_tokens
-from ..dump.records import PooledTokens, Position, Rollout, write_records
+from ..dump.records import PooledTokens, Position, Rollout, prompt_hash, write_records
 from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
@@ -321,7 +321,8 @@ def lines_of(
 def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollouts: list[Rollout]) -> dict[str, Any]:
     """What all targets' manifests have in common."""
     settings, identity = plan.settings, plan.identity
-    prompt_idxs = sorted({r.prompt_idx for r in rollouts})
+    hashes = {r.prompt_idx: prompt_hash(r.prompt_ids) for r in rollouts}
+    prompt_idxs = sorted(hashes)
     return {
         "model_path": settings.model_path,
         "num_prompts": len(prompt_idxs),
@@ -334,6 +335,7 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
         "seed": settings.seed,
         "num_correct_rollouts": sum(r.correct for r in rollouts),
         "prompt_idxs": prompt_idxs,
+        "prompt_hashes": [hashes[idx] for idx in prompt_idxs],
         "prompts_due": sorted(plan.source.prompts),
         "num_rollouts_due": sum(plan.source.rows_per_prompt),
         "num_response_tokens": sum(len(r.response_ids) for r in rollouts),

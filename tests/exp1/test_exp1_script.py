@@ -23,7 +23,8 @@ CROSS = {
     *("cross_bucket_top1_cosine", "cross_bucket_top1_repeats", "cross_bucket_overlap", "cross_bucket_captured_energy"),
     *("cross_bucket_ceiling", "cross_bucket_ceiling_detail", "cross_bucket_null"),
 }
-PER_TAG = {"n_positions", "row_dim", "target", "row_idx", "model", "manifest_sha256", "per_bucket", "draws"} | CROSS
+PER_TAG = {"n_positions", "row_dim", "target", "row_idx", "projection", "model", "manifest_sha256", "per_bucket"}
+PER_TAG |= {"draws", "differences", "content_sha256"} | CROSS
 SIZES = ["1", "5", "10", "20"]
 
 
@@ -50,7 +51,7 @@ def test_every_key_is_there_and_verdicts_are_those_planted(tmp_path: Path, capsy
     dumps["again"] = write_low_rank_dump(tmp_path / "again", n_dims=24, seed=1)
     summary = run(tmp_path / "out", **dumps)
     assert set(summary["base"]) == PER_TAG
-    assert set(summary["trained"]) == set(summary["again"]) == PER_TAG | {"compared_with"}
+    assert set(summary["trained"]) == set(summary["again"]) == PER_TAG | {"compared_with", "paired_with"}
     for numbers in summary.values():
         assert all(set(bucket) == PER_BUCKET for bucket in numbers["per_bucket"].values())
         assert {bucket["matched_n"]["n"] for bucket in numbers["per_bucket"].values()} == {144}
@@ -71,7 +72,7 @@ def test_every_key_is_there_and_verdicts_are_those_planted(tmp_path: Path, capsy
 
 
 def test_other_numbers_of_buckets_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    few = planted.write_dump(tmp_path / "few", np.eye(6), np.arange(6) % 3, bins=3)
+    few = planted.write_dump(tmp_path / "few", np.eye(6, 48), np.arange(6) % 3, bins=3)
     summary = run(tmp_path / "out", a=write_low_rank_dump(tmp_path / "a", n_dims=6, seed=0, n_prompts=4), few=few)
     assert summary["few"]["compared_with"] == {"a": None}
     assert "the number of buckets differs" in capsys.readouterr().out
@@ -152,7 +153,7 @@ def test_prompts_are_matched_by_key_not_by_place(tmp_path: Path):
     )
     dumps = {tag: targets[0] for tag, targets in open_dumps({"first": first, "second": second}).items()}
     results, compared = measure_dumps(dumps, Exp1Settings(ceiling=1, null=1))
-    assert [ratio.n_prompts for ratio in compared["second"]] == [8] * 5
+    assert [ratio.n_prompts for ratio in compared["second"].ratios] == [8] * 5
     assert results["second"].sums == []
     alike, shared = dumps["first"].only(np.flatnonzero(dumps["first"].prompt >= 4)), dumps["second"]
     of_shared, _ = measure_dumps({"first": alike, "second": shared}, Exp1Settings(ceiling=1, null=1))

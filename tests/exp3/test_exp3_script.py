@@ -16,6 +16,7 @@ FIGURES = {"exp3_headline.png", "exp3_keep_top.png"}
 KEYS = {"n_prompts", "n_prompts_mixed", "n_rollouts", "bins", "objective", "target", "on_policy", "signal"}
 KEYS |= {"noise_scale_prompts", "per_bucket", "keep_top", "keep_bottom", "keep_random", "at_20_percent", "bucket_by"}
 KEYS |= {"model", "manifest_sha256", "row_idx", "projection", "is_chosen_by_prefix", "edges"}
+KEYS |= {"differences", "study", "content_sha256"}
 ESTIMATE, TEST = {"value", "ci95"}, {"mean", "z", "verdict"}
 OF_BUCKET = {"share_of_tokens": None, "n_rare": None, "signal_share": ESTIMATE, "signal_share_within_prompts": ESTIMATE}
 OF_BUCKET |= {"noise_share": None, "noise_scale_prompts": None, "cosine_with_update": ESTIMATE, "on_policy": TEST}

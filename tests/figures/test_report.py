@@ -34,8 +34,8 @@ def study(base: Path, trained: Path, figures: Path, analyses: bool = True) -> st
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[str, Path]:
     root = tmp_path_factory.mktemp("report")
-    base = write_heavy_tailed_dump(root / "base", seed=1, model_path=HOSTILE)
-    trained = write_heavy_tailed_dump(root / "trained", seed=2)
+    base = write_heavy_tailed_dump(root / "base", seed=1, model_path=HOSTILE, model_identity="planted")
+    trained = write_heavy_tailed_dump(root / "trained", seed=2, model_identity="planted", max_new_tokens=65)
     return study(base, trained, root / "figures"), root / "figures"
 
 
@@ -76,6 +76,7 @@ def test_answers_lead_each_with_its_one_figure_and_limits_follow(results):
     top, folded = sections_of(results[0])
     assert re.findall(r"<figcaption>(.*?)</figcaption>", top) == ["exp1_headline.png", "exp2_alignment.png"]
     assert top.index("What limits these answers") > top.index("exp2_alignment.png")
+    assert "base and trained differ in max_new_tokens: 64 and 65." in top
     assert "<table" not in top
     assert folded.count("<table") >= 6
     assert "Not measured" in top
@@ -155,9 +156,9 @@ def test_summaries_of_before_have_a_page_too(results):
 def test_exp3_is_the_third_answer_where_it_was_measured(results, tmp_path):
     figures = tmp_path / "figures"
     shutil.copytree(results[1], figures)
-    for tag, strength in {"base": np.linspace(0, 0.6, 5), "nothing": np.zeros(5)}.items():
-        write_planted_signal(tmp_path / tag, strength, seed=3)
-    tagged = [f"{tag}={tmp_path / tag}" for tag in ("base", "nothing")]
+    for tag, strength in {"base": np.linspace(0, 1.2, 5), "trained": np.zeros(5)}.items():
+        write_planted_signal(tmp_path / tag, strength, seed=3, n_prompts=20)
+    tagged = [f"{tag}={tmp_path / tag}" for tag in ("base", "trained")]
     assert analyze_exp3_signal.main(["--output-dir", str(figures), *tagged]) == 0
     root = results[1].parent
     page = study(root / "base", root / "trained", figures, analyses=False)
@@ -171,11 +172,6 @@ def test_exp3_is_the_third_answer_where_it_was_measured(results, tmp_path):
     assert "<figcaption>exp3_headline.png</figcaption>" in top
     assert "<figcaption>exp3_keep_top.png</figcaption>" in folded
     assert "Not measured" not in page
-    exp3["base"].pop("manifest_sha256")
-    (figures / "exp3_summary.json").write_text(json.dumps(exp3))
-    page = study(root / "base", root / "trained", figures, analyses=False)
-    assert "Not measured" in page
-    assert "exp3_headline.png" not in page
 
 
 def test_a_study_without_any_number_still_has_a_report(tmp_path):

@@ -117,7 +117,14 @@ def test_shards_with_edges_of_their_own_merge_to_the_same_buckets(whole, samplin
     manifest = json.loads((tmp_path / "merged" / "manifest.json").read_text())
     expected = json.loads((whole / "manifest.json").read_text())
     np.testing.assert_allclose(manifest["entropy_edges"], expected["entropy_edges"], rtol=1e-5)
-    for key in ("num_prompts", "num_rollouts", "num_correct_rollouts", "prompt_idxs", "num_response_tokens"):
+    for key in (
+        "num_prompts",
+        "num_rollouts",
+        "num_correct_rollouts",
+        "prompt_idxs",
+        "prompt_hashes",
+        "num_response_tokens",
+    ):
         assert manifest[key] == expected[key]
 
 
