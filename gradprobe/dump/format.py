@@ -450,12 +450,16 @@ def _meta_faults(record: dict[str, Any], kinds: Mapping[str, Kind], n_rows: int,
 
 
 def _warnings(path: Path, manifest: dict[str, Any]) -> tuple[str, ...]:
+    warnings = []
     if "shards" in manifest and "format_version" not in manifest:
-        return (
+        warnings.append(
             f"{path}: merged by the original scripts, which may have put labels on the wrong rows; that can't be "
-            "checked here, so merge it again from its shards",
+            "checked here, so merge it again from its shards"
         )
-    return ()
+    noise = (manifest.get("rollouts_from") or {}).get("shared_noise")
+    if isinstance(noise, dict) and noise.get("is_shared"):
+        warnings.append(f"{path}: rollouts of different prompts share their noise; intervals take them for independent")
+    return tuple(warnings)
 
 
 def find_rollouts(path: Path) -> Path | None:

@@ -34,6 +34,7 @@ from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
+from ..rollouts.independence import shared_noise
 from ..rollouts.server import connect
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
@@ -327,6 +328,8 @@ def read_rollout_source(
         )
     for line in found.report.lines():
         log.info(line)
+    noise = shared_noise(found.rollouts)
+    log.log(logging.WARNING if noise.is_shared else logging.INFO, noise.line())
     prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
     if len(prompts) < settings.num_shards:
         raise InputError(f"`num_shards` {settings.num_shards}: {file} has {len(prompts)} prompts")
@@ -348,6 +351,7 @@ def read_rollout_source(
             **found.report.as_dict(),
             "correct_from": settings.correct_from,
             "correct_above": settings.correct_above,
+            "shared_noise": noise.as_dict(),
             **judge,
         },
     }

@@ -6,7 +6,7 @@ held against what shuffled ones give.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -37,6 +37,10 @@ class SharedNoise:
     def is_shared(self) -> bool:
         """Whether agreement at equal numbers is no chance."""
         return self.z is not None and self.z > LARGEST_Z
+
+    def as_dict(self) -> dict[str, float | bool | None]:
+        """For the manifest."""
+        return {**asdict(self), "is_shared": self.is_shared}
 
     def line(self) -> str:
         """For a person."""

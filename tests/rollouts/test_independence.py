@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import probe_grad_vectors
+from gradprobe.dump.format import load_dump
 from gradprobe.dump.records import Rollout
 from gradprobe.rollouts.independence import shared_noise
 
 DATA = Path(__file__).parents[1] / "data" / "rollouts"
+DEMO = Path(__file__).parents[2] / "demo"
 
 
 def rollouts_of(name: str) -> list[Rollout]:
@@ -52,3 +55,14 @@ def test_one_prompt_or_one_rollout_each_tells_nothing(kept):
     found = shared_noise(list(filter(kept, rollouts_of("vllm_one_seed.jsonl"))))
     assert (found.same, found.other, found.z) == (None, None, None)
     assert "can't be told" in found.line()
+
+
+@pytest.mark.parametrize(("name", "is_shared"), [("vllm_one_seed.jsonl", True), ("vllm_no_seed.jsonl", False)])
+def test_the_probe_says_so_in_terminal_and_manifest_and_readers_repeat_it(name, is_shared, tmp_path, capsys):
+    arguments = "--pos-per-bin-per-rollout 1 --bins 2 --device cpu --min-mixed-prompts 0"
+    paths = ["--model-path", DEMO / "base", "--rollouts", DATA / name, "--output-dir", tmp_path / "out"]
+    assert probe_grad_vectors.main([*map(str, paths), *arguments.split()]) == 0
+    assert ("warning: rollouts of different prompts share their noise" in capsys.readouterr().err) == is_shared
+    dump = load_dump(tmp_path / "out")
+    assert dump.manifest["rollouts_from"]["shared_noise"]["is_shared"] == is_shared
+    assert any("share their noise" in warning for warning in dump.warnings) == is_shared
