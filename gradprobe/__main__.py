@@ -3,6 +3,7 @@
     probe    sample rollouts, take gradients, write a dump     (probe_grad_vectors.py)
     check    is a dump sound?
     show     look at rollouts, tokens shaded by their entropy
+    verify   judge a dump's rollouts anew
     merge    shards of one study become one dump               (merge_grad_vector_shards.py)
     exp1     how many directions each entropy bucket spans     (analyze_exp1_compression.py)
     exp2     do correct and incorrect rollouts push alike      (analyze_exp2_direction.py)
@@ -19,6 +20,7 @@ MODULES = {
     "probe": "probe_grad_vectors",
     "check": "gradprobe.check",
     "show": "gradprobe.show",
+    "verify": "gradprobe.verify",
     "merge": "merge_grad_vector_shards",
     "exp1": "analyze_exp1_compression",
     "exp2": "analyze_exp2_direction",

@@ -38,7 +38,7 @@ from ..rollouts.independence import shared_noise
 from ..rollouts.server import connect
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
-from .settings import BATCH_TOKENS, DEFAULT_VERIFIER, ProbeSettings
+from .settings import BATCH_TOKENS, ProbeSettings
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ def read_problem_source(
             "seed": settings.seed,
             "num_prompts_of_study": settings.num_prompts,
             **({} if settings.stop is None else {"stop": settings.stop}),
-            "verifier": described_verifier(settings, verifier),
+            "verifier": verifier.described(settings.verifier_seconds),
         },
     }
     return SampledRollouts(problems, sampling, server, settings.server_requests), description
@@ -294,13 +294,6 @@ def read_problems(settings: ProbeSettings, tokenizer: Any) -> ProblemSet:
     for note in problem_set.notes:
         log.info(f"note: {note}")
     return problem_set
-
-
-def described_verifier(settings: ProbeSettings, verifier: Verifier) -> str | dict[str, Any]:
-    """What identity and manifest say of the verifier."""
-    if verifier.name == DEFAULT_VERIFIER:
-        return verifier.name
-    return {**verifier.description, "seconds": settings.verifier_seconds}
 
 
 def read_rollout_source(
@@ -336,7 +329,7 @@ def read_rollout_source(
     places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
     mine = {prompts[i] for i in places}
     source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
-    judge = {} if found.report.n_to_verify == 0 else {"verifier": described_verifier(settings, verifier)}
+    judge = {} if found.report.n_to_verify == 0 else {"verifier": verifier.described(settings.verifier_seconds)}
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),
         "temperature": origin.get("temperature"),

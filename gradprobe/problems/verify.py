@@ -23,6 +23,10 @@ class Verifier:
     name: str
     description: dict[str, Any]
 
+    def described(self, seconds: float) -> str | dict[str, Any]:
+        """What identity and manifest say of it and its time limit."""
+        return self.name if self.name == BOXED else {**self.description, "seconds": seconds}
+
 
 @dataclass(frozen=True)
 class Verdict:

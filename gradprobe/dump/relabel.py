@@ -1,0 +1,122 @@
+"""Other verdicts for a dump's rollouts: its labels and counts become theirs, its gradients stay as they are.
+
+The new files are written into a directory of their own and named in a list, and then take their places. A call that was
+cut off before the list was written has changed nothing; one that was cut off after it is finished by the next.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..common import files
+from ..common.errors import InputError, raise_if_any
+from ..common.files import iter_jsonl, make_directory, read_json, sha256_of, write_json
+from . import format as contract
+from .records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json, write_records
+
+Verdicts = Mapping[tuple[PromptKey, int], bool]
+STAGED, LIST = ".relabelled", "list.json"
+
+
+def rollouts_of(path: Path) -> tuple[list[Path], Path]:
+    """The dumps of a directory's targets, and the rollouts that they share; what an earlier call left is finished.
+
+    Raises:
+        InputError: a target is not finished, there are no rollouts, or they have changed since they were written.
+    """
+    _put_in_place(path / STAGED)
+    directories = contract.target_directories(path)
+    manifests = [contract.load_manifest(directory) for directory in directories]
+    file = contract.find_rollouts(directories[0])
+    if file is None:
+        raise InputError(f"{path}: no {contract.ROLLOUTS} in it; without the responses nothing can be judged anew")
+    if file.parent != path:
+        raise InputError(
+            f"{path}: shares its rollouts with other targets; name the directory of all of them, {file.parent}"
+        )
+    found = sha256_of(file)
+    raise_if_any(
+        f"{file}: has changed since it was written (its SHA-256 is not the manifest's)"
+        for manifest in manifests[:1]
+        if manifest.get("checksums", {}).get(contract.ROLLOUTS, found) != found
+    )
+    return directories, file
+
+
+def relabel(directories: list[Path], file: Path, verdicts: Verdicts, verifier: Any) -> None:
+    """Write verdicts into `rollouts.jsonl`, every target's `meta.jsonl` and manifest, and `settings.json`.
+
+    Args:
+        directories, file: of `rollouts_of`.
+        verdicts: by (prompt, sample), one of every rollout.
+        verifier: what manifests say of it.
+    """
+    staged = file.with_name(STAGED)
+    make_directory(staged)
+    places: dict[str, str] = {}
+
+    def new(place: Path) -> Path:
+        name = str(len(places))
+        places[name] = str(place.relative_to(file.parent))
+        return staged / name
+
+    rollouts = new(file)
+    write_records(rollouts, _relabelled(iter_rollouts(file), verdicts))
+    hashes = {contract.ROLLOUTS: sha256_of(rollouts)}
+    for directory in directories:
+        meta = new(directory / contract.META)
+        files.write_jsonl(meta, _relabelled_lines(directory / contract.META, verdicts))
+        old = contract.load_manifest(directory)
+        manifest = _judged_by(old, verifier) | {"num_correct_rollouts": sum(verdicts.values())}
+        manifest["judged_before"] = [*old.get("judged_before", []), _verdicts_of(old)]
+        manifest["checksums"] = {**old.get("checksums", {}), **hashes, contract.META: sha256_of(meta)}
+        write_json(new(directory / contract.MANIFEST), manifest)
+    settings = file.with_name(contract.SETTINGS)
+    if settings.exists() and "model" in read_json(settings):  # a merged dump's names targets only
+        write_json(new(settings), _judged_by(read_json(settings), verifier))
+    write_json(staged / LIST, {"places": places})
+    _put_in_place(staged)
+
+
+def _put_in_place(staged: Path) -> None:
+    """Finish what is listed, and take the rest away."""
+    if not os.path.lexists(staged):
+        return
+    if (staged / LIST).exists():
+        for name, place in read_json(staged / LIST)["places"].items():
+            if (staged / name).exists():
+                files.replace(staged / name, staged.parent / place)
+    shutil.rmtree(staged)
+
+
+def _relabelled(rollouts: Iterator[Rollout], verdicts: Verdicts) -> Iterator[Rollout]:
+    for rollout in rollouts:
+        yield replace(rollout, correct=verdicts[rollout.prompt_idx, rollout.sample_idx])
+
+
+def _relabelled_lines(meta: Path, verdicts: Verdicts) -> Iterator[dict[str, Any]]:
+    for number, line in iter_jsonl(meta):
+        key = prompt_key_from_json(line.get("prompt_idx")), line.get("sample_idx")
+        if key not in verdicts:
+            raise InputError(f"{meta}:{number}: its rollout is not in {contract.ROLLOUTS}")
+        yield line | {"correct": verdicts[key]}
+
+
+def _judged_by(record: dict[str, Any], verifier: Any) -> dict[str, Any]:
+    """A manifest or settings that name another verifier: where rollouts were sampled, or where they came from."""
+    if "rollouts_from" not in record:
+        return record | {"sampling": (record.get("sampling") or {}) | {"verifier": verifier}}
+    origin = record["rollouts_from"]
+    judged = {"verifier": verifier, "correct_from": "verifier", "correct_above": None, "verdict_from": "verifier"}
+    return record | {"rollouts_from": origin | judged | {"n_to_verify": origin.get("n_rollouts")}}
+
+
+def _verdicts_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Who judged before, and how many rollouts were correct."""
+    origin = manifest.get("rollouts_from") or manifest.get("sampling") or {}
+    keys = ("verifier", "correct_from", "correct_above")
+    counts = {"num_correct_rollouts": manifest.get("num_correct_rollouts")}
+    return {key: origin[key] for key in keys if key in origin} | counts

@@ -1,0 +1,76 @@
+"""Judge a dump's rollouts anew, without a GPU: its labels and counts change, its gradients don't.
+
+    python -m gradprobe.verify DUMP [DUMP ...] --verifier boxed|numeric|math-verify|module:function
+
+Give a study's shards rather than their merged dump, and merge them again. Exit status 2: a dump has no rollouts, or the
+verifier fails on one of them; that dump is left as it was.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .common.console import add_common_flags, printable, progress, script_main
+from .common.errors import InputError, first_few, raise_if_any
+from .common.files import locked
+from .dump.records import Rollout, iter_rollouts
+from .dump.relabel import relabel, rollouts_of
+from .problems.verify import BOXED, SECONDS_PER_ANSWER, RunningVerifier, Verdict, Verifier, load_verifier
+
+
+@script_main
+def main(argv: list[str] | None = None) -> int:
+    """Judge every dump named."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gradprobe.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dumps", type=Path, nargs="+", metavar="DUMP", help="a dump, or a directory of several targets")
+    parser.add_argument("--verifier", default=BOXED, help="as of the probe (default: %(default)s)")
+    parser.add_argument("--verifier-seconds", type=float, default=SECONDS_PER_ANSWER, help="for one answer at most")
+    add_common_flags(parser)
+    arguments = parser.parse_args(argv)
+    if not arguments.verifier_seconds > 0:
+        raise InputError(f"`verifier_seconds` {arguments.verifier_seconds}: must be above 0")
+    verifier = load_verifier(arguments.verifier)
+    for path in arguments.dumps:
+        with locked(path):
+            print(printable(f"{path}: {judge_anew(path, verifier, arguments.verifier_seconds)}"))
+    return 0
+
+
+def judge_anew(path: Path, verifier: Verifier, seconds: float) -> str:
+    """Give a dump the verifier's verdicts; what has changed, in words.
+
+    Raises:
+        InputError: the dump has no rollouts or has changed, or the verifier fails on one of them.
+    """
+    directories, file = rollouts_of(path)
+    rollouts = list(iter_rollouts(file))
+    verdicts = verdicts_on(rollouts, verifier, seconds)
+    raise_if_any(
+        first_few(
+            (
+                f"`verifier` {verifier.name}: failed on prompt {r.prompt_idx} sample {r.sample_idx}: {verdict.error}"
+                for r, verdict in zip(rollouts, verdicts, strict=True)
+                if verdict.correct is None
+            ),
+            "rollouts",
+        )
+    )
+    changed = sum(r.correct != verdict.correct for r, verdict in zip(rollouts, verdicts, strict=True))
+    n_before, n_now = sum(r.correct for r in rollouts), sum(bool(verdict.correct) for verdict in verdicts)
+    new = {(r.prompt_idx, r.sample_idx): bool(v.correct) for r, v in zip(rollouts, verdicts, strict=True)}
+    relabel(directories, file, new, verifier.described(seconds))
+    return f"{n_now} of {len(rollouts)} rollouts correct, before {n_before}; {changed} verdicts are others"
+
+
+def verdicts_on(rollouts: list[Rollout], verifier: Verifier, seconds: float) -> list[Verdict]:
+    """One of each rollout."""
+    with RunningVerifier(verifier, seconds) as running:
+        return [
+            running.judge(r.response, r.ground_truth) for r in progress(rollouts, "judging", len(rollouts), "rollouts")
+        ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""A dump judged anew is the dump that a probe with that verifier makes; its gradients are not touched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import analyze_exp2_direction
+import merge_grad_vector_shards
+import probe_grad_vectors
+from gradprobe import verify
+from gradprobe.common import files
+from gradprobe.dump import relabel
+from gradprobe.dump.check import problems_of
+
+SMALL = "--num-prompts 6 --num-samples 4 --max-new-tokens 10 --device cpu --bins 2".split()
+EVEN, BOTH_FAIL = "judges_by_length:even", "judges_by_length:fails_on_some"
+VERIFIERS = """
+def even(response, truth):
+    return len(response) % 2 == 0
+
+def fails_on_some(response, truth):
+    if len(response) % 2:
+        raise RuntimeError("odd")
+    return True
+"""
+KINDS = {"tokens": [], "pooled": ["--pool", "bucket"], "targets": ["--layer", "0,1"]}
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory, checkpoint_dir, problems_file) -> Path:
+    """Of each kind a dump judged by the box, and one by `even`."""
+    root = tmp_path_factory.mktemp("verify")
+    (root / "judges_by_length.py").write_text(VERIFIERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for kind, flags in KINDS.items():
+            for name, verifier in (("boxed", "boxed"), ("even", EVEN)):
+                assert probe(checkpoint_dir, problems_file, f"{kind}_{name}", "--verifier", verifier, *flags) == 0
+    return root
+
+
+def probe(checkpoint: Path, problems: Path, output: str, *flags: str) -> int:
+    paths = ["--model-path", str(checkpoint), "--dataset", str(problems), "--output-dir", output]
+    return probe_grad_vectors.main([*paths, *SMALL, *flags])
+
+
+@pytest.fixture
+def here(dumps, tmp_path, monkeypatch) -> None:
+    shutil.copytree(dumps, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def content(path: str) -> dict[str, bytes]:
+    names = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(Path(path).rglob("*")) if f.name in names}
+
+
+def manifests(path: str) -> list[dict]:
+    """Without what tells when and how they were made."""
+    found = [json.loads(file.read_text()) for file in sorted(Path(path).rglob("manifest.json"))]
+    return [{k: v for k, v in manifest.items() if k not in ("seconds", "judged_before")} for manifest in found]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_those_of_a_new_probe(kind, capsys, checkpoint_dir, problems_file):
+    assert content(f"{kind}_boxed") != content(f"{kind}_even")
+    assert verify.main([f"{kind}_boxed", "--verifier", EVEN]) == 0
+    assert "rollouts correct, before 0; " in capsys.readouterr().out
+    assert content(f"{kind}_boxed") == content(f"{kind}_even")
+    assert manifests(f"{kind}_boxed") == manifests(f"{kind}_even")
+    assert problems_of(Path(f"{kind}_boxed")) == ([], [])
+    (before, *_) = json.loads(next(Path(f"{kind}_boxed").rglob("manifest.json")).read_text())["judged_before"]
+    assert before == {"verifier": "boxed", "num_correct_rollouts": 0}
+    # The probe takes it for its own, and for no other's.
+    assert probe(checkpoint_dir, problems_file, f"{kind}_boxed", "--verifier", EVEN, *KINDS[kind]) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert probe(checkpoint_dir, problems_file, f"{kind}_boxed", *KINDS[kind]) == 2
+
+
+@pytest.mark.usefixtures("here")
+def test_analyses_give_the_same_numbers():
+    verify.main(["tokens_boxed", "--verifier", EVEN])
+    found = []
+    for name in ("boxed", "even"):
+        assert analyze_exp2_direction.main([f"tokens_{name}", "--output-dir", name]) == 0
+        summary = json.loads(Path(name, "exp2_summary.json").read_text())
+        found.append({key: summary[key] for key in ("n_prompts_usable", "by_bucket", "cancellation", "per_prompt")})
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("here")
+def test_where_the_verifier_fails_nothing_is_written(capsys):
+    before = content("tokens_even")
+    assert verify.main(["tokens_even", "--verifier", BOTH_FAIL]) == 2
+    assert "raised RuntimeError: odd" in capsys.readouterr().err
+    assert content("tokens_even") == before
+    assert problems_of(Path("tokens_even")) == ([], [])
+
+
+@pytest.mark.usefixtures("here")
+def test_a_changed_file_or_one_target_alone_is_refused(capsys):
+    assert verify.main(["targets_boxed/L0.mlp.down_proj.weight.r0"]) == 2
+    assert "name the directory of all of them" in capsys.readouterr().err
+    with Path("tokens_boxed/rollouts.jsonl").open("a") as stream:
+        stream.write("{}\n")
+    assert verify.main(["tokens_boxed"]) == 2
+    assert "has changed since it was written" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("n_done", range(9))
+def test_cut_off_anywhere_the_next_call_finishes(n_done, monkeypatch):
+    """Every rename is a moment; before the list is written nothing has changed."""
+    original, n_calls = files.replace, 0
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > n_done:
+            raise KeyboardInterrupt
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "replace", replace_or_die)
+        assert verify.main(["targets_boxed", "--verifier", EVEN]) == 130
+    assert verify.main(["targets_boxed", "--verifier", EVEN]) == 0
+    assert content("targets_boxed") == content("targets_even")
+    assert problems_of(Path("targets_boxed")) == ([], [])
+    assert not Path("targets_boxed", relabel.STAGED).exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_shards_judged_anew_merge_as_shards_of_that_verifier(checkpoint_dir, problems_file):
+    for name, verifier in (("boxed", "boxed"), ("even", EVEN)):
+        for shard in range(2):
+            flags = ("--shard-index", str(shard), "--num-shards", "2", "--verifier", verifier)
+            assert probe(checkpoint_dir, problems_file, f"{name}_s{shard}", *flags) == 0
+    assert verify.main(["boxed_s0", "boxed_s1", "--verifier", EVEN]) == 0
+    for name in ("boxed", "even"):
+        assert merge_grad_vector_shards.main([name, f"{name}_s0", f"{name}_s1"]) == 0
+    assert content("boxed") == content("even")
