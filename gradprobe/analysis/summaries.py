@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import InputError, first_of
 from ..common.files import read_json
 
 log = logging.getLogger(__name__)
@@ -52,19 +52,19 @@ def read_summary(file: Path) -> dict[str, dict[str, Any]]:
     summary = read_json(file)
     if SEAL in summary and _is_intact(summary):
         return {}  # of one untagged dump
-    raise_if_any(
-        f"{file}: {tag[:LONGEST_TAG]!r} is not what an analysis wrote; run the analysis again"
-        for tag, numbers in summary.items()
-        if not isinstance(numbers, dict) or (SEAL in numbers and not _is_intact(numbers))
-    )
-    unsealed = [tag for tag, numbers in summary.items() if SEAL not in numbers]
-    if unsealed:
-        log.warning(f"{file}: is of an earlier version of gradprobe and is left out; run the analysis again")
-    return {} if unsealed else summary
+    if not any(SEAL in part for part in (summary, *summary.values()) if isinstance(part, dict)):
+        if summary:
+            log.warning(f"{file}: is of an earlier version of gradprobe and is left out; run the analysis again")
+        return {}
+    changed = [tag for tag, one in summary.items() if not isinstance(one, dict) or not _is_intact(one)]
+    if changed:
+        shown = first_of([repr(tag[:LONGEST_TAG]) for tag in changed], 3)
+        raise InputError(f"{file}: {shown}: not what an analysis wrote; run the analysis again")
+    return summary
 
 
 def _is_intact(numbers: Mapping[str, Any]) -> bool:
     try:
-        return numbers[SEAL] == seal_of(numbers)
+        return numbers.get(SEAL) == seal_of(numbers)
     except (ValueError, RecursionError):  # integers and nesting that can be read, but not written
         return False

@@ -21,7 +21,7 @@ import analyze_exp2_direction
 import analyze_exp3_signal
 import plot_exp12_intuitive
 from gradprobe.analysis.differences import other_study, study_of
-from gradprobe.analysis.summaries import seal_of, sealed
+from gradprobe.analysis.summaries import read_summary, seal_of, sealed
 
 SCRIPTS = {1: analyze_exp1_compression, 2: analyze_exp2_direction, 3: analyze_exp3_signal}
 N_PROMPTS, N_ROLLOUTS = 6, 4
@@ -200,6 +200,16 @@ def test_summaries_of_before_seals_are_left_out_with_a_line(root: Path, figures:
     assert "Not measured" in (figures / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"run_dir": "s0", "model": "m"}, sealed({"": {"run_dir": "s0"}})[""], {}],
+    ids=["old", "sealed", "empty"],
+)
+def test_a_summary_of_one_untagged_dump_is_of_no_tags(content, tmp_path: Path):
+    (tmp_path / "exp2_summary.json").write_text(json.dumps(content))
+    assert read_summary(tmp_path / "exp2_summary.json") == {}
+
+
 def test_swapped_tags_are_other_dumps(root: Path, figures: Path, capsys):
     summary = json.loads((figures / "exp1_summary.json").read_text())
     summary = {"base": summary["trained"], "trained": summary["base"]}
@@ -288,6 +298,8 @@ HOSTILE = {  # what is done, and the file that the one line names
     "draws that are no numbers": (edit(2, lambda s: s["base"].update(draws={"bootstrap": "x"})), S2),
     "fingerprints in a text": (edit(1, lambda s: s["base"].update(manifest_sha256="a" * 64)), S1),
     "another part's seal": (edit(3, lambda s: s["base"].update(content_sha256=s["trained"]["content_sha256"])), S3),
+    "a seal less": (edit(2, lambda s: s["base"].pop("content_sha256")), S2),
+    "an untagged summary, edited": (edit(2, lambda s: s.update(s.pop("base")) or s.update(n_prompts=9)), S2),
     "a seal that is a list": (edit(1, lambda s: s["base"].update(content_sha256=[])), S1),
     "a summary that is a directory": (instead(S1, Path.mkdir), S1),
     "a summary that is a pipe": (instead(S2, os.mkfifo), S2),
