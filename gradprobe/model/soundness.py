@@ -61,7 +61,7 @@ def faults_of_config(config: Any) -> Iterator[str]:
     if config.get("use_sliding_window") is not False:
         yield from faults_of(config, {"sliding_window": _count(MOST_WIDTH)})
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if type(heads) is int and type(groups) is int and groups > 0 and heads % groups:
+    if type(heads) is int and type(groups) is int and min(heads, groups) > 0 and heads % groups:
         yield f"'num_attention_heads' {heads} is not a multiple of 'num_key_value_heads' {groups}"
     for name, inner in config.items():
         if name.endswith("_config") and isinstance(inner, dict):
