@@ -78,7 +78,7 @@ def main(directory: Path, is_mounted: bool) -> None:
         assert run(main, arguments)[0] == 0
     undisturbed = hashes(disk.path)
     for name, (main, arguments, output) in steps.items():
-        for is_new, room in CASES:
+        for is_new, room in CASES[1:2] if name == "exp1" else CASES:  # the slowest
             if is_new and output == "merged":
                 shutil.rmtree(merged)
             elif is_new:

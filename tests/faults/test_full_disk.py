@@ -51,7 +51,7 @@ def outcomes(tmp_path_factory) -> list[dict]:
 @pytest.mark.parametrize("step", STEPS)
 def test_no_room_is_one_line_and_the_same_command_completes(outcomes, step):
     found = [outcome for outcome in outcomes if outcome["step"] == step]
-    assert len(found) == 3
+    assert len(found) == (1 if step == "exp1" else 3)
     assert any(outcome["status"] == 2 for outcome in found)
     for outcome in found:
         if outcome["status"] == 2:
