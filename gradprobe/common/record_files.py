@@ -66,7 +66,9 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
     named = f"`{parameter}` {file}"
     try:
         with file.open("rb") as stream:
-            content = stream.read(MOST_FILE_BYTES + 1)
+            # Of what has no length (a device, a pipe) as much as is allowed; that takes the memory at once.
+            has_length = file.is_file() and file.stat().st_size <= MOST_FILE_BYTES
+            content = stream.read() if has_length else stream.read(MOST_FILE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{named}: {error.strerror}") from error
     _raise_if_more(len(content), MOST_FILE_BYTES, f"{named}: has", "bytes")
