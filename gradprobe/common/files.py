@@ -83,7 +83,8 @@ def read_bytes(file: Path, most: int = -1) -> bytes:
         OSError: see `opened`.
     """
     with naming(file), open_binary(file) as stream:
-        return stream.read(most)
+        # No more than there is: the memory for what is asked for is taken at once.
+        return stream.read(most if most < 0 else min(most, os.fstat(stream.fileno()).st_size))
 
 
 @contextmanager

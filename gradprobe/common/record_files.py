@@ -205,13 +205,15 @@ def _open_parquet(source: str, named: str, content: bytes) -> RecordFile:
 
     def read(keys: Sequence[str]) -> list[Record]:
         columns = columns_of(keys, schema.names)
-        batch_rows = _bounded(file.metadata, columns, named)
+        batch_rows = _bounded(file.metadata, named)
         records: list[dict[str, Any]] = []
-        n_bytes = 0
+        n_bytes = n_values = 0
         try:
             for batch in file.iter_batches(batch_rows, columns=columns):
                 batch = _unpacked(arrow, batch)
                 n_bytes += batch.nbytes
+                n_values += sum(_n_values(arrow, column) for column in batch.columns)
+                _raise_if_more(n_values, MOST_VALUES, f"{named}: has", "values")
                 _raise_if_more(n_bytes, MOST_BYTES, f"{named}: unpacks to", "bytes")
                 _raise_if_more(len(records) + len(batch), MOST_ROWS, f"{named}: has", "rows")
                 records += batch.to_pylist()
@@ -222,21 +224,27 @@ def _open_parquet(source: str, named: str, content: bytes) -> RecordFile:
     return RecordFile(source, PARQUET, hashlib.sha256(content).hexdigest(), keys, read)
 
 
-def _bounded(metadata: Any, columns: Sequence[str], named: str) -> int:
+def _bounded(metadata: Any, named: str) -> int:
     """How many rows can be read at once, whatever a cell can hold by what the file says of itself.
 
+    Only of its row groups: asking pyarrow for a column's metadata ends the process where they are damaged.
+
     Raises:
-        InputError: there is more in these columns than is read.
+        InputError: there are more rows than are read.
     """
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
-    read = [part for part in parts if any(f"{part.path_in_schema}.".startswith(f"{name}.") for name in columns)]
     _raise_if_more(sum(group.num_rows for group in groups), MOST_ROWS, f"{named}: has", "rows")
-    _raise_if_more(sum(part.num_values for part in read), MOST_VALUES, f"{named}: has", "values")
-    sizes = [part.total_uncompressed_size for part in read]
-    _raise_if_more(sum(sizes), MOST_BYTES, f"{named}: unpacks to", "bytes")
-    # A cell of a dictionary can stand in every row, and is at most as large as all of its column.
-    return min(MOST_BATCH_ROWS, max(1, BATCH_BYTES // max([1, *sizes])))
+    # A cell of a dictionary can stand in every row, and is at most as large as all of its row group.
+    return min(MOST_BATCH_ROWS, max(1, BATCH_BYTES // max([1, *(group.total_byte_size for group in groups)])))
+
+
+def _n_values(arrow: ModuleType, column: Any) -> int:
+    """How many entries a column has, those of its lists and structs too."""
+    kind = column.type
+    if arrow.types.is_struct(kind):
+        return len(column) + sum(_n_values(arrow, part) for part in column.flatten())
+    is_list = kind.num_fields == 1 and hasattr(column, "flatten") and not arrow.types.is_map(kind)
+    return len(column) + (_n_values(arrow, column.flatten()) if is_list else 0)
 
 
 def _unpacked(arrow: ModuleType, batch: Any) -> Any:
