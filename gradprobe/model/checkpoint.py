@@ -145,14 +145,14 @@ def load_checkpoint(
     if placement is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
-    end_ids = end_token_ids(model, tokenizer)
-    _try_out(source, model, min(end_ids))
-    return Checkpoint(model, tokenizer, end_ids)
+    checkpoint = Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
+    _try_out(source, model)
+    return checkpoint
 
 
-def _try_out(source: CheckpointSource, model: nn.Module, token: int) -> None:
+def _try_out(source: CheckpointSource, model: nn.Module) -> None:
     """Raise `InputError` where the model can't be run: what a config says may load, and yet not fit together."""
-    ids = torch.full((1, 2), token, device=input_device(model))
+    ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
     with faults_as_input(f"`model_path` {source.path}: can't be run", READING_ERRORS), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
 
@@ -316,7 +316,8 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int for i in listed):
             raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
-        if not all(0 <= i < size for i in listed):
+        # A tokenizer may know more tokens than the model, which then never draws them; a config that does is wrong.
+        if source is not tokenizer and not all(0 <= i < size for i in listed):
             raise InputError(f"{type(source).__name__}: eos_token_id {ids!r} is not within the vocabulary of {size}")
         found.update(listed)
     if not found:

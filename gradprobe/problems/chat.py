@@ -1,12 +1,14 @@
 """Messages into a prompt by a tokenizer's own chat template, which is a program that nobody vouches for.
 
 A template is rendered in a process of its own with a limit on time, memory and the length of what it prints. The
-process imports neither torch nor a model class; it starts with the first prompt and renders all of them.
+process imports neither torch nor a model class; it starts with the first prompt, which takes a second, and renders all
+that follow, of any template, until the program ends.
 """
 
+import atexit
+import os
 import re
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from ..common.errors import InputError, one_line
@@ -25,7 +27,7 @@ class ChatRefusal(Exception):  # noqa: N818 it is about one prompt, which whoeve
 
 
 class ChatTemplate:
-    """A tokenizer's chat template; as a context manager, so that its process ends.
+    """A tokenizer's chat template.
 
     Attributes:
         text: of the template.
@@ -47,14 +49,6 @@ class ChatTemplate:
             raise InputError("`chat_template`: the tokenizer's holds half a surrogate pair, which is no character")
         tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
         self._given = {"chat_template": self.text, "add_generation_prompt": True, **tokens}
-        self._child: Child | None = None
-
-    def __enter__(self) -> "ChatTemplate":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._child is not None:
-            self._child.__exit__(kind, error, traceback)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt that ends where the model's answer begins, as `apply_chat_template` makes it.
@@ -63,10 +57,7 @@ class ChatTemplate:
             ChatRefusal: the template raises on these messages, or makes nothing, or no text, of them.
             InputError: it takes too long, or too much memory, or makes too much text: so it would with others.
         """
-        if self._child is None:
-            most_bytes = BYTES_PER_CHARACTER * MOST_CHARACTERS + 1024
-            self._child = Child(f"{__name__}:serve_prompts", {}, SECONDS_PER_PROMPT, most_bytes)
-        child = self._child
+        child = _renderer()
         answer = child.greeting
         if "error" not in answer:
             try:
@@ -83,6 +74,20 @@ class ChatTemplate:
         if SURROGATE.search(prompt):
             raise ChatRefusal("it prints half a surrogate pair, which is no character")
         return prompt
+
+
+_renderers: dict[int, Child] = {}
+"""This process's, by its id: one that was forked must not share its parent's."""
+
+
+def _renderer() -> Child:
+    """The process that renders, started where there is none (any more)."""
+    child = _renderers.get(os.getpid())
+    if child is None or not child.is_running:
+        child = Child(f"{__name__}:serve_prompts", {}, SECONDS_PER_PROMPT, BYTES_PER_CHARACTER * MOST_CHARACTERS + 1024)
+        _renderers[os.getpid()] = child
+        atexit.register(child.end)
+    return child
 
 
 def _as_text(value: Any) -> Any:

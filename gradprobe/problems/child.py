@@ -97,6 +97,11 @@ class Child:
         self.end()
 
     @property
+    def is_running(self) -> bool:
+        """Whether it can be asked again: neither ended nor gone by itself."""
+        return self.is_alive and self._process.poll() is None
+
+    @property
     def printed(self) -> str:
         """The beginning of what it has printed, on one line and harmless to a terminal."""
         return printable(one_line(self._printed.decode(errors="replace"), MOST_SHOWN))

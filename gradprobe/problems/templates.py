@@ -80,14 +80,14 @@ def render_prompts(
     notes: list[str] = []
     prompts = [fill(template, problem.prompt) if template else problem.prompt for problem in problem_set.problems]
     if chat:
-        with ChatTemplate(tokenizer) as chat_template:
-            notes = _notes(problem_set.problems, prompts, tokenizer, chat_template.text)
-            rendering["chat_template_sha256"] = _sha256(chat_template.text)
-            rendering["system_prompt"] = system_prompt
-            prompts = [
-                _in_chat(problem, prompt, system_prompt, chat_template)
-                for problem, prompt in zip(problem_set.problems, prompts, strict=True)
-            ]
+        chat_template = ChatTemplate(tokenizer)
+        notes = _notes(problem_set.problems, prompts, tokenizer, chat_template.text)
+        rendering["chat_template_sha256"] = _sha256(chat_template.text)
+        rendering["system_prompt"] = system_prompt
+        prompts = [
+            _in_chat(problem, prompt, system_prompt, chat_template)
+            for problem, prompt in zip(problem_set.problems, prompts, strict=True)
+        ]
     rendering["prompts_sha256"] = _sha256(json.dumps(prompts))
     problems = [
         replace(problem, prompt=prompt, messages=())

@@ -7,7 +7,6 @@ care: what does not come back from its ids is dropped and counted, for its token
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -100,19 +99,18 @@ def read_rollouts(
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
     n_samples_of: Counter = Counter()
-    with _chat_template_of(vocabulary.tokenizer) as chat_template:
-        resolve = _Resolver(vocabulary, found_format, report, problems, chat_template)
-        for completion in completions:
-            try:
-                correct, source = judge.verdict(completion.fields)
-                rollout = resolve.rollout(completion, correct, n_samples_of)
-                if rollout is not None:
-                    judge.keep(source, completion.where)
-            except FaultyRecord as error:
-                faults.append((completion.where, str(error)))
-                continue
+    resolve = _Resolver(vocabulary, found_format, report, problems)
+    for completion in completions:
+        try:
+            correct, source = judge.verdict(completion.fields)
+            rollout = resolve.rollout(completion, correct, n_samples_of)
             if rollout is not None:
-                rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
+                judge.keep(source, completion.where)
+        except FaultyRecord as error:
+            faults.append((completion.where, str(error)))
+            continue
+        if rollout is not None:
+            rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
     raise_folded(faults)
     if correct_above is not None and rollouts and " > " not in judge.source:
         took = "" if judge.source == "verifier" else f"; its verdicts are taken from '{judge.source}', which needs none"
@@ -256,18 +254,18 @@ class _Resolver:
         file_format: str,
         report: RolloutReport,
         problems: Sequence[Problem] | None,
-        chat_template: ChatTemplate | None,
     ):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
         self.tokenizer, self.end_ids, self.vocabulary = tokenizer, end_ids, vocabulary
-        self.format, self.report, self.chat_template = file_format, report, chat_template
+        self.format, self.report = file_format, report
+        self.chat_template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
-        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer, chat_template)
+        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer, self.chat_template)
 
     def rollout(self, completion: Completion, correct: bool | None, n_samples_of: Counter) -> Rollout | None:
         """The completion's rollout, or None where it was dropped (and counted).
@@ -451,11 +449,6 @@ def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool
     if given is not None and str(given).split() != problem.ground_truth.split():
         raise FaultyRecord(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
     return problem.ground_truth
-
-
-def _chat_template_of(tokenizer: Any) -> AbstractContextManager[ChatTemplate | None]:
-    """The tokenizer's chat template to be used within, or None where it has none."""
-    return ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else nullcontext()
 
 
 def _template_has_specials(tokenizer: Any, chat_template: ChatTemplate | None) -> bool:

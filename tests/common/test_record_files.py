@@ -109,10 +109,16 @@ def test_json_has_its_limits(tmp_path, monkeypatch, end):
         monkeypatch.undo()
 
 
-def test_a_device_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(record_files, "MOST_FILE_BYTES", 1 << 20)
-    with pytest.raises(InputError, match="more than 1,048,576 bytes"):
+def test_a_device_without_end_is_refused():
+    with pytest.raises(InputError, match="is a device"):
         open_record_file(Path("/dev/zero"), "dataset")
+
+
+def test_a_file_beyond_the_limit_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(record_files, "MOST_FILE_BYTES", 1 << 20)
+    (tmp_path / "large.jsonl").write_bytes(b" " * (1 << 21))
+    with pytest.raises(InputError, match="more than 1,048,576 bytes"):
+        open_record_file(tmp_path / "large.jsonl", "dataset")
 
 
 def test_a_text_that_is_no_text_is_refused(tmp_path):

@@ -72,30 +72,6 @@ TEMPLATES = {
 }  # fmt: skip
 
 
-class KeptChild(Child):
-    """One that goes on to the next template, unless it had to be ended."""
-
-    kept: "KeptChild | None" = None
-
-    def __exit__(self, *error: object) -> None:
-        KeptChild.kept = self
-
-
-def kept_child(*given: object) -> KeptChild:
-    kept, KeptChild.kept = KeptChild.kept, None
-    return kept if kept is not None and kept.is_alive else KeptChild(*given)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process():
-    """Starting one takes a second or two."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "Child", kept_child)
-        yield
-    if KeptChild.kept is not None:
-        KeptChild.kept.end()
-
-
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint_dir):
     return AutoTokenizer.from_pretrained(checkpoint_dir)
@@ -173,9 +149,9 @@ def test_all_prompts_are_rendered_by_one_process_as_transformers_renders_them(mo
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "demo" / "base")
     begun = []
     monkeypatch.setattr(chat, "Child", lambda *given: begun.append(1) or Child(*given))
+    monkeypatch.setattr(chat, "_renderers", {})
     chats = [[{"role": "user", "content": text}] for text in ("", "é\n\u2028", "<|im_end|>", "{{ x }}", "𝒙" * 10**5)]
     chats += [[{"role": "system", "content": "s", "extra": [1.5, None, {"a": True}]}, *chats[0]]]
-    with ChatTemplate(tokenizer) as template:
-        rendered = [template.render(messages) for messages in chats]
+    rendered = [ChatTemplate(tokenizer).render(messages) for messages in chats]
     assert rendered == [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
     assert len(begun) == 1
