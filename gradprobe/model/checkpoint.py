@@ -309,18 +309,20 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
         InputError: one of them calls something else than ids of the vocabulary so, or none names any.
     """
     found: set[int] = set()
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
     size = model.config.get_text_config().vocab_size
     generation_config = getattr(model, "generation_config", None)
     for source in (generation_config, model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if not all(type(i) is int for i in listed):
-            raise InputError(f"{type(source).__name__}: eos_token_id is neither a token id nor a list of them: {ids!r}")
+            fault = f"eos_token_id is neither a token id nor a list of them: {ids!r}"
+            raise InputError(f"`model_path` {name}: {type(source).__name__}: {fault}")
         # A tokenizer may know more tokens than the model, which then never draws them; a config that does is wrong.
         if source is not tokenizer and not all(0 <= i < size for i in listed):
-            raise InputError(f"{type(source).__name__}: eos_token_id {ids!r} is not within the vocabulary of {size}")
+            fault = f"eos_token_id {ids!r} is not within the vocabulary of {size}"
+            raise InputError(f"`model_path` {name}: {type(source).__name__}: {fault}")
         found.update(listed)
     if not found:
-        name = getattr(model.config, "name_or_path", "") or type(model).__name__
         raise InputError(f"`model_path` {name}: neither its configs nor its tokenizer name an end-of-sequence token")
     return frozenset(found)

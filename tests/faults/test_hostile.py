@@ -269,7 +269,7 @@ HEADERS: dict[str, tuple] = {
     "index of nothing": (index({"metadata": {}, "weight_map": {}}), "index.json"),
     "index deep": (index('{"a":' * 100_000), "index.json"),
     "a directory": (in_place_of_weights(Path.mkdir), "--model-path"),
-    "a pipe": (in_place_of_weights(os.mkfifo), "--model-path", "regular file"),
+    "a pipe": (in_place_of_weights(os.mkfifo), "--model-path", "is a FIFO"),
     "a link to nothing": (in_place_of_weights(lambda file: file.symlink_to("nowhere")), "--model-path"),
     "a link to itself": (in_place_of_weights(lambda file: file.symlink_to(file)), "--model-path"),
     "layers of another depth": (more("model.layers.3.mlp.down_proj.weight"), "layers.3.mlp.down_proj"),

@@ -23,7 +23,7 @@ from gradprobe.dump.check import problems_of
 ROOT = Path(__file__).parents[2]
 N_KILLS = int(os.environ.get("GRADPROBE_KILLS", "20"))
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
-MANIFEST_HASH = re.compile(rb'"manifest_sha256": \[[^]]*\]')
+MANIFEST_HASH = re.compile(rb'"manifest_sha256": \[[^]]*\]|"content_sha256": "\w*"')
 DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
 # Many small batches, so that there is much to be killed between.
 SMALL = "--num-prompts 8 --num-samples 3 --max-new-tokens 16 --device cpu --bins 3 --pos-per-bin-per-rollout 2"
@@ -69,7 +69,7 @@ class Step:
     output: Path
 
     def content(self) -> dict[str, bytes]:
-        """Of each file; a summary without the hash of its dump's manifest, which has times in it."""
+        """Of each file; a summary without its seal and the hash of its dump's manifest, which has times in it."""
         return {str(file): MANIFEST_HASH.sub(b"", file.read_bytes()) for file in self.files}
 
 

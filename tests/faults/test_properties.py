@@ -258,15 +258,15 @@ def test_rows_written_in_any_order_are_the_bytes_of_np_save(array, random, data)
 def test_a_short_or_foreign_beginning_of_rows_is_begun_anew(n_rows, row_dim, data):
     with new_directory() as directory:
         file = directory / "grads.npy"
-        with closing(GrowingRows(file, n_rows, row_dim)) as rows:
-            rows.write(np.arange(n_rows), np.ones((n_rows, row_dim), np.float32))
+        rows = GrowingRows(file, n_rows, row_dim)
+        rows.write(np.arange(n_rows), np.ones((n_rows, row_dim), np.float32))
         content = aside(file).read_bytes()
         aside(file).write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
-        with closing(GrowingRows(file, n_rows, row_dim)) as rows:
-            assert not rows.read(np.arange(n_rows)).any()
+        rows = GrowingRows(file, n_rows, row_dim)
+        assert not rows.read(np.arange(n_rows)).any()
         aside(file).write_bytes(content)
-        with closing(GrowingRows(file, n_rows, row_dim)) as rows:
-            assert rows.read(np.arange(n_rows)).all()
+        rows = GrowingRows(file, n_rows, row_dim)
+        assert rows.read(np.arange(n_rows)).all()
 
 
 texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=10)
