@@ -52,6 +52,7 @@ from gradprobe.figures.inputs import headlines_of, is_about
 from gradprobe.figures.look import Figure, drawn_from, read_picture, save, subjects_of
 from gradprobe.figures.replication import draw_replication
 from gradprobe.figures.report import REPLICATION, render_report
+from gradprobe.figures.rollouts import see_rollouts
 
 REPORT = "report.html"
 FIGURES_OF = {
@@ -120,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     if have_summaries:
         pictures |= {name: (output_dir / name).read_bytes() for name in drawn}
         manifests = {tag: source.manifest for tag, source in sources.items()}
-        page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3)
+        seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
+        page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3, seen)
         write_text(output_dir / REPORT, page)
     else:
         tagged = " ".join(f"{tag}=..." for tag in paths)
@@ -203,6 +205,11 @@ def of_this_study(exp3: dict[str, Any], sources: Mapping[str, Source]) -> dict[s
             f"{'; '.join(reasons)}"
         )
     return {} if reasons else exp3
+
+
+def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
+    """Those of one tag's Exp 3; None where it has none, or chose tokens by something else."""
+    return signal["edges"] if signal and signal["bucket_by"] == "entropy" else None
 
 
 def refuse_different_buckets(sources: dict[str, Source]) -> None:

@@ -331,7 +331,7 @@ def test_summary_has_the_keys_of_the_format():
     head = "n_prompts n_prompts_mixed n_rollouts bins objective signal noise_scale_prompts per_bucket"
     assert summary.keys() == {*head.split(), "keep_top", "keep_bottom", "keep_random", "at_20_percent"}
     assert list(summary["per_bucket"]) == ["0", "1", "2", "3"]
-    assert summary["signal"].keys() == {"value", "ci95", "z", "verdict"}
+    assert summary["signal"].keys() == {"value", "ci95", "z", "verdict", "reason"}
     assert summary["per_bucket"]["0"]["score_mean"].keys() == {"share_of_energy", "z"}
     keys = {"share_of_tokens", "cosine", "signal_share", "noise_share", "noise_scale_ratio"}
     assert {key for kept in summary["keep_random"] for key in kept} == keys
