@@ -49,7 +49,7 @@ from gradprobe.figures.exp3 import KEEP_TOP
 from gradprobe.figures.exp3 import TRAJECTORY as EXP3_TRAJECTORY
 from gradprobe.figures.headlines import draw_headlines, headline_tables
 from gradprobe.figures.inputs import headlines_of, is_about
-from gradprobe.figures.look import Figure, drawn_from, read_picture, save, subjects_of
+from gradprobe.figures.look import Figure, add_format_flag, drawn_from, read_picture, save, subjects_of
 from gradprobe.figures.replication import draw_replication
 from gradprobe.figures.report import REPLICATION, render_report
 from gradprobe.figures.rollouts import see_rollouts
@@ -88,6 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, metavar="DUMP", help="dump of the base model: short for base=DUMP")
     parser.add_argument("--trained", type=Path, metavar="DUMP", help="dump of the RL-trained model, with --base")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="D", help="made if needed")
+    add_format_flag(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -115,8 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     if have_summaries:
         exp3 = of_this_study(exp3, sources)
         pictures = pictures_of(output_dir, dict(zip(FIGURES_OF, (*summaries, exp3), strict=True)))
+    written = []
     for name, figure in drawn.items():
-        save(figure, output_dir / name, {"manifest_sha256": fingerprints})
+        written += save(figure, output_dir / name, {"manifest_sha256": fingerprints}, args.figure_format)
     print(headline_tables(found), end="\n\n")
     if have_summaries:
         pictures |= {name: (output_dir / name).read_bytes() for name in drawn}
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             f"of these dumps in {output_dir}; run both analyses with {tagged} first"
             + (f". The {REPORT} that lies there is of an earlier run" if (output_dir / REPORT).exists() else "")
         )
-    written = [*drawn, *([REPORT] if have_summaries else [])]
+    written += [REPORT] if have_summaries else []
     print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from ..common.console import printable
 from ..common.errors import raise_if_any
 from ..dump.format import ROLLOUTS, target_name
+from ..dump.on_policy import are_same_weights
 
 log = logging.getLogger(__name__)
 Manifest = Mapping[str, Any]
@@ -73,6 +74,8 @@ def say_differences(dumps: Mapping[Tag, Sequence[Opened]]) -> dict[Tag, list[str
     for (one, (here, *_)), (other, (there, *_)) in itertools.combinations(dumps.items(), 2):
         if _is_same(here, there):
             found[other].append(f"{one} and {other} have the same weights and the same rollouts: one dump, two names")
+        elif _are_one_model(here.manifest, there.manifest):
+            found[other].append(f"{one} and {other} have the same weights, sampled or looked at in another way")
     for line in itertools.chain(*found.values()):
         log.warning(line)
     return found
@@ -164,6 +167,11 @@ def _is_same(one: Opened, other: Opened) -> bool:
     known = [(read(one.manifest), read(other.manifest)) for read in keys]
     same_view = all(READ[name](one.manifest) == READ[name](other.manifest) for name in ("bucket_by", "pooling"))
     return same_view and all(here is not None and here == there for here, there in known)
+
+
+def _are_one_model(one: Manifest, other: Manifest) -> bool:
+    identities = [_part("model_identity")(manifest) for manifest in (one, other)]
+    return all(isinstance(identity, dict) for identity in identities) and are_same_weights(*identities)
 
 
 def study_of(manifest: Manifest) -> dict[str, Any]:

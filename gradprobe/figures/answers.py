@@ -108,10 +108,10 @@ def _cancel(numbers: Summary) -> str:
     over = f"over {found['n_prompts']} prompts"
     parts = [f"Bucket {numbers['bucket']}: ρ = {rho_with_interval(found)} {over}"]
     if found["ci95"] is None:
-        why = found.get("reason") or f"the signal of a kind is not above 0 at the 95% level, {over}"
+        why = _why(found) or f"the signal of a kind is not above 0 at the 95% level, {over}"
         parts = [f"Bucket {numbers['bucket']}: no ρ, as {why}"]
-    elif found.get("reason"):
-        parts.append(f"Why it tells nothing: {found['reason']}")
+    elif _why(found):
+        parts.append(f"Why it tells nothing: {_why(found)}")
     if reference is not None:
         parts.append(f"Rollouts are on-policy: theory fixes ρ at {typeset_number(reference, 0)}{_holds(found)}")
     sums = numbers.get("rho_over_sums")
@@ -177,7 +177,12 @@ def _signal(numbers: Summary) -> tuple[str, str]:
 def _why_no_signal(numbers: Summary) -> str:
     signal = numbers["signal"]
     z = "" if signal["z"] is None else f", z = {typeset_number(signal['z'], 1)}"
-    return signal.get("reason") or f"{numbers['n_prompts']} prompts{z}"
+    return _why(signal) or f"{numbers['n_prompts']} prompts{z}"
+
+
+def _why(found: Summary) -> str | None:
+    """Why a verdict tells nothing, with a proper minus; None where it does, or in a summary of before."""
+    return (found.get("reason") or "").replace("z -", "z −") or None
 
 
 def _largest(buckets: Summary) -> str:

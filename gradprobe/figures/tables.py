@@ -65,7 +65,12 @@ def direction_table(tag: str, numbers: Mapping[str, Any]) -> Table:
     header = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "ρ [95%]", "theory"]
     header += ["rare tokens", "log π + H (z)", "p", "verdict"]
     header += ["C", "C under the null [95%]", "p of C"]
-    return Table(f"{tag}: every bucket", header, rows, notes=reasons_by_bucket(numbers["by_bucket"]))
+    return Table(
+        f"{tag}: every bucket",
+        header,
+        rows,
+        notes=[line.replace("z -", "z −") for line in reasons_by_bucket(numbers["by_bucket"])],
+    )
 
 
 def compression_table(tag: str, numbers: Mapping[str, Any]) -> Table:
