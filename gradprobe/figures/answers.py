@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.text import typeset_estimate, typeset_interval, typeset_number, typeset_share
+from ..analysis.text import typeset_estimate, typeset_interval, typeset_number, typeset_sentence, typeset_share
 from ..dump.on_policy import MIN_RARE_TOKENS, OFF_POLICY, ON_POLICY
 from ..exp2.direction import ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED, UNSAMPLED
 from ..exp3.signal import CLAIMED_SHARE, SEEN
@@ -182,7 +182,7 @@ def _why_no_signal(numbers: Summary) -> str:
 
 def _why(found: Summary) -> str | None:
     """Why a verdict tells nothing, with a proper minus; None where it does, or in a summary of before."""
-    return (found.get("reason") or "").replace("z -", "z −") or None
+    return typeset_sentence(found.get("reason") or "") or None
 
 
 def _largest(buckets: Summary) -> str:

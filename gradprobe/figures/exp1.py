@@ -571,8 +571,9 @@ def _low_buckets_closer(ax: Axes, points: np.ndarray, buckets: np.ndarray, n_buc
     _points_by_bucket(inset, points, buckets, n_buckets, size)
     inset.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
     inset.spines[:].set_visible(True)
+    times = f"{float(f'{zoom:.2g}'):,.0f}×"
     inset.text(
-        0.5, 0.98, f"the middle, about {float(f'{zoom:.2g}'):,.0f}× closer", transform=inset.transAxes, ha="center", va="top", fontsize=9,
+        0.5, 0.98, f"the middle, about {times} closer", transform=inset.transAxes, ha="center", va="top", fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.8}, zorder=6,
     )  # fmt: skip
 

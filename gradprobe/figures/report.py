@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from ..analysis.text import typeset_sentence
 from ..dump.format import target_name
 from .answers import (
     Statement,
@@ -119,7 +120,7 @@ def render_report(
             ),
         ],
         limits=limits_of(exp1, exp2, exp3, manifests),
-        facts={tag: one.facts for tag, one in seen.items()},
+        facts={tag: list(map(typeset_sentence, one.facts)) for tag, one in seen.items()},
         texts=_texts(seen),
         sections=[s for s in _sections(exp1, exp2, exp3, manifests, others, seen) if not s.is_empty],
     )

@@ -11,12 +11,15 @@ from ..analysis.text import (
     typeset_estimate,
     typeset_interval,
     typeset_number,
+    typeset_sentence,
     typeset_share,
 )
 from ..exp2.summary import reasons_by_bucket
 from .answers import model_name, rho_with_interval
 from .look import shortened
 from .rollouts import Commonest
+
+SMALLEST_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def direction_table(tag: str, numbers: Mapping[str, Any]) -> Table:
         f"{tag}: every bucket",
         header,
         rows,
-        notes=[line.replace("z -", "z −") for line in reasons_by_bucket(numbers["by_bucket"])],
+        notes=[typeset_sentence(line) for line in reasons_by_bucket(numbers["by_bucket"])],
     )
 
 
@@ -242,7 +245,7 @@ def commonest_tables(
 
 
 def _with_shares(found: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    return [(shortened(text), typeset_share(share)) for text, share in found]
+    return [(shortened(text), typeset_share(share) if share >= SMALLEST_SHARE else "<1%") for text, share in found]
 
 
 def _nats(edge: float) -> str:
