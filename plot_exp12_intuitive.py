@@ -5,11 +5,12 @@ Draws what the two analyses left in the output directory (their summaries, `exp1
 computes it from the dumps where they have not run, or on other dumps. Writes `exp1_headline.png` (participation ratios
 and rank95 per bucket with intervals, a 2-D PCA of each), `exp1_bin4_energy.png` (cumulative energy of the
 highest-entropy bucket; the file keeps its name where there are not 5 buckets) and `exp2_headline.png` (rho with its
-verdict, cosines of correct and incorrect gradients with their controls); with three or more checkpoints also
+verdict, cosines of correct and incorrect gradients with their controls' bands); with three or more checkpoints also
 `exp12_trajectory.png` (unit-norm participation ratio, rho and the share of correct rollouts over them, in the order
 given). Where several targets were probed these show the first, and `exp12_replication.png` shows each headline number
 over all of them. From the summaries and all figures, those of Exp 3 too where `exp3_summary.json` lies there, it writes
-`report.html`, one page to read or mail that leads with the answers. The numbers drawn go to stdout.
+`report.html`, one page to read or mail that leads with the answers and shows, from `rollouts.jsonl`, two rollouts as
+text shaded by entropy and the commonest tokens of each bucket. The numbers drawn go to stdout.
 
 The study's dumps:
     python plot_exp12_intuitive.py --base out/exp12/exp12_base --trained out/exp12/exp12_trained \\
