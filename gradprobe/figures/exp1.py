@@ -124,6 +124,7 @@ def draw_cross_bucket(subjects: list[Subject], results: list[Exp1]) -> Figure:
     n_columns = min(MAX_HEATMAPS_ABREAST, len(subjects))
     n_lines = -(-len(subjects) // n_columns)
     figure = new_figure(max(7.5, (side + 0.3) * n_columns + 1.0), (2 * side + 2.0) * n_lines + 1.0)
+    figure.get_layout_engine().set(h_pad=0.12)  # titles away from the captions above them
     axes = grid(figure, len(subjects), n_columns, rows_each=len(CROSS_MEASURES))
     for place, (measure, label) in enumerate(CROSS_MEASURES.items()):
         for subject, result, ax in zip(subjects, results, axes[:, place], strict=True):
@@ -340,7 +341,7 @@ def _repeats_in_words(repeats: list[str | None]) -> str:
         for verdict in ("yes", "no", "can't tell")
     }
     known = "; ".join(f"{verdict}: {buckets}" for verdict, buckets in found.items() if buckets)
-    return f"repeats between halves of a bucket? {known or 'no number'}"
+    return f"repeats between halves of a bucket?\n{known or 'no number'}"
 
 
 def _ratio_bar(numbers: BucketNumbers) -> tuple[float | None, Interval | None]:

@@ -287,8 +287,8 @@ def _mean_sentence(result: BucketDirections) -> str:
 
 def _control_sentence(result: BucketDirections) -> str:
     controls = {"tokens": result.directions.control_cosines, "rollouts": result.control_by_rollout_cosines}
-    floors = [f"{unit} {typeset_number(np.mean(v), 2)} (n = {len(v)})" for unit, v in controls.items() if len(v)]
-    return "control by " + ", ".join(floors) if floors else "no control"
+    floors = [f"by {unit} {typeset_number(np.mean(v), 2)} (n = {len(v)})" for unit, v in controls.items() if len(v)]
+    return "mean control " + ", ".join(floors) if floors else "no control"
 
 
 def _draw_cosine_histograms(axes: Iterable[Axes], directions: list[BucketDirections], colours: list[str]) -> None:

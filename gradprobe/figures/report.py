@@ -28,7 +28,7 @@ from .tables import (
     TokenTable,
     commonest_tables,
     compression_table,
-    direction_table,
+    direction_tables,
     left_out_table,
     settings_table,
     signal_tables,
@@ -167,7 +167,7 @@ def _sections(
             "Cancelling: every bucket",
             "Alignment ρ of the mean gradients of correct and of incorrect rollouts of a prompt, noise removed: "
             "+1 would cancel under advantages of ±1, 0 is orthogonal, −1 adds up.",
-            [direction_table(tag, numbers) for tag, numbers in exp2.items()],
+            [table for tag, numbers in exp2.items() for table in direction_tables(tag, numbers)],
             named("exp2_"),
         ),
         Section(

@@ -42,38 +42,43 @@ class TokenTable:
     rows: Sequence[tuple[Sequence[str], Sequence[tuple[str, str]]]]
 
 
-def direction_table(tag: str, numbers: Mapping[str, Any]) -> Table:
-    """Exp 2 of one tag."""
-    rows = []
+def direction_tables(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
+    """Exp 2 of one tag: ρ with its verdict, and what it is made of, each narrow enough for a page."""
+    verdicts, parts = [], []
     for bucket, found in numbers["by_bucket"].items():
         alignment, cancellation = found["alignment"], found["cancellation"]
-        rows.append(
+        verdicts.append(
+            [
+                bucket,
+                str(alignment["n_prompts"]),
+                rho_with_interval(alignment),
+                typeset_number(found.get("reference"), 0),
+                alignment["verdict"],
+                typeset_number(alignment["p_value"], 4),
+                typeset_number(found.get("n_rare"), 1),
+                _excess(found.get("on_policy")),
+            ]
+        )
+        parts.append(
             [
                 bucket,
                 str(found["n_prompts_usable"]),
                 typeset_number(found["correct_vs_incorrect"]["mean"]),
                 typeset_number(found["control_within_group"]["mean"]),
                 typeset_number(found["control_within_group_by_rollout"]["mean"]),
-                rho_with_interval(alignment),
-                typeset_number(found.get("reference"), 0),
-                typeset_number(found.get("n_rare"), 1),
-                _excess(found.get("on_policy")),
-                typeset_number(alignment["p_value"], 4),
-                alignment["verdict"],
                 typeset_number(cancellation["ratio"]),
                 _with_interval(cancellation["null_mean"], cancellation["null_ci95"]),
                 typeset_number(cancellation["p_value"], 4),
             ]
         )
-    header = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "ρ [95%]", "theory"]
-    header += ["rare tokens", "log π + H (z)", "p", "verdict"]
-    header += ["C", "C under the null [95%]", "p of C"]
-    return Table(
-        f"{tag}: every bucket",
-        header,
-        rows,
-        notes=[typeset_sentence(line) for line in reasons_by_bucket(numbers["by_bucket"])],
-    )
+    of_verdicts = ["bucket", "prompts", "ρ [95%]", "theory", "verdict", "p", "rare tokens", "log π + H (z)"]
+    of_parts = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "C"]
+    of_parts += ["C under the null [95%]", "p of C"]
+    why = [typeset_sentence(line) for line in reasons_by_bucket(numbers["by_bucket"])]
+    return [
+        Table(f"{tag}: every bucket, with the noise removed", of_verdicts, verdicts, notes=why),
+        Table(f"{tag}: every bucket, cosines and what is left of the update", of_parts, parts),
+    ]
 
 
 def compression_table(tag: str, numbers: Mapping[str, Any]) -> Table:
