@@ -25,7 +25,7 @@ PROBE = """<!doctype html><title>waiting</title><iframe id="page" width="{width}
   document.title = ["measured", Math.max(closed, page.documentElement.scrollWidth),
     page.documentElement.clientWidth, images.length,
     images.filter(i => i.complete && i.naturalWidth > 0).length, page.querySelectorAll("script").length,
-    folded.length, page.querySelectorAll(".answer").length, page.querySelectorAll(".text span").length,
+    folded.length, page.querySelectorAll(".answer").length, page.querySelectorAll(".reading span").length,
     Math.max(...[...page.querySelectorAll(".scroll")].map(one => one.scrollWidth - one.clientWidth))].join(" ");
 }});</script>"""
 
