@@ -117,6 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if have_summaries:
         exp3 = of_this_study(exp3, sources)
         pictures = pictures_of(output_dir, dict(zip(FIGURES_OF, (*summaries, exp3), strict=True)))
+        seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
     written = []
     for name, figure in drawn.items():
         written += save(figure, output_dir / name, {"manifest_sha256": fingerprints}, args.figure_format)
@@ -124,7 +125,6 @@ def main(argv: list[str] | None = None) -> int:
     if have_summaries:
         pictures |= {name: (output_dir / name).read_bytes() for name in drawn}
         manifests = {tag: source.manifest for tag, source in sources.items()}
-        seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
         page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3, seen)
         write_text(output_dir / REPORT, page)
     else:

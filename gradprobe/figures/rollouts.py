@@ -17,7 +17,7 @@ from ..dump.records import PromptKey, Rollout, iter_rollouts, prompt_key_from_js
 from ..rollouts.early_word import EarlyWord
 from .tokens import Token, commonest_tokens, head_of, shaded, two_of_one_prompt
 
-MAX_TOKENS_READ = 300_000
+MAX_TOKENS_READ = 200_000
 """Of a file of rollouts: seconds of reading; more would move no share of the commonest tokens."""
 MAX_TOKENS_SHOWN = 250
 
