@@ -29,7 +29,7 @@ from gradprobe.exp1.measure import measure_dumps, refusal, replication_of, sampl
 from gradprobe.exp1.summary import SUMMARY, comparison_of, comparison_report, report, summary_of
 from gradprobe.figures.exp1 import draw_analysis
 from gradprobe.figures.inputs import EXP1_ARRAYS, compression_of, write_compression
-from gradprobe.figures.look import drawn_from, save
+from gradprobe.figures.look import add_format_flag, drawn_from, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -42,6 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=DEVICES, default="cpu", help="where matrices are multiplied and decomposed (default: cpu)"
     )
+    add_format_flag(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -74,13 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     for_figures = {tag: compression_of(dump, results[tag], device) for tag, dump in dumps.items()}
     write_compression(output_dir / EXP1_ARRAYS, for_figures, fingerprints, seals_of(summary))
     write_json(output_dir / SUMMARY, summary)
+    written = [SUMMARY, EXP1_ARRAYS]
     for name, figure in drawn.items():
-        save(figure, output_dir / name, drawn_from(SUMMARY, summary))
+        written += save(figure, output_dir / name, drawn_from(SUMMARY, summary), args.figure_format)
     for tag, numbers in summary.items():
         print(report(tag, numbers, results[tag]), end="\n\n")
     for tag, found in compared.items():
         print(comparison_report(first_tag, tag, found), end="\n\n")
-    print("\n".join(printable(f"wrote {output_dir / name}") for name in (SUMMARY, EXP1_ARRAYS, *drawn)))
+    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0
 
 

@@ -29,7 +29,7 @@ from gradprobe.exp2.measure import measure_dumps
 from gradprobe.exp2.summary import SUMMARY, report, summary_over_targets
 from gradprobe.figures.exp2 import draw_analysis
 from gradprobe.figures.inputs import EXP2_ARRAYS, write_directions
-from gradprobe.figures.look import drawn_from, save
+from gradprobe.figures.look import add_format_flag, drawn_from, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=DEVICES, default="cpu", help="where gradients are multiplied (default: cpu)"
     )
+    add_format_flag(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -74,14 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     drawn = draw_analysis(first_targets(dumps), list(results.values()))
 
-    written = [SUMMARY, *drawn]
+    written = [SUMMARY]
     if None not in dumps:
         of_top = {tag: found[-1] for tag, found in results.items()}
         write_directions(output_dir / EXP2_ARRAYS, of_top, fingerprints, seals_of(summary))
-        written.insert(1, EXP2_ARRAYS)
+        written.append(EXP2_ARRAYS)
     write_json(output_dir / SUMMARY, summary.get(None, summary))
     for name, figure in drawn.items():
-        save(figure, output_dir / name, drawn_from(SUMMARY, summary))
+        written += save(figure, output_dir / name, drawn_from(SUMMARY, summary), args.figure_format)
     print(report(summary), end="\n\n")
     print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0

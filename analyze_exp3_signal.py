@@ -27,7 +27,7 @@ from gradprobe.exp3.measure import measure_dumps, refusal
 from gradprobe.exp3.summary import SUMMARY, report, summary_over_targets
 from gradprobe.exp3.weights import OBJECTIVES
 from gradprobe.figures.exp3 import draw_analysis
-from gradprobe.figures.look import drawn_from, save, subjects_of
+from gradprobe.figures.look import add_format_flag, drawn_from, save, subjects_of
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="whose update: dapo, advantage over the standard deviation, all tokens alike; grpo, the same over the "
         "response's length; dr-grpo, advantage alone; reinforce, reward alone (default: dapo)",
     )
+    add_format_flag(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -73,10 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     drawn = draw_analysis(subjects_of(first_targets(dumps)), list(summary.values()))
 
     write_json(output_dir / SUMMARY, summary)
+    written = [SUMMARY]
     for name, figure in drawn.items():
-        save(figure, output_dir / name, drawn_from(SUMMARY, summary))
+        written += save(figure, output_dir / name, drawn_from(SUMMARY, summary), args.figure_format)
     print(report(summary), end="\n\n")
-    print("\n".join(printable(f"wrote {output_dir / name}") for name in (SUMMARY, *drawn)))
+    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0
 
 

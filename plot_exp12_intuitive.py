@@ -5,11 +5,12 @@ Draws what the two analyses left in the output directory (their summaries, `exp1
 computes it from the dumps where they have not run, or on other dumps. Writes `exp1_headline.png` (participation ratios
 and rank95 per bucket with intervals, a 2-D PCA of each), `exp1_bin4_energy.png` (cumulative energy of the
 highest-entropy bucket; the file keeps its name where there are not 5 buckets) and `exp2_headline.png` (rho with its
-verdict, cosines of correct and incorrect gradients with their controls); with three or more checkpoints also
+verdict, cosines of correct and incorrect gradients with their controls' bands); with three or more checkpoints also
 `exp12_trajectory.png` (unit-norm participation ratio, rho and the share of correct rollouts over them, in the order
 given). Where several targets were probed these show the first, and `exp12_replication.png` shows each headline number
 over all of them. From the summaries and all figures, those of Exp 3 too where `exp3_summary.json` lies there, it writes
-`report.html`, one page to read or mail that leads with the answers. The numbers drawn go to stdout.
+`report.html`, one page to read or mail that leads with the answers and shows, from `rollouts.jsonl`, two rollouts as
+text shaded by entropy and the commonest tokens of each bucket. The numbers drawn go to stdout.
 
 The study's dumps:
     python plot_exp12_intuitive.py --base out/exp12/exp12_base --trained out/exp12/exp12_trained \\
@@ -49,9 +50,10 @@ from gradprobe.figures.exp3 import KEEP_TOP
 from gradprobe.figures.exp3 import TRAJECTORY as EXP3_TRAJECTORY
 from gradprobe.figures.headlines import draw_headlines, headline_tables
 from gradprobe.figures.inputs import headlines_of, is_about
-from gradprobe.figures.look import Figure, drawn_from, read_picture, save, subjects_of
+from gradprobe.figures.look import Figure, add_format_flag, drawn_from, read_picture, save, subjects_of
 from gradprobe.figures.replication import draw_replication
 from gradprobe.figures.report import REPLICATION, render_report
+from gradprobe.figures.rollouts import see_rollouts
 
 REPORT = "report.html"
 FIGURES_OF = {
@@ -87,6 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, metavar="DUMP", help="dump of the base model: short for base=DUMP")
     parser.add_argument("--trained", type=Path, metavar="DUMP", help="dump of the RL-trained model, with --base")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="D", help="made if needed")
+    add_format_flag(parser)
     add_common_flags(parser)
     return parser.parse_args(argv)
 
@@ -114,13 +117,15 @@ def main(argv: list[str] | None = None) -> int:
     if have_summaries:
         exp3 = of_this_study(exp3, sources)
         pictures = pictures_of(output_dir, dict(zip(FIGURES_OF, (*summaries, exp3), strict=True)))
+        seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
+    written = []
     for name, figure in drawn.items():
-        save(figure, output_dir / name, {"manifest_sha256": fingerprints})
+        written += save(figure, output_dir / name, {"manifest_sha256": fingerprints}, args.figure_format)
     print(headline_tables(found), end="\n\n")
     if have_summaries:
         pictures |= {name: (output_dir / name).read_bytes() for name in drawn}
         manifests = {tag: source.manifest for tag, source in sources.items()}
-        page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3)
+        page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3, seen)
         write_text(output_dir / REPORT, page)
     else:
         tagged = " ".join(f"{tag}=..." for tag in paths)
@@ -129,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             f"of these dumps in {output_dir}; run both analyses with {tagged} first"
             + (f". The {REPORT} that lies there is of an earlier run" if (output_dir / REPORT).exists() else "")
         )
-    written = [*drawn, *([REPORT] if have_summaries else [])]
+    written += [REPORT] if have_summaries else []
     print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
     return 0
 
@@ -203,6 +208,11 @@ def of_this_study(exp3: dict[str, Any], sources: Mapping[str, Source]) -> dict[s
             f"{'; '.join(reasons)}"
         )
     return {} if reasons else exp3
+
+
+def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
+    """Those of one tag's Exp 3; None where it has none, or chose tokens by something else."""
+    return signal["edges"] if signal and signal["bucket_by"] == "entropy" else None
 
 
 def refuse_different_buckets(sources: dict[str, Source]) -> None:

@@ -159,7 +159,7 @@ merge_command() { # part, tag -> the array `command`
 }
 
 analysis_command() { # script, part, flags -> the array `command`
-    command=("$python" "$PROJECT/$1" --output-dir "$figures" "${@:3}")
+    command=("$python" "$PROJECT/$1" --output-dir "$figures" ${FIGURE_FORMAT:+--figure-format "$FIGURE_FORMAT"} "${@:3}")
     local tag
     for tag in "${tags[@]}"; do command+=("$tag=$OUT_ROOT/$2_$tag"); done
 }
@@ -177,6 +177,7 @@ if [[ "$EXP3" == 1 ]]; then experiments+=(3); fi
 plot_command() { # -> the array `command`
     if [[ "${tags[*]}" == "base trained" ]]; then
         command=("$python" "$PROJECT/plot_exp12_intuitive.py" --output-dir "$figures")
+        command+=(${FIGURE_FORMAT:+--figure-format "$FIGURE_FORMAT"})
         command+=(--base "$OUT_ROOT/exp12_base" --trained "$OUT_ROOT/exp12_trained")
     else
         analysis_command plot_exp12_intuitive.py exp12

@@ -509,9 +509,7 @@ def sample(
     in it, and because it yields each token's entropy on the way.
     """
     stop_ids = torch.tensor([tokenizer.convert_tokens_to_ids(t) for t in (IM_END, END_OF_TEXT)])
-    batch = tokenizer(
-        list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
+    batch = tokenizer(list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
     mask = batch["attention_mask"]
     inputs, positions, cache = batch["input_ids"], (mask.cumsum(1) - 1).clamp(min=0), None
     alive = torch.ones(len(prompts), dtype=torch.bool)
@@ -811,9 +809,7 @@ def measure(folder: Path, problems: Sequence[Problem], settings: Settings) -> di
         "rollouts": len(right),
         "correct": sum(right),
         "accuracy": round(_mean(right), 4),
-        "accuracy_by_kind": {
-            kind: round(_mean(hits) / count, 4) for kind, hits in sorted(hits_by_kind.items())
-        },
+        "accuracy_by_kind": {kind: round(_mean(hits) / count, 4) for kind, hits in sorted(hits_by_kind.items())},
         "prompts_all_wrong": per_prompt.count(0),
         "prompts_mixed": mixed,
         "prompts_all_right": per_prompt.count(count),
@@ -873,9 +869,7 @@ def versions() -> dict[str, str]:
 def settings_of(phase: str, settings: Settings) -> dict[str, Any]:
     """The settings less those that belong to another phase by their name."""
     others = tuple(f"{name}_" for name in PHASES if name != phase)
-    return {
-        name: value for name, value in dataclasses.asdict(settings).items() if not name.startswith(others)
-    }
+    return {name: value for name, value in dataclasses.asdict(settings).items() if not name.startswith(others)}
 
 
 def record_phase(out: Path, phase: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -939,9 +933,7 @@ PHASES: dict[str, Callable[[Path, Settings], dict[str, Any]]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the pair goes (default: the folder of this script)")
     parser.add_argument("--quick", action="store_true", help="all phases in about a minute; needs --out")
     parser.add_argument("--phases", nargs="+", choices=list(PHASES), default=list(PHASES))

@@ -43,6 +43,8 @@ check_choices() {
         problem_with EXP3_PROJECT "must be rows x columns, like 16x16"
     [[ "$EXP3_OBJECTIVE" =~ ^(dapo|grpo|dr-grpo|reinforce)$ ]] ||
         problem_with EXP3_OBJECTIVE "must be dapo, grpo, dr-grpo or reinforce"
+    [[ "$FIGURE_FORMAT" =~ ^((png|pdf|svg)(,(png|pdf|svg))*)?$ ]] ||
+        problem_with FIGURE_FORMAT "must be some of png, pdf and svg, like pdf,svg"
     # shellcheck disable=SC2034,SC2153
     read -r -d '' -a probe_args <<<"$PROBE_ARGS" || true # no delimiter is there to be found
     [[ "$LAUNCHER" =~ ^(local|slurm)$ ]] || problem_with LAUNCHER "must be local or slurm"

@@ -1,6 +1,6 @@
-"""Open a report in headless Chromium: it renders, the console stays quiet, and it fits a phone's width.
+"""Open a report in headless Chromium: it renders, the console stays quiet, it fits a phone, and its tables a screen.
 
-All that is folded is opened first.
+All that is folded is opened first. On a phone tables scroll in their own boxes.
 
     python tests/check_report_in_browser.py out/exp12/exp12_figures/report.html [SCREENSHOT.png]
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PHONE_WIDTH = 390
+PHONE_WIDTH, SCREEN_WIDTH = 390, 1100
 QUIET = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars""".split()
 PROBE = """<!doctype html><title>waiting</title><iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe>
@@ -25,7 +25,8 @@ PROBE = """<!doctype html><title>waiting</title><iframe id="page" width="{width}
   document.title = ["measured", Math.max(closed, page.documentElement.scrollWidth),
     page.documentElement.clientWidth, images.length,
     images.filter(i => i.complete && i.naturalWidth > 0).length, page.querySelectorAll("script").length,
-    folded.length, page.querySelectorAll(".answer").length].join(" ");
+    folded.length, page.querySelectorAll(".answer").length, page.querySelectorAll(".reading span").length,
+    Math.max(...[...page.querySelectorAll(".scroll")].map(one => one.scrollWidth - one.clientWidth))].join(" ");
 }});</script>"""
 
 
@@ -35,16 +36,22 @@ def chromium(profile: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
+def measure(report: Path, width: int, scratch: str) -> tuple[list[int], list[str]]:
+    """What `PROBE` tells of the page at a width, and what it said on the console."""
+    probe = Path(scratch) / "probe.html"
+    probe.write_text(PROBE.format(width=width, page=html.escape(report.read_text(encoding="utf-8"))))
+    result = chromium(f"{scratch}/profile", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri())
+    measured = re.search(r"<title>measured ([\d ]+)</title>", result.stdout)
+    assert measured, "the page did not load"
+    return list(map(int, measured[1].split())), [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
 def main(report: Path, screenshot: Path | None = None) -> int:
     """Check one report."""
     with tempfile.TemporaryDirectory() as scratch:
-        probe = Path(scratch) / "probe.html"
-        probe.write_text(PROBE.format(width=PHONE_WIDTH, page=html.escape(report.read_text(encoding="utf-8"))))
-        result = chromium(f"{scratch}/profile", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri())
-        measured = re.search(r"<title>measured (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)</title>", result.stdout)
-        assert measured, "the page did not load"
-        scroll_width, client_width, n_images, n_loaded, n_scripts, n_folded, n_answers = map(int, measured.groups())
-        console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+        (*_, overhang), _ = measure(report, SCREEN_WIDTH, scratch)
+        found, console = measure(report, PHONE_WIDTH, scratch)
+        scroll_width, client_width, n_images, n_loaded, n_scripts, n_folded, n_answers, n_tokens, _ = found
         if screenshot is not None:
             size = "--window-size=1100,6000"
             chromium(f"{scratch}/profile", size, f"--screenshot={screenshot.resolve()}", report.resolve().as_uri())
@@ -52,6 +59,8 @@ def main(report: Path, screenshot: Path | None = None) -> int:
     print(f"{n_loaded} of {n_images} images, {widths}, console: {console or 'quiet'}")
     assert scroll_width <= client_width, "wider than a phone"
     assert n_loaded == n_images >= 6, "an image did not load"
+    assert overhang == 0, f"a table is {overhang} px wider than the page at {SCREEN_WIDTH} px"
+    assert n_tokens > 0, "no token is shown"
     assert n_scripts == 0
     assert n_folded >= 4, "nothing is folded"
     assert n_answers == 3, "the page does not lead with three answers"

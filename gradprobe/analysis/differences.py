@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from ..common.console import printable
 from ..common.errors import raise_if_any
 from ..dump.format import ROLLOUTS, target_name
+from ..dump.on_policy import are_same_weights
 
 log = logging.getLogger(__name__)
 Manifest = Mapping[str, Any]
@@ -71,8 +72,11 @@ def say_differences(dumps: Mapping[Tag, Sequence[Opened]]) -> dict[Tag, list[str
     for tag, (dump, *_) in others:
         found[tag] = list(_differences(first_tag, first[0].manifest, tag, dump.manifest))
     for (one, (here, *_)), (other, (there, *_)) in itertools.combinations(dumps.items(), 2):
+        same = f"{one} and {other} have the same weights and"
         if _is_same(here, there):
-            found[other].append(f"{one} and {other} have the same weights and the same rollouts: one dump, two names")
+            found[other].append(f"{same} the same rollouts: one dump, two names")
+        elif _are_one_model_s_rollouts(here.manifest, there.manifest):
+            found[other].append(f"{same} other rollouts: no training lies between them")
     for line in itertools.chain(*found.values()):
         log.warning(line)
     return found
@@ -162,8 +166,21 @@ def _is_same(one: Opened, other: Opened) -> bool:
         return True
     keys = (_part("model_identity"), _part("checksums", ROLLOUTS))
     known = [(read(one.manifest), read(other.manifest)) for read in keys]
-    same_view = all(READ[name](one.manifest) == READ[name](other.manifest) for name in ("bucket_by", "pooling"))
-    return same_view and all(here is not None and here == there for here, there in known)
+    is_equal = all(here is not None and here == there for here, there in known)
+    return is_equal and _are_seen_alike(one.manifest, other.manifest)
+
+
+def _are_seen_alike(one: Manifest, other: Manifest) -> bool:
+    """Whether tokens are put into buckets in the same way: rules side by side are meant."""
+    return all(READ[name](one) == READ[name](other) for name in ("bucket_by", "pooling"))
+
+
+def _are_one_model_s_rollouts(one: Manifest, other: Manifest) -> bool:
+    """Whether two tags are the same weights on rollouts that are known to be others."""
+    identities = [_part("model_identity")(manifest) for manifest in (one, other)]
+    rollouts = [_part("checksums", ROLLOUTS)(manifest) for manifest in (one, other)]
+    is_known = None not in rollouts and all(isinstance(identity, dict) for identity in identities)
+    return is_known and _are_seen_alike(one, other) and are_same_weights(*identities)
 
 
 def study_of(manifest: Manifest) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Numbers as people read them: in tables on a terminal, and typeset in figures and the report."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,11 @@ def typeset_estimate(found: Mapping[str, Any], decimals: int = 2) -> str:
         return MISSING_TYPESET
     ends = ", ".join(typeset_number(end, decimals) for end in found["ci95"])
     return f"{typeset_number(found['value'], decimals)} [{ends}]"
+
+
+def typeset_sentence(text: str) -> str:
+    """The same with a proper minus before numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def typeset_interval(bounds: Sequence[float] | None) -> str:

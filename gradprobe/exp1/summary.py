@@ -89,11 +89,12 @@ def report(tag: str, numbers: dict[str, Any], result: Exp1) -> str:
         f"{_ratio_table(numbers['per_bucket'])}\n\n"
         f"directions by the energy they hold; at n = {common_n}: mean [95%] over subsamples of whole rollouts\n"
         f"{_rank_table(numbers['per_bucket'])}\n\n"
-        f"|cos| between the buckets' top-1 right singular vectors; ceiling: the same between halves of one bucket, "
-        f"mean [95%] of {draws['ceiling']}\n"
+        f"|cos| between the buckets' top-1 right singular vectors; halves: the same between halves of one bucket's "
+        f"prompts, mean [95%] of {draws['ceiling']};\n"
+        f"no bound: halves hold half the gradients, so two buckets may come out higher\n"
         f"< below, > above the 95% range of {draws['null']} shuffles of bucket labels within rollouts "
         f"(either by chance: about {chance_outside_null(draws['null']):.0%})\n"
-        f"repeats: is the ceiling above random directions' |cos|? where it is not, a low |cos| says nothing\n"
+        f"repeats: are the halves above random directions' |cos|? where it is not, a low |cos| says nothing\n"
         f"{_cross_table(result, 'top1_cosine', '|cos|')}\n\n"
         f"overlap of the top-{OVERLAP_SHOWN} subspaces, in the same way\n"
         f"{_cross_table(result, f'overlap/{OVERLAP_SHOWN}', 'overlap')}"
@@ -136,7 +137,7 @@ def _rank_table(per_bucket: dict[str, Any]) -> str:
 
 
 def _cross_table(result: Exp1, measure: str, name: str) -> str:
-    """One measure between buckets, beside each its place in the null, with every bucket's ceiling."""
+    """One measure between buckets, beside each its place in the null, and between halves of every bucket."""
     numbers, null = result.cross[measure], result.null[measure]
     rows = []
     for i, ceiling in enumerate(result.ceilings):
@@ -145,7 +146,7 @@ def _cross_table(result: Exp1, measure: str, name: str) -> str:
             for j, value in enumerate(numbers[i])
         ]
         rows.append([str(i), *cells, _drawn(_drawn_json(ceiling[measure]), 3)])
-    columns = [name, *(f"{index} " for index in range(len(numbers))), "ceiling [95%]"]
+    columns = [name, *(f"{index} " for index in range(len(numbers))), "halves [95%]"]
     if measure == "top1_cosine":
         columns.append("repeats")
         rows = [[*row, repeats or MISSING] for row, repeats in zip(rows, result.top1_repeats(), strict=True)]

@@ -146,6 +146,11 @@ class Signal:
     ci95: tuple[float, float] | None
     above_zero: bool
 
+    def z(self, n_prompts: int) -> float | None:
+        """`total` in standard errors over that many prompts; None without an interval, or of one without width."""
+        margin = 0.0 if self.ci95 is None else self.ci95[1] - self.total
+        return self.total / margin * float(stdtrit(n_prompts - 1, 0.975)) if margin > 0 else None
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -553,3 +558,25 @@ def judged_by_tails(found: Alignment, n_rare: float | None) -> Alignment:
     """The same with the verdict "unsampled" where fewer than 30 rare tokens were to be expected behind a mean."""
     is_unsampled = n_rare is not None and n_rare < MIN_RARE_TOKENS
     return replace(found, verdict=UNSAMPLED) if is_unsampled else found
+
+
+def reason_of(found: Alignment, n_rare: float | None) -> str | None:
+    """Why a verdict tells nothing, in words; None where it does. `n_rare`: see `rare_tokens`."""
+    if found.verdict == UNSAMPLED:
+        return f"{n_rare:.1f} rare tokens to be expected behind a mean, {MIN_RARE_TOKENS} are needed"
+    if found.verdict != UNDERPOWERED:
+        return None
+    counted = f"{found.n_prompts or 'no'} prompt{'s' * (found.n_prompts > 1)} with 2 rollouts of each kind"
+    if found.n_prompts < 2:
+        return counted
+    signals = {"correct": found.signal_correct, "incorrect": found.signal_incorrect}
+    unseen = [
+        f"{kind}{_in_errors(signal.z(found.n_prompts))}" for kind, signal in signals.items() if not signal.above_zero
+    ]
+    if unseen:
+        return f"signal of {' and '.join(unseen)} rollouts not above 0; {counted}"
+    return f"the interval reaches beyond ±{ORTHOGONAL_WITHIN} and holds 0; {counted}"
+
+
+def _in_errors(z: float | None) -> str:
+    return "" if z is None else f" (z {z:.1f})"

@@ -16,6 +16,7 @@ from .direction import (
     MIN_ROLLOUTS_OF_EACH_KIND,
     MIN_TOKENS_OF_EACH_KIND,
     ORTHOGONAL_WITHIN,
+    reason_of,
     summarise,
 )
 from .measure import BucketDirections
@@ -107,7 +108,7 @@ def measures_of(result: BucketDirections) -> dict[str, Any]:
         "correct_vs_incorrect": numbers,
         "control_within_group": _control(directions.control_cosines, len(directions.control)),
         "control_within_group_by_rollout": _control(result.control_by_rollout_cosines, len(result.control_by_rollout)),
-        "alignment": asdict(result.alignment),
+        "alignment": asdict(result.alignment) | {"reason": reason_of(result.alignment, result.n_rare)},
         "n_rare": result.n_rare,
         "on_policy": result.on_policy and asdict(result.on_policy),
         "rho_over_sums": result.rho_over_sums and asdict(result.rho_over_sums),
@@ -177,7 +178,17 @@ def bucket_tables(name: str, buckets: dict[str, dict[str, Any]]) -> str:
             for index, found in ((index, numbers["cancellation"]) for index, numbers in buckets.items())
         ],
     )
-    return f"{alignments}\n\n{cancellations}"
+    return "\n".join([alignments, *reasons_by_bucket(buckets), "", cancellations])
+
+
+def reasons_by_bucket(buckets: dict[str, dict[str, Any]]) -> list[str]:
+    """`buckets 0, 1: underpowered: no prompt ...`, a line for each reason why a verdict tells nothing."""
+    named: dict[str, list[str]] = {}
+    for index, numbers in buckets.items():
+        found = numbers["alignment"]
+        if found.get("reason"):
+            named.setdefault(f"{found['verdict']}: {found['reason']}", []).append(index)
+    return [f"bucket{'s' * (len(own) > 1)} {', '.join(own)}: {why}" for why, own in named.items()]
 
 
 def _alignment_row(bucket: str, numbers: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from ..analysis.jackknife import (
 )
 from ..analysis.pooled import Pooled
 from ..dump.on_policy import MIN_RARE_TOKENS
-from .tables import Moments, PromptTables, moments_of, prompt_tables
+from .tables import MIN_PROMPTS, Moments, PromptTables, moments_of, prompt_tables
 
 SEEN, UNDERPOWERED = "seen", "underpowered"
 CLAIMED_SHARE = 0.2
@@ -180,6 +180,17 @@ def signal_of_pooled(pooled: Pooled, objective: str = "dapo") -> Exp3:
             "random": kept_tokens(moments, tokens, CLAIMED_SHARE * everything),
         },
     )
+
+
+def reason_of(result: Exp3) -> str | None:
+    """Why no signal is seen, in words; None where one is."""
+    if result.signal.verdict == SEEN:
+        return None
+    counted = f"{result.n_prompts} prompts, {result.n_prompts_mixed or 'none'} with both outcomes"
+    if result.signal.value is None:
+        return f"{counted}; at least {MIN_PROMPTS} prompts are needed"
+    z = "" if result.signal.z is None else f": z {result.signal.z:.1f}"
+    return f"signal not above 0{z}; {counted}"
 
 
 def kept_tokens(moments: Moments | None, tokens: np.ndarray, chance: np.ndarray) -> Kept:

@@ -11,7 +11,7 @@ from ..common.console import printable
 from ..dump.format import Dump, shown_projection, target_name
 from ..dump.on_policy import is_chosen_by_prefix
 from .measure import DumpSignal
-from .signal import CLAIMED_SHARE, SEEN, Exp3
+from .signal import CLAIMED_SHARE, SEEN, Exp3, reason_of
 
 SUMMARY = "exp3_summary.json"
 MAX_READINGS = 10
@@ -75,6 +75,7 @@ def summary_over_targets(
 def summary_of(result: Exp3) -> dict[str, Any]:
     """The keys that come from the gradients; no NaN in it."""
     summary = asdict(result)
+    summary["signal"]["reason"] = reason_of(result)
     buckets = summary.pop("buckets")
     return summary | {"per_bucket": {str(index): numbers for index, numbers in enumerate(buckets)}}
 
@@ -117,7 +118,8 @@ def _sentences(tag: str, numbers: dict[str, Any]) -> str:
     lines = [
         printable(f"{tag}: {source}"),
         counts,
-        f"signal {signal['verdict']}, z {format_number(signal['z'], 1)}; noise scale {scale} prompts",
+        f"signal {signal['verdict']}, z {format_number(signal['z'], 1)}; noise scale {scale} prompts"
+        + (f"\nunderpowered: {signal['reason']}" if signal["reason"] else ""),
     ]
     if signal["verdict"] == SEEN:
         lines += [_kept_sentence(kept, numbers["at_20_percent"][kept]) for kept in KEPT]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..analysis.text import typeset_estimate, typeset_interval, typeset_number, typeset_share
+from ..analysis.text import typeset_estimate, typeset_interval, typeset_number, typeset_sentence, typeset_share
 from ..dump.on_policy import MIN_RARE_TOKENS, OFF_POLICY, ON_POLICY
 from ..exp2.direction import ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED, UNSAMPLED
 from ..exp3.signal import CLAIMED_SHARE, SEEN
@@ -108,7 +108,10 @@ def _cancel(numbers: Summary) -> str:
     over = f"over {found['n_prompts']} prompts"
     parts = [f"Bucket {numbers['bucket']}: ρ = {rho_with_interval(found)} {over}"]
     if found["ci95"] is None:
-        parts = [f"Bucket {numbers['bucket']}: no ρ, as the signal of a kind is not above 0 at the 95% level, {over}"]
+        why = _why(found) or f"the signal of a kind is not above 0 at the 95% level, {over}"
+        parts = [f"Bucket {numbers['bucket']}: no ρ, as {why}"]
+    elif _why(found):
+        parts.append(f"Why it tells nothing: {_why(found)}")
     if reference is not None:
         parts.append(f"Rollouts are on-policy: theory fixes ρ at {typeset_number(reference, 0)}{_holds(found)}")
     sums = numbers.get("rho_over_sums")
@@ -151,8 +154,7 @@ def _signal(numbers: Summary) -> tuple[str, str]:
     top = f"top {CLAIMED_SHARE:.0%} of the tokens by {numbers['bucket_by']}"
     signal = numbers["signal"]
     if signal["verdict"] != SEEN:
-        z = "" if signal["z"] is None else f", z = {typeset_number(signal['z'], 1)}"
-        return f"{CANT_TELL}: underpowered", f"No update that {numbers['n_prompts']} prompts share is seen{z}"
+        return f"{CANT_TELL}: underpowered", f"No update that prompts share is seen: {_why_no_signal(numbers)}"
     kept = numbers["at_20_percent"]["top"]
     share, ratio = kept["signal_share"], kept["noise_scale_ratio"]
     verdict = CANT_TELL
@@ -170,6 +172,17 @@ def _signal(numbers: Summary) -> tuple[str, str]:
     if kept["cosine"]["ci95"] is None:
         parts.append(f"What direction they keep: {CANT_TELL}, their own signal is not above 0 at the 95% level")
     return verdict, ". ".join(part for part in parts if part)
+
+
+def _why_no_signal(numbers: Summary) -> str:
+    signal = numbers["signal"]
+    z = "" if signal["z"] is None else f", z = {typeset_number(signal['z'], 1)}"
+    return _why(signal) or f"{numbers['n_prompts']} prompts{z}"
+
+
+def _why(found: Summary) -> str | None:
+    """Why a verdict tells nothing, with a proper minus; None where it does, or in a summary of before."""
+    return typeset_sentence(found.get("reason") or "") or None
 
 
 def _largest(buckets: Summary) -> str:

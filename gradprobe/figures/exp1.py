@@ -27,6 +27,7 @@ from .look import (
     bucket_axis,
     bucket_colours,
     bucket_ticks,
+    caption,
     dodge,
     grid,
     heading,
@@ -55,6 +56,7 @@ MAX_BUCKETS_IN_WORDS = 7
 MAX_HEATMAPS_ABREAST = 4
 MAX_SCATTERS_ABREAST = 3
 SURPRISAL_GROUPS = 10
+LEAST_ZOOM, INSET_SIZE = 5.0, 0.34
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNIT_NORM = "PR of unit-norm rows"
 COUNTS_SHOWN = {
@@ -116,25 +118,26 @@ def draw_cumulative_energy(subjects: list[Subject], spectra: list[list[Spectrum]
 
 @styled
 def draw_cross_bucket(subjects: list[Subject], results: list[Exp1]) -> Figure:
-    """Heatmaps between buckets, a row per measure and a column per subject; ceilings stand on the diagonals."""
+    """Heatmaps between buckets, a row per measure and a column per subject; on the diagonals, halves of a bucket."""
     n_buckets = max(len(result.buckets) for result in results)
     side = max(4.2, 0.7 * n_buckets + 1.4) if n_buckets <= MAX_NUMBERED_BUCKETS else 5.2
     n_columns = min(MAX_HEATMAPS_ABREAST, len(subjects))
     n_lines = -(-len(subjects) // n_columns)
     figure = new_figure(max(7.5, (side + 0.3) * n_columns + 1.0), (2 * side + 2.0) * n_lines + 1.0)
+    figure.get_layout_engine().set(h_pad=0.12)  # titles away from the captions above them
     axes = grid(figure, len(subjects), n_columns, rows_each=len(CROSS_MEASURES))
     for place, (measure, label) in enumerate(CROSS_MEASURES.items()):
         for subject, result, ax in zip(subjects, results, axes[:, place], strict=True):
             image = _heatmap(ax, result, measure)
-            lines = [panel_title(subject, subjects), label]
+            ax.set_title(f"{panel_title(subject, subjects)}\n{label}", loc="left")
             if measure == "top1_cosine":
-                lines.append(_repeats_in_words(result.top1_repeats()))
-            ax.set_title("\n".join(lines), loc="left")
+                caption(ax, _repeats_in_words(result.top1_repeats()))
     figure.colorbar(image, ax=list(axes.ravel()), shrink=0.5, aspect=30)
     draws = results[0].settings
     handles = [
         Patch(facecolor="none", edgecolor="black", linewidth=1.8, label=(
-            f"diagonal: ceiling, the same between halves of one bucket (mean of {draws.ceiling})"
+            f"diagonal: between halves of one bucket's prompts (mean of {draws.ceiling}); halves hold half the\n"
+            "gradients, so this is no bound: two buckets, of all prompts each, may come out higher"
         )),
         Line2D([], [], linestyle="none", marker="v", color="black", markersize=5, label=(
             f"below the 95% range of {draws.null} shuffles of bucket labels"
@@ -301,7 +304,7 @@ def _energy_axes(ax: Axes, spectra: list[Spectrum]) -> None:
 
 
 def _heatmap(ax: Axes, result: Exp1, measure: str) -> Any:
-    """One measure in cells, its ceilings framed on the diagonal; what has no number stays grey. Returns the image."""
+    """One measure in cells, between halves framed on the diagonal; what has no number is grey. Returns the image."""
     matrix = result.cross[measure].copy()
     count = len(matrix)
     for index, ceiling in enumerate(result.ceilings):
@@ -338,7 +341,7 @@ def _repeats_in_words(repeats: list[str | None]) -> str:
         for verdict in ("yes", "no", "can't tell")
     }
     known = "; ".join(f"{verdict}: {buckets}" for verdict, buckets in found.items() if buckets)
-    return f"repeats between halves of a bucket? {known or 'no number'}"
+    return f"repeats between halves of a bucket?\n{known or 'no number'}"
 
 
 def _ratio_bar(numbers: BucketNumbers) -> tuple[float | None, Interval | None]:
@@ -532,14 +535,48 @@ def _scatter(ax: Axes, projection: Projection, buckets: np.ndarray, n_buckets: i
         return
     limits = [_central_limits(points[:, i]) for i in range(2)]
     inside = np.all([(low <= x) & (x <= high) for (low, high), x in zip(limits, points.T, strict=True)], axis=0)
-    # A random order, the same every time: else the bucket drawn last would hide the others.
-    order = np.random.default_rng(0).permutation(np.flatnonzero(inside))
-    size = float(np.clip(16000 / max(1, len(order)), 9, 36))
-    ax.scatter(*points[order].T, s=size, c=bucket_colours(n_buckets)[buckets[order]], alpha=0.7, linewidths=0)
+    # Gradients of low buckets are short and lie in the middle: drawn last, and smaller the lower, none hides another.
+    size = float(np.clip(16000 / max(1, inside.sum()), 12, 36))
+    _points_by_bucket(ax, points[inside], buckets[inside], n_buckets, size)
     ax.set_xlim(limits[0])
     ax.set_ylim(limits[1])
+    _low_buckets_closer(ax, points, buckets, n_buckets, size)
     outside = f", {np.sum(~inside):,} out of view" if not inside.all() else ""
     ax.set_title(f"2-D PCA, {number}{outside}", loc="left")
+
+
+def _points_by_bucket(ax: Axes, points: np.ndarray, buckets: np.ndarray, n_buckets: int, size: float) -> None:
+    for bucket in reversed(range(n_buckets)):
+        height = bucket / max(1, n_buckets - 1)
+        ax.scatter(
+            *points[buckets == bucket].T, s=size * (0.5 + 2.5 * height), color=bucket_colours(n_buckets)[bucket],
+            alpha=0.9 - 0.45 * height, linewidths=0, zorder=3 - height, rasterized=True,
+        )  # fmt: skip
+
+
+def _low_buckets_closer(ax: Axes, points: np.ndarray, buckets: np.ndarray, n_buckets: int, size: float) -> None:
+    """The lower half of the buckets in a corner of its own where they are a dot in the view, in the emptiest one."""
+    low = points[buckets < n_buckets // 2]
+    if len(low) == 0:
+        return
+    limits = [_central_limits(low[:, i]) for i in range(2)]
+    views = (ax.get_xlim(), ax.get_ylim())
+    zoom = min((view[1] - view[0]) / (end - start) for (start, end), view in zip(limits, views, strict=True))
+    if zoom < LEAST_ZOOM:
+        return
+    places = [(points[:, i] - view[0]) / (view[1] - view[0]) for i, view in enumerate(views)]
+    corners = [(x, y) for x in (0.02, 0.98 - INSET_SIZE) for y in (0.98 - INSET_SIZE, 0.02)]
+    inside = [[(start <= p) & (p <= start + INSET_SIZE) for start, p in zip(c, places, strict=True)] for c in corners]
+    corner = min(zip(corners, inside, strict=True), key=lambda pair: np.sum(pair[1][0] & pair[1][1]))[0]
+    inset = ax.inset_axes((*corner, INSET_SIZE, INSET_SIZE), zorder=5)
+    _points_by_bucket(inset, points, buckets, n_buckets, size)
+    inset.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
+    inset.spines[:].set_visible(True)
+    times = f"{float(f'{zoom:.2g}'):,.0f}×"
+    inset.text(
+        0.5, 0.98, f"the middle, about {times} closer", transform=inset.transAxes, ha="center", va="top", fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.8}, zorder=6,
+    )  # fmt: skip
 
 
 def _central_limits(values: np.ndarray) -> tuple[float, float]:

@@ -31,6 +31,7 @@ from .look import (
     NOTE_COLOUR,
     Subject,
     bucket_ticks,
+    caption,
     dodge,
     grid,
     heading,
@@ -50,7 +51,7 @@ ALIGNMENT = "exp2_alignment.png"
 HISTOGRAM_ALPHA = 0.65
 DETECTABLE_COLOUR = "#bdbdbd"
 ORTHOGONAL_COLOUR = "#eaf3ea"
-FURTHEST_RHO = 2.0
+FURTHEST_RHO = 1.5
 MAX_BUCKETS_IN_WORDS = 7
 MAX_ABREAST = 3
 MAX_BARS = 300
@@ -64,6 +65,8 @@ MEANINGS = {
 }
 HOLLOW = (UNDERPOWERED, UNSAMPLED)
 UNSAMPLED_COLOUR = "#8c8c8c"
+POINT_ALONE = {"linestyle": "none", "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.2, "zorder": 2.5}
+"""How a rho without an interval is drawn."""
 REFERENCE_WORDS = "−1: fixed by theory on-policy"
 
 
@@ -86,7 +89,8 @@ def draw_direction_histogram(subjects: list[Subject], directions: list[BucketDir
     figure, axes = panels(len(subjects), width=6.4, height=4.0, sharey=True)
     _draw_cosine_histograms(axes, directions, series_colours(subjects))
     for subject, result, ax in zip(subjects, directions, axes, strict=True):
-        ax.set_title(f"{panel_title(subject, subjects)}\n{_cosine_sentence(result)}", loc="left")
+        ax.set_title(f"{panel_title(subject, subjects)}\n{_mean_sentence(result)}", loc="left")
+        caption(ax, _control_sentence(result))
     _histogram_legend(figure, subjects)
     figure.suptitle(heading(f"Correct against incorrect gradients, {top_bucket_name(subjects)}", subjects))
     return figure
@@ -94,19 +98,20 @@ def draw_direction_histogram(subjects: list[Subject], directions: list[BucketDir
 
 @styled
 def draw_direction_headline(subjects: list[Subject], directions: list[BucketDirections]) -> Figure:
-    """Exp 2 at a glance: rho and its verdict in words, cosine histograms, and the prompts' cosines sorted."""
+    """Exp 2 at a glance: rho and its verdict in words over the prompts' cosines, sorted, and the controls' bands."""
     n_columns = min(MAX_ABREAST, len(subjects))
     n_lines = -(-len(subjects) // n_columns)
-    figure = new_figure(max(7.5, 6.4 * n_columns), 8.2 * n_lines + 1.2)
-    axes = grid(figure, len(subjects), n_columns, rows_each=2)
-    for subject, result, column, colour in zip(subjects, directions, axes, series_colours(subjects), strict=True):
-        lines = [panel_title(subject, subjects), _rho_sentence(result), _test_sentence(result.alignment)]
-        lines.append(_cosine_sentence(result))
-        column[0].set_title("\n".join(lines), loc="left")
-        _sorted_bars(column[1], result, colour)
-    _draw_cosine_histograms(axes[:, 0], directions, series_colours(subjects))
-    _share_sorted_limits(axes[:, 1], directions)
-    _histogram_legend(figure, subjects)
+    figure = new_figure(max(7.5, 7.0 * n_columns), 5.6 * n_lines + 1.4)
+    axes = grid(figure, len(subjects), n_columns)[:, 0]
+    for subject, result, ax, colour in zip(subjects, directions, axes, series_colours(subjects), strict=True):
+        ax.set_title(f"{panel_title(subject, subjects)}\n{_rho_sentence(result)}", loc="left")
+        _sorted_bars(ax, result, colour)
+    _share_sorted_limits(axes, directions)
+    band = Patch(color=CONTROL_COLOUR, alpha=0.2, label="central 95% of the control by tokens")
+    dashed = Line2D(
+        [], [], color="black", linewidth=1.6, linestyle="--", label="central 95% of the control by rollouts"
+    )
+    figure.legend(handles=[band, dashed], loc="outside lower center", ncols=2 if n_columns > 1 else 1)
     figure.suptitle(heading(f"Correct against incorrect gradients, {top_bucket_name(subjects)}", subjects))
     return figure
 
@@ -153,34 +158,46 @@ def draw_alignment(
     ax.set_xlabel(f"{words}entropy bucket{order}", labelpad=6 + 16 * len(subjects) if in_words else 4)
     ax.set_ylabel("ρ (+1 same direction, 0 orthogonal, −1 opposed)")
     without = sum(r.ci95 is None and r.n_prompts > 0 for buckets in alignments for r in buckets)
-    unbounded = f"\nno finite interval in {without}: signal not above 0 at the 95% level" if without else ""
-    cut = f"\nview cut at ±{limit:g}: {n_outside} of the intervals or bars run on" if n_outside else ""
-    ax.set_title(f"ρ with 95% interval: cosine with the noise removed{unbounded}{cut}", loc="left")
+    ax.set_title("ρ with 95% interval: cosine with the noise removed", loc="left")
+    if without:
+        caption(ax, f"{without} without a finite interval: a signal is not above 0 at the 95% level, and ρ no number")
+    if n_outside:
+        caption(ax, f"view cut at ±{limit:.2g}: {n_outside} of the points, intervals or bars run on (arrows)")
     _alignment_legend(figure, subjects)
     figure.suptitle(heading("Do correct and incorrect rollouts share a direction?", subjects))
     return figure
 
 
 def rho_limit(alignments: list[list[Alignment]]) -> float:
-    """The view's reach: every point, interval and detectable bar if that is not too far, and ±1.1 at least."""
+    """The view's reach: every point, interval and detectable bar as far as ±1.5, and ±1.1 at least."""
     reach = [1.05]
-    for result in (result for buckets in alignments for result in buckets if result.ci95 is not None):
-        reach.extend(map(abs, (result.rho, *result.ci95, result.min_detectable)))
+    for result in (result for buckets in alignments for result in buckets):
+        known = (result.rho, *(result.ci95 or ()), result.min_detectable)
+        reach.extend(abs(value) for value in known if value is not None)
     return min(FURTHEST_RHO, 1.1 * max(reach))
 
 
 def draw_rho(ax: Axes, place: float, width: float, result: Alignment, colour: str, limit: float) -> bool:
-    """One rho with its interval over its detectable bar, or why there is none; True where the view cuts it off."""
+    """One rho with its interval over its detectable bar, or why there is none; True where the view cuts it off.
+
+    Without an interval rho is no number: a small hollow point, at the edge with an arrow where it lies outside.
+    """
+    colour = UNSAMPLED_COLOUR if result.verdict == UNSAMPLED else colour
     if result.ci95 is None:
-        why = "n = 0 prompts" if result.n_prompts == 0 else "no finite interval"
-        ax.text(
-            place, 0, why, rotation=90, ha="center", va="center", color=colour, fontsize=10,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2, "alpha": 0.85}, zorder=3,
-        )  # fmt: skip
-        return False
+        if result.rho is None:
+            why = "n = 0 prompts" if result.n_prompts == 0 else "no ρ: no signal"
+            ax.text(
+                place, 0, why, rotation=90, ha="center", va="center", color=colour, fontsize=10,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 2, "alpha": 0.85}, zorder=3,
+            )  # fmt: skip
+            return False
+        edge, is_outside = 0.96 * limit, abs(result.rho) > limit
+        marker = "o" if not is_outside else "^" if result.rho > 0 else "v"
+        inside = float(np.clip(result.rho, -edge, edge)) if is_outside else result.rho
+        ax.plot(place, inside, marker, **POINT_ALONE, markeredgecolor=colour)
+        return is_outside
     low, high = result.ci95
     detectable = result.min_detectable
-    colour = UNSAMPLED_COLOUR if result.verdict == UNSAMPLED else colour
     ax.bar(place, 2 * detectable, width, -detectable, color=DETECTABLE_COLOUR, alpha=0.7, linewidth=0, zorder=1)
     shown = np.clip([low, high], -limit, limit)
     ax.plot([place, place], shown, color=colour, linewidth=2.4, solid_capstyle="butt", zorder=3)
@@ -204,8 +221,8 @@ def draw_reference(ax: Axes, subjects: Sequence[Subject], references: Sequence[f
         named = [one.tag or one.label for one, found in zip(subjects, references, strict=True) if found == value]
         whose = "" if len(named) == len(subjects) else f" ({shortened(', '.join(named), 30)} only)"
         ax.annotate(
-            f"{REFERENCE_WORDS}{whose}", (1.0, value), (-4, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", va="bottom", fontsize=9, color="black",
+            f"{REFERENCE_WORDS}{whose}", (0.0, value), (4, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="left", va="bottom", fontsize=9, color="black",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}, zorder=5,
         )  # fmt: skip
 
@@ -226,6 +243,9 @@ def rho_handles() -> list[Any]:
         face = "white" if verdict in HOLLOW else NOTE_COLOUR
         label = f"{verdict}: {MEANINGS[verdict]}"
         handles.append(Line2D([], [], marker=marker, markerfacecolor=face, label=label, **style))
+    alone = {**POINT_ALONE, "zorder": 2}
+    label = "no interval: ρ is no number (arrow: outside the view)"
+    handles.append(Line2D([], [], marker="o", markeredgecolor=NOTE_COLOUR, label=label, **alone))
     handles.append(Patch(color=DETECTABLE_COLOUR, alpha=0.7, label="|ρ| too small to be detected (80% power)"))
     handles.append(
         Patch(facecolor=ORTHOGONAL_COLOUR, edgecolor="#c4d8c4", label=f"±{ORTHOGONAL_WITHIN}: the limits of orthogonal")
@@ -254,26 +274,21 @@ def _rho_sentence(found: BucketDirections) -> str:
         rho = "no ρ, no finite interval"
     else:
         rho = f"ρ = {typeset_number(result.rho, 2)} {typeset_interval(result.ci95)}"
-    fixed = "" if found.reference is None else f" (on-policy: {typeset_number(found.reference, 0)} by theory)"
+    fixed = "" if found.reference is None else f" (theory: {typeset_number(found.reference, 0)})"
     return f"{rho}, n = {result.n_prompts} prompts: {result.verdict}{fixed}"
 
 
-def _test_sentence(result: Alignment) -> str:
-    if result.p_value is None:
-        return "labels not permuted"
-    return f"correctness permuted within prompts: p = {result.p_value:.2g} (n = {result.n_prompts})"
-
-
-def _cosine_sentence(result: BucketDirections) -> str:
+def _mean_sentence(result: BucketDirections) -> str:
     cosines = result.directions.cosines
-    mean = (
-        f"mean cos = {typeset_number(np.mean(cosines), 2)} (n = {len(cosines)} prompts)"
-        if len(cosines)
-        else "no mean cos"
-    )
+    if len(cosines) == 0:
+        return "no mean cos"
+    return f"mean cos = {typeset_number(np.mean(cosines), 2)} (n = {len(cosines)} prompts)"
+
+
+def _control_sentence(result: BucketDirections) -> str:
     controls = {"tokens": result.directions.control_cosines, "rollouts": result.control_by_rollout_cosines}
-    floors = [f"{unit} {typeset_number(np.mean(v), 2)} (n = {len(v)})" for unit, v in controls.items() if len(v)]
-    return f"{mean}\n" + ("control by " + ", ".join(floors) if floors else "no control")
+    floors = [f"by {unit} {typeset_number(np.mean(v), 2)} (n = {len(v)})" for unit, v in controls.items() if len(v)]
+    return "mean control " + ", ".join(floors) if floors else "no control"
 
 
 def _draw_cosine_histograms(axes: Iterable[Axes], directions: list[BucketDirections], colours: list[str]) -> None:
@@ -337,7 +352,7 @@ def control_band(control: np.ndarray) -> tuple[float, float] | None:
 
 
 def _sorted_bars(ax: Axes, result: BucketDirections, colour: str) -> None:
-    """Every prompt's cosine in ascending order over the controls' 95% bands; the title counts those outside."""
+    """Every prompt's cosine in ascending order over the controls' 95% bands; below, how many are outside."""
     cosines = np.sort(result.directions.cosines)
     bands = _control_bands(result)
     if bands[0] is not None:
@@ -363,10 +378,10 @@ def _sorted_bars(ax: Axes, result: BucketDirections, colour: str) -> None:
     lines = [
         _band_sentence(name, unit, size, found, band, cosines)
         for name, unit, size, found, band in zip(
-            ("grey", "dashed"), ("token", "rollout"), sizes, halves, bands, strict=True
+            ("grey", "dashed"), ("tokens", "rollouts"), sizes, halves, bands, strict=True
         )
     ]
-    ax.set_title("\n".join(lines), loc="left")
+    caption(ax, "\n".join(lines))
 
 
 def _band_sentence(
@@ -378,13 +393,11 @@ def _band_sentence(
     cosines: np.ndarray,
 ) -> str:
     if band is None:
-        why = "mean gradients are zero" if halves else f"no group has {fewest} top-bin {unit}s"
-        return f"no {unit} control: {why}"
+        why = "mean gradients are zero" if halves else f"no group has {fewest} top-bin {unit}"
+        return f"no control by {unit}: {why}"
     n_outside = int(np.sum((cosines < band[0]) | (cosines > band[1])))
     counted = f"; {n_outside} of {len(cosines)} outside" if len(cosines) else ""
-    return (
-        f"{name}: central 95% of {unit} control, {typeset_number(band[0], 2)} to {typeset_number(band[1], 2)}{counted}"
-    )
+    return f"{name}: control by {unit}, {typeset_number(band[0], 2)} to {typeset_number(band[1], 2)}{counted}"
 
 
 def _control_bands(result: BucketDirections) -> list[tuple[float, float] | None]:

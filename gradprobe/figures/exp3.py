@@ -18,6 +18,7 @@ from .look import (
     NOTE_COLOUR,
     Subject,
     bucket_ticks,
+    caption,
     grid,
     heading,
     name_checkpoints,
@@ -66,8 +67,9 @@ def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure
     limits = _shares_limits(numbers)
     for ax, subject, one, colour in zip(axes, subjects, numbers, series_colours(subjects), strict=True):
         n_cut = _draw_shares(ax, one, colour, limits)
-        cut = f"\nview cut: {n_cut} of the intervals run on" if n_cut else ""
-        ax.set_title(f"{panel_title(subject, subjects)}\n{signal_sentence(one)}{cut}", loc="left")
+        ax.set_title(f"{panel_title(subject, subjects)}\n{signal_sentence(one)}", loc="left")
+        if n_cut:
+            caption(ax, f"view cut: {n_cut} of the intervals run on")
     colours = series_colours(subjects)
     shade, whose = (colours[0], "") if len(colours) == 1 else (NOTE_COLOUR, ", in the colour of each")
     handles: list[Any] = [Patch(color=shade, alpha=0.85, label=f"signal with 95% interval{whose}")]

@@ -7,6 +7,7 @@ by lightness, and so have many checkpoints. What can't be drawn (an empty bucket
 says why.
 """
 
+import argparse
 import functools
 import io
 import json
@@ -44,6 +45,8 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e4e4e4",
     "text.parse_math": False,  # a model's path may hold a dollar sign
+    "pdf.fonttype": 42,  # TrueType: journals refuse matplotlib's Type 3
+    "svg.hashsalt": "gradprobe",  # the same names of parts every time
     "axes.unicode_minus": True,
 }
 SERIES_COLOURS = {"base": "#0072B2", "trained": "#D55E00"}
@@ -52,6 +55,12 @@ CONTROL_COLOUR = "#4d4d4d"
 NOTE_COLOUR = "#595959"
 ABOUT = "gradprobe"
 """The PNG text that says, as JSON, what a figure was drawn from."""
+METADATA: dict[str, tuple[str, dict[str, None]]] = {
+    "png": (ABOUT, {"Software": None}),
+    "pdf": ("Keywords", {"Creator": None, "Producer": None, "CreationDate": None}),
+    "svg": ("Description", {"Creator": None, "Date": None}),
+}
+"""Of each format, the entry for what a figure was drawn from, and entries that would change from day to day."""
 MAX_NAME_LENGTH = 32
 MAX_TAG_LENGTH = 16
 MAX_UPRIGHT_NAMES = 4
@@ -124,10 +133,45 @@ def drawn_from(name: str, summary: Mapping[str | None, Mapping[str, Any]]) -> di
     return {"summary": name, "content_sha256": seals_of(summary)}
 
 
-def save(figure: Figure, file: Path, about: Mapping[str, Any]) -> None:
-    """Write a PNG that says what it was drawn from, whole or not at all; the same figure gives the same bytes."""
-    with bytes_aside(file) as stream, matplotlib.rc_context(STYLE):  # tick labels are made when drawn
-        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None, ABOUT: json.dumps(about)})
+def add_format_flag(parser: argparse.ArgumentParser) -> None:
+    """`--figure-format`, which every script that draws has."""
+    parser.add_argument(
+        "--figure-format",
+        type=_formats,
+        default=("png",),
+        metavar="F,F",
+        help="png, with pdf, svg or both for papers; png is always written: the report embeds it (default: png)",
+    )
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    asked = text.lower().split(",")
+    unknown = [name for name in asked if name not in METADATA]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(METADATA)}; for example png,pdf")
+    return tuple(name for name in METADATA if name == "png" or name in asked)
+
+
+def save(figure: Figure, file: Path, about: Mapping[str, Any], formats: Sequence[str] = ("png",)) -> list[str]:
+    """Write files that say what they were drawn from, each whole or not at all; the same figure gives the same bytes.
+
+    Args:
+        figure: drawn.
+        file: the PNG's path; other formats differ in the suffix.
+        about: what it was drawn from.
+        formats: of png, pdf, svg.
+
+    Returns:
+        The names of the files.
+    """
+    written = []
+    for name in formats:
+        target = file.with_suffix(f".{name}")
+        key, others = METADATA[name]
+        with bytes_aside(target) as stream, matplotlib.rc_context(STYLE):  # tick labels are made when drawn
+            figure.savefig(stream, format=name, dpi=DPI, metadata={**others, key: json.dumps(about)})
+        written.append(target.name)
+    return written
 
 
 def read_picture(file: Path) -> tuple[bytes, Any]:
@@ -221,6 +265,11 @@ def note(ax: Axes, text: str) -> None:
         0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=NOTE_COLOUR,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 6},
     )  # fmt: skip
+
+
+def caption(ax: Axes, text: str) -> None:
+    """Say below the axes what does not fit into two lines of title."""
+    ax.set_xlabel(f"{ax.get_xlabel()}\n{text}" if ax.get_xlabel() else text)
 
 
 def bucket_ticks(n_buckets: int) -> range:

@@ -5,7 +5,6 @@ comes from models or files is escaped, and of paths only the last part is said.
 """
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,26 @@ from typing import Any
 
 import jinja2
 
-from ..analysis.text import MISSING_TYPESET, typeset_estimate, typeset_interval, typeset_number, typeset_share
+from ..analysis.text import typeset_sentence
 from ..dump.format import target_name
 from .answers import (
     Statement,
     cancel_statements,
     directions_statements,
     limits_of,
-    model_name,
     named_model,
-    rho_with_interval,
     signal_statements,
+)
+from .rollouts import RolloutsSeen, RolloutText
+from .tables import (
+    Table,
+    TokenTable,
+    commonest_tables,
+    compression_table,
+    direction_tables,
+    left_out_table,
+    settings_table,
+    signal_tables,
 )
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -52,16 +60,6 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of ready cells; `text` where the cells are words."""
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text: bool = False
-
-
-@dataclass(frozen=True)
 class Section:
     """A folded part of the page; one that is empty is left out."""
 
@@ -70,6 +68,12 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[Picture] = ()
     notes: Sequence[tuple[str, str]] = ()
+    token_tables: Sequence[TokenTable] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing under its heading."""
+        return not (self.tables or self.token_tables or self.figures or self.notes)
 
 
 def render_report(
@@ -78,6 +82,7 @@ def render_report(
     manifests: Mapping[str, Any],
     figures: Mapping[str, bytes],
     exp3: Mapping[str, Any] | None = None,
+    rollouts: Mapping[str, RolloutsSeen | None] | None = None,
 ) -> str:
     """The page of a study.
 
@@ -86,11 +91,12 @@ def render_report(
         manifests: each tag's manifest.
         figures: PNGs by file name; those of the experiments are told apart by their names.
         exp3: the content of `exp3_summary.json`; None where it was not measured.
+        rollouts: of each tag, what was seen of its rollouts; None where there are none.
 
     Returns:
         HTML, complete in itself.
     """
-    exp3 = exp3 or {}
+    exp3, seen = exp3 or {}, {tag: one for tag, one in (rollouts or {}).items() if one is not None}
     pictures = {name: Picture(name, base64.b64encode(content).decode()) for name, content in figures.items()}
     others = [picture for name, picture in pictures.items() if name not in FIGURES_OF_ANSWERS]
     of_answers = [pictures.get(name) for name in FIGURES_OF_ANSWERS]
@@ -114,8 +120,16 @@ def render_report(
             ),
         ],
         limits=limits_of(exp1, exp2, exp3, manifests),
-        sections=[s for s in _sections(exp1, exp2, exp3, manifests, others) if s.tables or s.figures or s.notes],
+        facts={tag: list(map(typeset_sentence, one.facts)) for tag, one in seen.items()},
+        texts=_texts(seen),
+        sections=[s for s in _sections(exp1, exp2, exp3, manifests, others, seen) if not s.is_empty],
     )
+
+
+def _texts(seen: Mapping[str, RolloutsSeen]) -> dict[str, Sequence[RolloutText]]:
+    """Rollouts as text of the first and of the last tag: of many checkpoints no more could be read."""
+    tags = [tag for tag, one in seen.items() if one.texts]
+    return {tag: seen[tag].texts for tag in dict.fromkeys((*tags[:1], *tags[-1:]))}
 
 
 def _sections(
@@ -124,193 +138,51 @@ def _sections(
     exp3: Mapping[str, Any],
     manifests: Mapping[str, Any],
     pictures: Sequence[Picture],
+    seen: Mapping[str, RolloutsSeen],
 ) -> list[Section]:
     def named(*starts: str) -> list[Picture]:
         return [picture for picture in pictures if picture.name.startswith(starts)]
 
+    of_tokens = [
+        table
+        for tag, one in seen.items()
+        for table in commonest_tables(
+            tag, one.commonest, manifests[tag]["entropy_edges"], one.commonest_of_signal, exp3.get(tag)
+        )
+    ]
     return [
+        Section(
+            "Tokens: the commonest of every bucket",
+            "What single tokens read, and their share of the bucket's. Bucket 0 has the lowest entropy.",
+            token_tables=of_tokens,
+        ),
         Section(
             "Directions: every bucket",
             "Participation ratio of the gradients as they are, and scaled to unit norm, which a few huge gradients "
             "cannot move. Bucket 0 has the lowest entropy.",
-            [_compression_table(tag, numbers) for tag, numbers in exp1.items()],
+            [compression_table(tag, numbers) for tag, numbers in exp1.items()],
             named("exp1_"),
         ),
         Section(
             "Cancelling: every bucket",
             "Alignment ρ of the mean gradients of correct and of incorrect rollouts of a prompt, noise removed: "
             "+1 would cancel under advantages of ±1, 0 is orthogonal, −1 adds up.",
-            [_direction_table(tag, numbers) for tag, numbers in exp2.items()],
+            [table for tag, numbers in exp2.items() for table in direction_tables(tag, numbers)],
             named("exp2_"),
         ),
         Section(
             "Signal and noise: every bucket, and what keeping some tokens does",
             "Parts of the expected update and of its variance over prompts; each adds up to 100%, and a part can be "
             "below 0.",
-            [table for tag, numbers in exp3.items() for table in _signal_tables(tag, numbers)],
+            [table for tag, numbers in exp3.items() for table in signal_tables(tag, numbers)],
             named("exp3_"),
         ),
         Section("Over checkpoints", figures=named(TRAJECTORY)),
         Section("Other rows and layers", figures=named(REPLICATION)),
-        Section("Settings", tables=[_settings_table(manifests)]),
-        Section("What was left out, and why", tables=[_left_out_table(exp2, manifests)]),
+        Section("Settings", tables=[settings_table(manifests)]),
+        Section("What was left out, and why", tables=[left_out_table(exp2, manifests)]),
         Section("What the words mean", notes=GLOSSARY),
     ]
-
-
-def _direction_table(tag: str, numbers: Mapping[str, Any]) -> Table:
-    rows = []
-    for bucket, found in numbers["by_bucket"].items():
-        alignment, cancellation = found["alignment"], found["cancellation"]
-        rows.append(
-            [
-                bucket,
-                str(found["n_prompts_usable"]),
-                typeset_number(found["correct_vs_incorrect"]["mean"]),
-                typeset_number(found["control_within_group"]["mean"]),
-                typeset_number(found["control_within_group_by_rollout"]["mean"]),
-                rho_with_interval(alignment),
-                typeset_number(found.get("reference"), 0),
-                typeset_number(found.get("n_rare"), 1),
-                _excess(found.get("on_policy")),
-                typeset_number(alignment["p_value"], 4),
-                alignment["verdict"],
-                typeset_number(cancellation["ratio"]),
-                _with_interval(cancellation["null_mean"], cancellation["null_ci95"]),
-                typeset_number(cancellation["p_value"], 4),
-            ]
-        )
-    header = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "ρ [95%]", "theory"]
-    header += ["rare tokens", "log π + H (z)", "p", "verdict"]
-    return Table(f"{tag}: every bucket", [*header, "C", "C under the null [95%]", "p of C"], rows)
-
-
-def _compression_table(tag: str, numbers: Mapping[str, Any]) -> Table:
-    rows = [
-        [
-            bucket,
-            f"{found['n']:,}",
-            _with_interval(found["participation_ratio"], found["participation_ratio_ci95"]),
-            _with_interval(found["participation_ratio_unit_norm"], found.get("participation_ratio_unit_norm_ci95")),
-            typeset_number(found["ess"], 1),
-            typeset_number(found["participation_ratio_isotropic"], 1),
-            typeset_number(found["rank95"]),
-            typeset_number(found["effective_rank"], 1),
-            typeset_number(numbers["cross_bucket_ceiling"][int(bucket)]),
-        ]
-        for bucket, found in numbers["per_bucket"].items()
-    ]
-    header = ["bucket", "n", "PR [95%]", "unit-norm PR [95%]", "ESS", "PR if isotropic", "rank95", "effective rank"]
-    return Table(f"{tag}: every bucket", [*header, "leading direction repeats, |cos|"], rows)
-
-
-def _signal_tables(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
-    header = ["bucket", "tokens", "rare tokens", "signal [95%]", "within prompts [95%]", "noise", "noise scale"]
-    buckets = [
-        [
-            bucket,
-            typeset_share(found["share_of_tokens"]),
-            typeset_number(found["n_rare"], 1),
-            _share(found["signal_share"]),
-            _share(found["signal_share_within_prompts"]),
-            typeset_share(found["noise_share"]),
-            typeset_number(found["noise_scale_prompts"], 0),
-            typeset_estimate(found["cosine_with_update"]),
-            typeset_number(found["score_mean"]["z"], 1),
-        ]
-        for bucket, found in numbers["per_bucket"].items()
-    ]
-    kept = [
-        [
-            which,
-            typeset_estimate(found["cosine"]),
-            _share(found["signal_share"]),
-            typeset_share(found["noise_share"]),
-            typeset_estimate(found["noise_scale_ratio"]),
-        ]
-        for which, found in numbers["at_20_percent"].items()
-    ]
-    of_kept = ["20% of the tokens kept", "cosine [95%]", "signal [95%]", "noise", "noise scale ratio [95%]"]
-    name = f"{tag}, {numbers['objective']}, buckets by {numbers['bucket_by']}"
-    return [Table(name, of_kept, kept), Table(f"{name}: every bucket", [*header, "cosine [95%]", "score z"], buckets)]
-
-
-def _share(found: Mapping[str, Any]) -> str:
-    """A share with its interval; one without is not said."""
-    return MISSING_TYPESET if found["ci95"] is None else typeset_share(found["value"], found["ci95"])
-
-
-def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    return MISSING_TYPESET if value is None else f"{typeset_number(value, 2)} {typeset_interval(interval)}"
-
-
-def _excess(found: Mapping[str, Any] | None) -> str:
-    if not found or found["mean"] is None:
-        return MISSING_TYPESET
-    return f"{typeset_number(found['mean'])} ({typeset_number(found['z'], 1)})"
-
-
-SETTINGS = (
-    "model_path",
-    "target",
-    "row_idx",
-    "num_prompts",
-    "num_samples_per_prompt",
-    "num_rollouts",
-    "num_correct_rollouts",
-    "num_response_tokens",
-    "num_positions",
-    "pos_per_bin_per_rollout",
-    "bins",
-    "entropy_edges",
-    "entropy_edges_over",
-    "bucket_by",
-    "on_policy",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-    "dtype",
-    "device",
-    "dataset",
-    "model_identity",
-    "versions",
-)
-
-
-def _settings_table(manifests: Mapping[str, Any]) -> Table:
-    keys = [key for key in SETTINGS if any(key in manifest for manifest in manifests.values())]
-    rows = [[key, *(_setting_named(key, manifest.get(key)) for manifest in manifests.values())] for key in keys]
-    return Table("from the manifests", ["", *manifests], rows, text=True)
-
-
-def _left_out_table(exp2: Mapping[str, Any], manifests: Mapping[str, Any]) -> Table:
-    rows = [
-        [
-            "prompts without 2 top-bucket tokens of each kind (no cosine)",
-            *(f"{n['n_prompts'] - n['n_prompts_usable']} of {n['n_prompts']}" for n in exp2.values()),
-        ],
-        [
-            "prompts without 2 rollouts of each kind there (no part in ρ)",
-            *(f"{n['n_prompts'] - n['alignment']['n_prompts']} of {n['n_prompts']}" for n in exp2.values()),
-        ],
-        ["prompts whose mean gradient is zero", *(str(n["n_prompts_zero_mean"]) for n in exp2.values())],
-        ["gradient rows that are all zero", *(_setting(m.get("num_zero_rows")) for m in manifests.values())],
-    ]
-    return Table("counts", ["", *exp2], rows, text=True)
-
-
-def _setting_named(key: str, value: Any) -> str:
-    return model_name(value) if key == "model_path" else _setting(value)
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_setting(part)}" for key, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(_setting(part) for part in value)
-    if isinstance(value, str) and os.path.isabs(value):
-        return model_name(value)
-    return MISSING_TYPESET if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 GLOSSARY = (

@@ -1,7 +1,7 @@
 """Rollouts as people read them: each token with its entropy, its bucket, and whether its gradient was taken."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -54,13 +54,23 @@ def tokens_of(rollout: Rollout, dump: Dump) -> Iterator[Token]:
         raise InputError(
             f"{dump.path}: its rollouts.jsonl has no token_texts; probe it again by `rollouts` to add them"
         )
-    edges = np.array(dump.manifest["entropy_edges"])
     own = (dump.sample_idx == rollout.sample_idx) & (dump.prompt == _code_of(dump, rollout.prompt_idx))
     picked = set() if dump.pos is None else set(dump.pos[own].tolist())
+    return shaded(rollout, np.array(dump.manifest["entropy_edges"]), picked)
+
+
+def shaded(rollout: Rollout, edges: np.ndarray, picked: Collection[int]) -> Iterator[Token]:
+    """A rollout's tokens, in order.
+
+    Args:
+        rollout: with its tokens' texts.
+        edges: [bins + 1] of the buckets.
+        picked: positions whose gradients were taken.
+    """
     buckets, high = buckets_of(rollout, edges), max(edges[-2], 1e-9)
     for k, (text, entropy) in enumerate(zip(rollout.token_texts, rollout.entropies, strict=True)):
-        shade = min(entropy / (2 * high), 1.0)
-        yield Token(visible(text), entropy, shade, bool(buckets[k] == dump.bins - 1), k in picked)
+        shade = min(max(entropy, 0.0) / (2 * high), 1.0)
+        yield Token(visible(text), entropy, shade, bool(buckets[k] == len(edges) - 2), k in picked)
 
 
 def _code_of(dump: Dump, key: PromptKey) -> int:

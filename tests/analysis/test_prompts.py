@@ -211,22 +211,25 @@ SAME = {"model_identity": {"weights_sha256": "a"}, "checksums": {"rollouts.jsonl
 
 
 @pytest.mark.parametrize(
-    ("changed", "is_same"),
+    ("changed", "said"),
     [
-        ({}, True),
-        ({"model_identity": {"weights_sha256": "b"}}, False),
-        ({"checksums": {"rollouts.jsonl": "d"}}, False),
-        ({"checksums": {}}, False),
-        ({"bucket_by": "position"}, False),  # the rules of Exp 3 side by side are meant
+        ({}, ["a and b have the same weights and the same rollouts: one dump, two names"]),
+        ({"model_identity": {"weights_sha256": "b"}}, []),
+        (
+            {"checksums": {"rollouts.jsonl": "d"}},
+            ["a and b have the same weights and other rollouts: no training lies between them"],
+        ),
+        ({"checksums": {}}, []),
+        ({"bucket_by": "position"}, []),  # the rules of Exp 3 side by side are meant
     ],
 )
-def test_the_same_weights_on_the_same_rollouts_are_said(changed, is_same, tmp_path: Path):
+def test_the_same_weights_under_two_names_are_said(changed, said, tmp_path: Path):
     dumps = {
         tag: [SimpleNamespace(path=tmp_path / tag, manifest=manifest)]
         for tag, manifest in (("a", SAME), ("b", SAME | changed), ("c", {}))
     }
     found = say_differences(dumps)
-    assert any("the same weights" in line for line in found["b"]) == is_same
+    assert [line for line in found["b"] if "the same weights" in line] == said
     assert found["a"] == []
     assert not any("the same weights" in line for line in found["c"])
 

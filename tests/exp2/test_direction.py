@@ -1,6 +1,6 @@
 """Exp 2's mathematics against a plain loop, planted directions, and what must not change a number."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations, product
 
 import numpy as np
@@ -15,11 +15,13 @@ from gradprobe.exp2.direction import (
     Cancellation,
     Directions,
     RolloutGrams,
+    Signal,
     alignment,
     cancellation,
     cosine,
     half_split_cosine,
     prompt_products,
+    reason_of,
     rollout_grams,
     summarise,
 )
@@ -473,3 +475,32 @@ def test_a_rollout_is_correct_or_not():
     data["correct"] = np.array([True, True, True, False])
     with pytest.raises(ValueError, match="both correct and incorrect"):
         grams_of(data)
+
+
+FAINT, SEEN = Signal(0.4, (-1.8, 2.6), False), Signal(5.0, (3.0, 7.0), True)
+USABLE = Alignment(6, 0.5, (-1.0, 2.0), 0.5, 1.0, SEEN, SEEN, "underpowered")
+
+
+@pytest.mark.parametrize(
+    ("changed", "n_rare", "why"),
+    [
+        ({"n_prompts": 0}, None, "no prompt with 2 rollouts of each kind"),
+        ({"n_prompts": 1, "ci95": None}, None, "1 prompt with 2 rollouts of each kind"),
+        (
+            {"ci95": None, "signal_correct": FAINT},
+            99.0,
+            "signal of correct (z 0.5) rollouts not above 0; 6 prompts with 2 rollouts of each kind",
+        ),
+        (
+            {"ci95": None, "signal_correct": FAINT, "signal_incorrect": FAINT},
+            None,
+            "signal of correct (z 0.5) and incorrect (z 0.5) rollouts not above 0; "
+            "6 prompts with 2 rollouts of each kind",
+        ),
+        ({}, None, "the interval reaches beyond ±0.25 and holds 0; 6 prompts with 2 rollouts of each kind"),
+        ({"verdict": "unsampled"}, 2.25, "2.2 rare tokens to be expected behind a mean, 30 are needed"),
+        ({"verdict": "opposed"}, 99.0, None),
+    ],
+)
+def test_every_verdict_that_tells_nothing_says_why(changed, n_rare, why):
+    assert reason_of(replace(USABLE, **changed), n_rare) == why

@@ -55,7 +55,7 @@ def test_the_summary_has_the_keys_of_the_contract(studied):
     for numbers in summary.values():
         assert set(numbers) == KEYS
         assert numbers["objective"] == "dapo"
-        assert set(numbers["signal"]) == {"value", "ci95", "z", "verdict"}
+        assert set(numbers["signal"]) == {"value", "ci95", "z", "verdict", "reason"}
         assert list(numbers["per_bucket"]) == list("01234")
         for bucket in numbers["per_bucket"].values():
             assert_keys(bucket, OF_BUCKET)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.stats import t as student_t
 
 from gradprobe.analysis.opposition import rho_over_sums
 from gradprobe.analysis.pooled import Pooled, iter_prompts
-from gradprobe.exp3.signal import Exp3, highest_share, signal_of_pooled
+from gradprobe.exp3.signal import Exp3, Signal, highest_share, reason_of, signal_of_pooled
 from gradprobe.exp3.summary import summary_of
 from gradprobe.exp3.tables import moments_of, prompt_tables
 from gradprobe.exp3.weights import OBJECTIVES, hsic_weights, update_weights
@@ -331,7 +332,7 @@ def test_summary_has_the_keys_of_the_format():
     head = "n_prompts n_prompts_mixed n_rollouts bins objective signal noise_scale_prompts per_bucket"
     assert summary.keys() == {*head.split(), "keep_top", "keep_bottom", "keep_random", "at_20_percent"}
     assert list(summary["per_bucket"]) == ["0", "1", "2", "3"]
-    assert summary["signal"].keys() == {"value", "ci95", "z", "verdict"}
+    assert summary["signal"].keys() == {"value", "ci95", "z", "verdict", "reason"}
     assert summary["per_bucket"]["0"]["score_mean"].keys() == {"share_of_energy", "z"}
     keys = {"share_of_tokens", "cosine", "signal_share", "noise_share", "noise_scale_ratio"}
     assert {key for kept in summary["keep_random"] for key in kept} == keys
@@ -429,3 +430,24 @@ def test_rho_over_sums_is_minus_one_on_policy_for_any_chances():
 def test_rho_over_sums_without_signal_is_none():
     found = rho_over_sums(on_policy(np.random.default_rng(2), 50, 4, 5, 0.0))
     assert found.all_tokens.value is found.all_tokens.ci95 is None
+
+
+@pytest.mark.parametrize(
+    ("signal", "n_mixed", "why"),
+    [
+        (
+            Signal(None, None, None, "underpowered"),
+            2,
+            "20 prompts, 2 with both outcomes; at least 3 prompts are needed",
+        ),
+        (
+            Signal(0.1, (-1, 1.2), 0.41, "underpowered"),
+            9,
+            "signal not above 0: z 0.4; 20 prompts, 9 with both outcomes",
+        ),
+        (Signal(0.0, (0, 0), None, "underpowered"), 0, "signal not above 0; 20 prompts, none with both outcomes"),
+        (Signal(2.0, (1, 3), 5.0, "seen"), 9, None),
+    ],
+)
+def test_a_signal_that_is_not_seen_says_why(signal, n_mixed, why):
+    assert reason_of(SimpleNamespace(signal=signal, n_prompts=20, n_prompts_mixed=n_mixed)) == why

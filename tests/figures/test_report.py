@@ -15,6 +15,9 @@ import analyze_exp3_signal
 import plot_exp12_intuitive
 from gradprobe.figures.answers import CANCEL_WORDS, model_name
 from gradprobe.figures.report import render_report
+from gradprobe.figures.rollouts import RolloutsSeen, RolloutText
+from gradprobe.figures.tables import settings_table
+from gradprobe.figures.tokens import Token
 
 HOSTILE = 'models/<img src=x onerror="alert(1)"><script>alert(2)<script>'
 
@@ -143,6 +146,44 @@ def test_words_on_cancelling_follow_the_numbers(results, change, said):
     top, _ = sections_of(render_report(exp1, exp2, MANIFESTS, {}))
     assert said in top
     assert ("theory fixes" in top) == (change.get("reference") is not None)
+
+
+def test_tokens_stand_in_the_page_shaded_marked_and_escaped(results):
+    exp1, exp2 = (json.loads((results[1] / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    tokens = [Token(HOSTILE, 1.25, 0.75, True, True), Token("  so\n", 0.5, 0.25, False, False)]
+    text = RolloutText(f"prompt 1: {HOSTILE}", tokens, 1234)
+    seen = RolloutsSeen(["log π + H -0.5 nats", HOSTILE], [text], [[(HOSTILE, 0.5), ("x", 0.001)]], ())
+    manifests = {tag: one | {"entropy_edges": [0, 1]} for tag, one in MANIFESTS.items()}
+    top, folded = sections_of(render_report(exp1, exp2, manifests, {}, None, {"base": seen, "trained": None}))
+    assert "<img src=x" not in top + folded
+    assert "<script" not in top + folded
+    assert '<span class="picked" style="--s:0.75" title="1.250 nats">models/&lt;img' in top
+    assert '<span style="--s:0.25" title="0.500 nats">  so\n</span>' in top
+    assert "1,234 more tokens" in top
+    assert "log π + H −0.5 nats" in top
+    assert re.search(r"<code>models/&lt;[^<]*</code> 50%</span><span><code>x</code> &lt;1%", folded)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({"sampling": {"verifier": "boxed"}}, ["boxed"]),
+        ({"sampling": {"distribution": "full softmax", "method": "Philox"}}, ["full softmax; Philox"]),
+        ({"dataset": {"path": "/a/b.jsonl"}}, ["as the data set gives them"]),
+        ({"prompts": {"prompt_template": "Q: {problem}"}}, ["prompt_template: Q: {problem}"]),
+        ({"server_logprob_gap": 0.0123}, ["0.012 nats a token"]),
+        (
+            {"rollouts_from": {"format": "verl", "correct_from": "acc"}, "sampling": None, "dataset": None},
+            ["a file (verl)", "acc"],
+        ),
+    ],
+)
+def test_the_settings_say_how_rollouts_came_about(manifest, said):
+    table = settings_table({"base": {"model_path": "m"} | manifest, "trained": {"model_path": "m"}})
+    of_base = {name: base for name, base, _ in table.rows}
+    assert {"verifier", "prompts", "sampler", "log-prob gap"} < of_base.keys()
+    assert all(any(one in cell for cell in of_base.values()) for one in said)
+    assert [trained for name, _, trained in table.rows if name in ("verifier", "sampler")] == ["–", "–"]
 
 
 def test_summaries_of_before_have_a_page_too(results):

@@ -98,6 +98,29 @@ def test_every_figure_says_what_it_was_drawn_from(root: Path):
             assert about["content_sha256"] == {tag: seal_of(numbers) for tag, numbers in summary.items()}
 
 
+def test_pdf_and_svg_carry_the_seal_beside_the_png_and_are_the_same_again(root: Path, figures: Path, capsys):
+    arguments = ["--output-dir", str(figures), "--figure-format", "pdf,svg", *tagged(root / "sums", "base", "trained")]
+    drawn = []
+    for _ in range(2):
+        assert analyze_exp3_signal.main(arguments) == 0
+        drawn.append(
+            {file: file.read_bytes() for suffix in ("pdf", "svg", "png") for file in figures.glob(f"*.{suffix}")}
+        )
+    assert drawn[0] == drawn[1]
+    summary, said = json.loads((figures / "exp3_summary.json").read_text()), capsys.readouterr().out
+    for suffix in ("png", "pdf", "svg"):
+        file = figures / f"exp3_headline.{suffix}"
+        assert seal_of(summary["base"]).encode() in drawn[0][file]
+        assert f"wrote {file}" in said
+
+
+def test_a_format_that_there_is_not_is_refused(root: Path, figures: Path, capsys):
+    with pytest.raises(SystemExit) as end:
+        analyse(figures, 3, ["--figure-format", "png,eps", *tagged(root / "sums", "base")])
+    assert end.value.code == 2
+    assert "'eps' is none of png, pdf, svg" in capsys.readouterr().err
+
+
 def test_a_report_is_not_made_of_one_study_s_exp1_and_another_s_exp2(root: Path, figures: Path, capsys):
     before = (figures / "report.html").read_bytes()
     analyse(figures, 1, tagged(root / "b", "base", "trained"))

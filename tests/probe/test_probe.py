@@ -258,6 +258,9 @@ def test_several_targets_through_merge_analyses_and_plots(checkpoint_dir, sampli
     assert analyze_exp2_direction.main(["--output-dir", str(figures), *tagged]) == 0
     assert plot_exp12_intuitive.main(plot) == 0
     assert (figures / "exp12_replication.png").read_bytes().startswith(b"\x89PNG")
+    page = (figures / "report.html").read_text()
+    assert page.count('class="rollout"') == 4  # two of each model, from the file that its targets share
+    assert '<span class="picked"' in page
     exp1, exp2 = (json.loads((figures / f"exp{i}_summary.json").read_text()) for i in (1, 2))
     names = sorted(d.name for d in (tmp_path / "base").iterdir() if d.is_dir())
     for tag in ("base", "trained"):

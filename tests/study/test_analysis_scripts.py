@@ -232,6 +232,7 @@ def test_no_title_label_or_legend_is_cut_off(tmp_path: Path):
                 assert page.x0 <= box.x0 <= box.x1 <= page.x1, f"{name}: {text.get_text()!r} is cut off"
                 assert page.y0 <= box.y0 <= box.y1 <= page.y1, f"{name}: {text.get_text()!r} is cut off"
         assert not overlapping([ax.title for ax in axes] + [ax._left_title for ax in axes]), name
+        assert all(ax.get_title(loc="left").count("\n") <= 1 for ax in axes), f"{name}: a title of more than two lines"
 
 
 def overlapping(texts: list[Text]) -> list[tuple[str, str]]:
@@ -253,6 +254,7 @@ MEASURES = {
     "reference",
 }
 ALIGNMENT = {"n_prompts", "rho", "ci95", "p_value", "min_detectable", "signal_correct", "signal_incorrect", "verdict"}
+ALIGNMENT |= {"reason"}
 CANCELLATION = {"n_prompts", "ratio", "null_mean", "null_ci95", "p_value"}
 
 
@@ -303,6 +305,7 @@ def test_exp2_has_every_key_in_every_bucket_and_null_where_there_is_no_number(ca
         }
         assert {name for name, number in numbers.items() if number is not None} == there
         assert (found["alignment"]["verdict"] == "underpowered") == ("ci95" not in there)
+        assert (found["alignment"]["reason"] is None) == ("ci95" in there)
         assert (found["alignment"]["p_value"] is None) == ("rho" not in there)
     assert "nan" not in capsys.readouterr().out.lower().split()
 
@@ -328,8 +331,45 @@ def test_a_view_that_cuts_an_interval_says_so(tmp_path: Path):
     far = [dataclasses.replace(alignments[0], rho=0.9, ci95=(-2.5, 1.1), min_detectable=1.5, verdict="underpowered")]
     for drawn, cut in ((far, True), ([dataclasses.replace(far[0], ci95=(-1.5, 1.1))], False)):
         ax = figures_direction.draw_alignment(subjects_of({None: dump}), [drawn]).axes[0]
-        assert ("view cut at ±2: 1 of" in ax.get_title(loc="left")) == cut
-        assert ax.get_ylim()[1] <= 2
+        assert ("view cut at ±1.5: 1 of" in ax.get_xlabel()) == cut
+        assert ax.get_ylim()[1] <= 1.5
+
+
+@pytest.mark.parametrize(
+    ("rho", "marker", "shown"), [(0.3, "o", 0.3), (3.4, "^", 1.44), (-9.0, "v", -1.44), (None, None, None)]
+)
+def test_a_rho_without_interval_is_a_hollow_point_inside_the_axes(rho, marker, shown, tmp_path: Path):
+    dump = load_dump(write_exp2_dump(tmp_path / "dump", [2, 2, 2], 4))
+    alone = dataclasses.replace(
+        bucket_directions(dump, 4).alignment, rho=rho, ci95=None, min_detectable=None, verdict="underpowered"
+    )
+    far = dataclasses.replace(alone, rho=0.0, ci95=(-2.0, 2.0), min_detectable=1.0)
+    ax = figures_direction.draw_alignment(subjects_of({None: dump}), [[alone, far]]).axes[0]
+    points = [(line.get_marker(), line.get_ydata()[0]) for line in ax.lines if line.get_markerfacecolor() == "white"]
+    assert points[:-1] == ([] if marker is None else [(marker, pytest.approx(shown))])
+    assert any(text.get_text() == "no ρ: no signal" for text in ax.texts) == (rho is None)
+    assert "1 without a finite interval" in ax.get_xlabel()
+
+
+def test_no_figure_repeats_the_histogram(tmp_path: Path):
+    dump = load_dump(write_exp2_dump(tmp_path / "dump", [2, 2, 2], 4))
+    headline = figures_direction.draw_direction_headline(subjects_of({None: dump}), [bucket_directions(dump, 4)])
+    (ax,) = headline.axes
+    assert ax.get_ylabel() == "cos(correct, incorrect)"
+    assert "control by tokens" in ax.get_xlabel()
+
+
+def test_low_buckets_are_drawn_last_and_closer_where_they_are_a_dot(tmp_path: Path):
+    rng, bucket = np.random.default_rng(0), np.arange(400) % 4
+    grads = rng.standard_normal((400, 6)) * np.array([1e-4, 1e-3, 0.1, 1.0])[bucket, None]
+    dump = load_dump(planted.write_dump(tmp_path / "dump", grads, bucket, bins=4))
+    found = compression_of(dump, measure_dumps({None: dump}, Exp1Settings(ceiling=0, null=0))[0][None])
+    figure = figures_compression.draw_compression_headline(subjects_of({None: dump}), [found], [])
+    scatter = next(ax for ax in figure.axes if ax.get_xlabel().startswith("PC1"))
+    assert np.all(np.diff([c.get_zorder() for c in scatter.collections]) > 0)  # the highest bucket first
+    (inset,) = scatter.child_axes
+    assert np.diff(inset.get_xlim())[0] < 0.01 * np.diff(scatter.get_xlim())[0]
+    assert "closer" in inset.texts[0].get_text()
 
 
 def test_a_rollout_that_is_both_correct_and_incorrect_is_bad_input(tmp_path: Path, capsys):

@@ -101,6 +101,9 @@ def test_exp3_probes_the_merged_dumps_rollouts(environment):
     (analysis,) = planned(environment, str(ROOT / "analyze_exp3_signal.py"), EXP3_OBJECTIVE="dr-grpo")
     dumps = [f"{tag}={out}/exp3_{tag}" for tag in ("base", "trained")]
     assert analysis[2:] == ["--output-dir", f"{out}/exp12_figures", "--objective", "dr-grpo", *dumps]
+    for script in ("analyze_exp1_compression.py", "analyze_exp3_signal.py", "plot_exp12_intuitive.py"):
+        (command,) = planned(environment, str(ROOT / script), FIGURE_FORMAT="pdf,svg")
+        assert command[2:6] == ["--output-dir", f"{out}/exp12_figures", "--figure-format", "pdf,svg"]
 
 
 def test_exp3_has_a_weight_and_layer_of_its_own(environment):
@@ -388,6 +391,7 @@ BAD_SETTINGS = [
     ({"EXP3_PROJECT": "16"}, "EXP3_PROJECT=16: must be rows x columns, like 16x16"),
     ({"EXP3_PROJECT": "0x16"}, "EXP3_PROJECT=0x16: must be rows x columns, like 16x16"),
     ({"EXP3_OBJECTIVE": "ppo"}, "EXP3_OBJECTIVE=ppo: must be dapo, grpo, dr-grpo or reinforce"),
+    ({"FIGURE_FORMAT": "png,eps"}, "FIGURE_FORMAT=png\\,eps: must be some of png, pdf and svg, like pdf,svg"),
     ({"DATASET": "/nowhere/problems.jsonl"}, "DATASET=/nowhere/problems.jsonl: no such file"),
     ({"CHAT_TEMPLATE": "yes"}, "CHAT_TEMPLATE=yes: must be 0 or 1"),
     ({"BASE_MODEL": "/nowhere/base"}, "model base=/nowhere/base: no such directory"),
