@@ -239,7 +239,7 @@ take_lock() { # on OUT_ROOT, for the life of this process
 
 warn_of_shared_gpus() { # two studies on one GPU may be meant, so it is said and not refused; held as long as steps live
     local gpu descriptor directory="${TMPDIR:-/tmp}/gradprobe-$UID"
-    mkdir -p -m 700 -- "$directory" 2>/dev/null || true
+    (umask 077 && mkdir -p -- "$directory" 2>/dev/null) || true
     [[ -d "$directory" && ! -L "$directory" && -O "$directory" ]] || return 0
     for gpu in "${gpus[@]}"; do
         refuse_other_kinds "$directory/gpu$gpu"
