@@ -35,7 +35,7 @@ from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.independence import shared_noise
-from ..rollouts.server import connect
+from ..rollouts.server import connect, key_in
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
 from .settings import BATCH_TOKENS, ProbeSettings
@@ -262,7 +262,9 @@ def read_problem_source(
     sampling = SamplingSettings(
         settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
     )
-    server = connect(settings.base_url, settings.server_model) if settings.sampler == "openai" else None
+    server = None
+    if settings.sampler == "openai":
+        server = connect(settings.base_url, settings.server_model, api_key=key_in(settings.api_key_env))
     method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
     description = {
         "max_new_tokens": settings.max_new_tokens,

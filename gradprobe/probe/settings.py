@@ -58,6 +58,7 @@ class ProbeSettings:
     base_url: str | None = None
     server_model: str | None = None
     server_requests: int = 16
+    api_key_env: str | None = None
     rollouts: Path | None = None
     rollouts_format: str = "auto"
     correct_from: str = "auto"
@@ -130,7 +131,10 @@ class ProbeSettings:
                 for name, default in given.items()
                 if getattr(self, name) != default
             ]
-        given = {**dict.fromkeys((*SAMPLING_DEFAULTS, "stop", "base_url", "server_model")), "sampler": "own"}
+        given = {
+            **dict.fromkeys((*SAMPLING_DEFAULTS, "stop", "base_url", "server_model", "api_key_env")),
+            "sampler": "own",
+        }
         return [
             f"`{name}` can't go with `rollouts`, which brings its own"
             for name, default in given.items()
@@ -141,6 +145,8 @@ class ProbeSettings:
         faults = []
         if (self.sampler == "openai") != (self.base_url is not None):
             faults.append("`sampler` openai and `base_url` need each other")
+        if self.api_key_env is not None and self.base_url is None and self.rollouts is None:
+            faults.append("`api_key_env` says something of `base_url` only")
         if self.stop == "":
             faults.append("`stop`: an empty text would end every response")
         for name in ("temperature", "verifier_seconds"):

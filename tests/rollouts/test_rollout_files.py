@@ -18,7 +18,7 @@ from gradprobe.common.errors import InputError
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.model.checkpoint import load_checkpoint
 from gradprobe.problems.boxed import is_correct
-from gradprobe.problems.data_set import Problem
+from gradprobe.problems.data_set import Problem, load_problems
 from gradprobe.problems.verify import RunningVerifier, Verdict, load_verifier
 from gradprobe.rollouts import files as rollout_files
 from gradprobe.rollouts import formats
@@ -31,7 +31,7 @@ DATA = HERE / "data" / "rollouts"
 DEMO = HERE.parent / "demo"
 VOCAB_SIZE, IM_END, END_OF_TEXT = 350, 349, 347
 OWN = list(iter_rollouts(DATA / "gradprobe.jsonl"))
-"""The six rollouts that `vllm.jsonl`, `vllm_server.jsonl`, `openai_batch.jsonl` and `verl.jsonl` hold as well."""
+"""The six rollouts that `vllm.jsonl`, `vllm_server.jsonl` and `verl.jsonl` hold as well."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_own_rollouts_keep_everything_but_the_scores(tokenizer):
 
 @pytest.mark.parametrize(
     ("file", "file_format"),
-    [("vllm.jsonl", "vllm"), ("vllm_server.jsonl", "openai"), ("openai_batch.jsonl", "openai"), ("verl.jsonl", "verl")],
+    [("vllm.jsonl", "vllm"), ("vllm_server.jsonl", "openai"), ("verl.jsonl", "verl")],
 )
 def test_shapes_with_the_data_set_give_its_indices(tokenizer, problems, file, file_format):
     found = read(DATA / file, tokenizer, problems=problems)
@@ -131,9 +131,42 @@ def test_ids_from_a_file_are_where_the_server_had_them(tokenizer):
 def test_openai_batch_drops_failed_requests_and_appends_ends(tokenizer, problems):
     report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report
     assert report.dropped == {formats.FAILED_REQUEST: 1}
-    assert report.notes[rollout_files.END_APPENDED] == 6
-    assert report.notes[rollout_files.FROM_DATASET] == 6
+    assert report.notes == {rollout_files.END_APPENDED: 6, rollout_files.FROM_DATASET: 6}
     assert any("openai_batch.jsonl:4" in line for line in report.lines())
+
+
+def test_openai_batch_with_ids_needs_no_guess(tokenizer, problems):
+    found = read(DATA / "openai_batch_ids.jsonl", tokenizer, problems=problems)
+    assert found.report.notes == {}
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts] == [(10 + i, k) for i in range(3) for k in range(2)]
+    assert all(r.response_ids[-1] == IM_END for r in found.rollouts)
+
+
+@pytest.mark.parametrize("name", ["openai_batch.jsonl", "openai_batch_ids.jsonl"])
+def test_batch_lines_of_completions_read_as_those_of_chats(tokenizer, problems, tmp_path, name):
+    """`/v1/completions` says `text` where `/v1/chat/completions` has a message, and the prompt's ids in the choice."""
+    lines = [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+    for line in lines[:3]:
+        body = line["response"]["body"]
+        for choice in body["choices"]:
+            choice |= {"text": choice.pop("message")["content"], "prompt_token_ids": body["prompt_token_ids"]}
+        del body["prompt_token_ids"]
+    found = read(written(tmp_path, *lines, name=name), tokenizer, problems=problems)
+    assert ids_of(found) == ids_of(read(DATA / name, tokenizer, problems=problems))
+    assert [r.problem_id for r in found.rollouts] == [f"demo-0000{i}" for i in range(3) for _ in range(2)]
+
+
+def test_the_requests_of_a_batch_serve_as_its_data_set(tokenizer, tmp_path):
+    """Output lines have no prompt; the input file has, under the same `custom_id`."""
+    demo = [json.loads(line) for line in (DEMO / "problems.jsonl").read_text().splitlines()[:3]]
+    requests = [
+        {"custom_id": r["id"], "body": {"prompt": r["prompt"]}, "ground_truth": r["ground_truth"]} for r in demo
+    ]
+    file = written(tmp_path, *requests, name="requests.jsonl")
+    of_requests = load_problems(str(file), "body.prompt", "ground_truth", "custom_id").problems
+    found = read(DATA / "openai_batch.jsonl", tokenizer, problems=of_requests)
+    assert [r.prompt_idx for r in found.rollouts] == [0, 0, 1, 1, 2, 2]
+    assert {tuple(r.prompt_ids) for r in found.rollouts} == {tuple(tokenizer(r["prompt"])["input_ids"]) for r in demo}
 
 
 def test_openai_batch_without_prompts_needs_the_data_set(tokenizer):
