@@ -119,9 +119,10 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add(
         "--rollouts",
         type=Path,
+        nargs="+",
         metavar="F",
-        help="probe these instead of sampling: a dump, its rollouts.jsonl, or a file of vLLM, an OpenAI-shaped server, "
-        "TRL or verl",
+        help="probe these instead of sampling: a dump, its rollouts.jsonl, or files of vLLM, an OpenAI-shaped server, "
+        "TRL (also a folder with the completions of one step) or verl",
     )
     add(
         "--rollouts-format",

@@ -1,7 +1,7 @@
 """The settings of a probe, each of them a flag of the probe script: given, checked and filled in once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class ProbeSettings:
     server_model: str | None = None
     server_requests: int = 16
     api_key_env: str | None = None
-    rollouts: Path | None = None
+    rollouts: Sequence[Path] | None = None
     rollouts_format: str = "auto"
     correct_from: str = "auto"
     correct_above: float | None = None
@@ -102,7 +102,8 @@ class ProbeSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, paths as text."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        found = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return found | {"rollouts": self.rollouts and list(map(str, self.rollouts))}
 
     def check(self) -> None:
         """Raise `InputError` with every value that can't be, and every two that can't go together."""

@@ -95,8 +95,8 @@ def key_in(variable: str | None) -> str | None:
     """The key that an environment variable holds; None where no variable is named.
 
     Raises:
-        InputError: there is none, or what it holds can't be sent. Neither is shown: who mistakes the variable's name for
-            the key itself would find it in a log.
+        InputError: there is none, or what it holds can't be sent. Neither is shown: who gives the key itself for the
+            variable's name would find it in a log.
     """
     if variable is None:
         return None
@@ -154,9 +154,9 @@ def sample_completions(
 ) -> Iterator[list[ServerResponse]]:
     """Ask for responses to each prompt from the model's full softmax, one request each.
 
-    Responses end as with our own sampler: what a server says beyond that is cut off. It is not told of a stop text, since
-    servers differ in whether the token that completes one is among their ids. Seeds make a server's answers repeatable only as far as its own arithmetic
-    does; batching servers round differently from run to run.
+    Responses end as with our own sampler: what a server says beyond that is cut off. It is not told of a stop text,
+    since servers differ in whether the token that completes one is among their ids. Seeds make a server's answers
+    repeatable only as far as its own arithmetic does; batching servers round differently from run to run.
 
     Args:
         prompts: token ids of each prompt.

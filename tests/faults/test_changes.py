@@ -148,6 +148,7 @@ SETTINGS = [
     ),
     Change("rollouts", "rollouts_from.sha256", "rollouts_from is", "--rollouts again.jsonl", scenario="given"),
     Change("rollouts", SAME, SAME, "--rollouts moved.jsonl", act=moved("given.jsonl", "moved.jsonl"), scenario="given"),
+    Change("rollouts", "rollouts_from", "rollouts_from is", "--rollouts given.jsonl again.jsonl", scenario="given"),
     Change("rollouts_format", SAME, SAME, "--rollouts-format vllm", scenario="given"),
     Change("correct_from", "rollouts_from.correct_from", "rollouts_from is", "--correct-from right", scenario="given"),
     Change(

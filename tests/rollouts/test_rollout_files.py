@@ -21,7 +21,7 @@ from gradprobe.problems.boxed import is_correct
 from gradprobe.problems.data_set import Problem, load_problems
 from gradprobe.problems.verify import RunningVerifier, Verdict, load_verifier
 from gradprobe.rollouts import files as rollout_files
-from gradprobe.rollouts import formats
+from gradprobe.rollouts import formats, places
 from gradprobe.rollouts.files import ForeignRollouts, Vocabulary, read_rollouts
 from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.sources import judged
@@ -48,7 +48,7 @@ def problems() -> list[Problem]:
     return [Problem(10 + i, r["id"], r["prompt"], r["ground_truth"]) for i, r in enumerate(records)]
 
 
-def read(file: Path, tokenizer, context: int | None = None, **options) -> ForeignRollouts:
+def read(file: Path | list[Path], tokenizer, context: int | None = None, **options) -> ForeignRollouts:
     """`read_rollouts` for the demo model."""
     vocabulary = Vocabulary(tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), context)
     return read_rollouts(file, vocabulary, **options)
@@ -633,6 +633,64 @@ def test_several_training_steps_are_said(tokenizer, tmp_path):
     assert found.report.notes[formats.OTHER_STEPS] == 1
 
 
+# Several files, and folders
+
+
+def test_several_files_of_one_shape_are_read_as_one(tokenizer, tmp_path):
+    whole = read(DATA / "vllm.jsonl", tokenizer)
+    lines = (DATA / "vllm.jsonl").read_text().splitlines()
+    parts = [written(tmp_path, line, name=f"{i}.jsonl") for i, line in enumerate(lines)]
+    found = read(parts, tokenizer)
+    assert found.rollouts == whole.rollouts
+    assert found.report.sha256 not in (whole.report.sha256, read(parts[:1], tokenizer).report.sha256)
+    assert found.report.sha256 != read(parts[::-1], tokenizer).report.sha256
+    with pytest.raises(InputError, match=r"verl.jsonl:1: not of the shape vllm"):
+        read([DATA / "vllm.jsonl", DATA / "verl.jsonl"], tokenizer)
+    with pytest.raises(InputError, match=r"request '0' stands at vllm.jsonl:1 already"):
+        read([DATA / "vllm.jsonl", written(tmp_path, *lines, name="copy.jsonl")], tokenizer)
+
+
+PLACES = [
+    ([], None, "no rollouts.jsonl there, nor completions_[*].parquet$"),
+    (["rollouts.jsonl", "completions_00001.parquet"], "rollouts.jsonl", None),
+    (["completions_00007.parquet", "log.jsonl"], "completions_00007.parquet", None),
+    (["completions/completions_00007.parquet"], "completions/completions_00007.parquet", None),
+    (
+        [f"completions/completions_{step:05d}.parquet" for step in (9, 100_000, 10)],
+        None,
+        "of 3 training steps, each .*; name one file, from completions_00009.parquet to completions_100000.parquet in",
+    ),
+    (
+        ["2.jsonl", "1.jsonl", "notes.txt"],
+        None,
+        "nor completions_[*].parquet; name one or several of 1.jsonl, 2.jsonl$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("names", "file", "message"), PLACES)
+def test_a_folder_is_a_dump_or_one_step_or_says_what_stands_there(tmp_path, names, file, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if message is None:
+        assert places.rollout_files([tmp_path]) == [tmp_path / file]
+        return
+    with pytest.raises(InputError, match=message):
+        places.rollout_files([tmp_path])
+
+
+def test_a_dump_goes_alone_and_no_file_stands_twice(tmp_path):
+    one, dump = written(tmp_path, vllm_line(), name="one.jsonl"), tmp_path / "dump"
+    dump.mkdir()
+    written(dump, name="rollouts.jsonl")
+    (dump / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"rollouts.jsonl: is a dump's, and goes with no other; merge"):
+        places.rollout_files([one, dump])
+    with pytest.raises(InputError, match="one.jsonl: stands there twice"):
+        places.rollout_files([one, dump / ".." / "one.jsonl"])
+
+
 def test_report_for_the_manifest_is_json_without_paths(tokenizer, problems):
     report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report.as_dict()
     assert str(DATA) not in json.dumps(report)
@@ -697,4 +755,5 @@ def test_every_file_in_the_docs_table_exists_and_is_read_here():
     table = (HERE.parent / "docs" / "rollouts.md").read_text(encoding="utf-8")
     named = set(re.findall(r"tests/data/rollouts/([\w.]+)", table))
     assert named == {file.name for file in DATA.iterdir()}
-    assert named <= set(re.findall(r'"([\w]+\.(?:jsonl|parquet))"', Path(__file__).read_text(encoding="utf-8")))
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    assert named <= set(re.findall(r'"([\w]+\.(?:jsonl|parquet))"', tests))
