@@ -83,8 +83,8 @@ log_of_run() { # process id: what its step has logged in this run
 
 progress_of() { # process id: the last line of progress in its log (gradprobe/common/console.py), or for how long it runs
     local found
-    found="$(log_of_run "$1" | sed -n 's/^\(.*: [0-9]*\/[0-9]* .*\), [0-9:]* elapsed, \(.*\)/\1, \2/p' | tail -n 1)"
-    printf '%s' "${found:-$((SECONDS - start_of[$1])) s}"
+    found="$(log_of_run "$1" | sed -n 's/^\(.*: [0-9]*\/[0-9]* .*\), [0-9:]* elapsed, *\(.*\)/\1, \2/p' | tail -n 1)"
+    printf '%s' "${found:-$((SECONDS - start_of[$1])) s so far}"
 }
 
 tell_early_word() { # process id: of a probe that samples, three lines on its rollouts, once

@@ -233,8 +233,8 @@ def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, st
         return fitted_edges(stored_scores(rule, files[0]), settings.bins)
     if settings.num_shards > 1:
         raise InputError(
-            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {in_words(files)} does not hold "
-            f"this model's {rule.name} of every token; name edges by `entropy_edges`, or take one shard"
+            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {in_words(files)} does not "
+            f"hold this model's {rule.name} of every token; name edges by `entropy_edges`, or take one shard"
         )
     return None
 

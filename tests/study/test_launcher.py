@@ -232,7 +232,7 @@ def test_the_terminal_is_told_what_shards_find_and_how_far_they_are(environment,
             f"probe only shard {shard}: {x}" for x in EARLY
         ], "in order, once"
     progress = [line for line in told if "01:01 left" in line]
-    assert bool(progress) == (seconds == "1") == any(re.fullmatch(r"merge only: \d s", line) for line in told)
+    assert bool(progress) == (seconds == "1") == any(re.fullmatch(r"merge only: \d s so far", line) for line in told)
     for line in progress:
         assert set(re.sub(r"probe only shard \d: ", "", line).split(" | ")) == {PROGRESS.replace(" 00:31 elapsed,", "")}
 
