@@ -110,13 +110,19 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add("--base-url", metavar="URL", help="of a vLLM, SGLang or llama.cpp server that runs this checkpoint")
     add("--server-model", metavar="NAME", help="model to ask for (default: the only one that the server lists)")
     add("--server-requests", type=int, metavar="N", help="requests under way at once (default: %(default)s)")
+    add(
+        "--api-key-env",
+        metavar="NAME",
+        help="environment variable that holds the server's API key (default: none is sent); never the key itself",
+    )
     add = parser.add_argument_group("rollouts from elsewhere (docs/rollouts.md)").add_argument
     add(
         "--rollouts",
         type=Path,
+        nargs="+",
         metavar="F",
-        help="probe these instead of sampling: a dump, its rollouts.jsonl, or a file of vLLM, an OpenAI-shaped server, "
-        "TRL or verl",
+        help="probe these instead of sampling: a dump, its rollouts.jsonl, or files of vLLM, an OpenAI-shaped server, "
+        "TRL (also a folder with the completions of one step) or verl",
     )
     add(
         "--rollouts-format",

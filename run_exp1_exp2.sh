@@ -109,6 +109,7 @@ sampling_probe_command() { # tag, shard -> the array `command`
     if [[ -n "$PROMPT_TEMPLATE" ]]; then command+=(--prompt-template "$PROMPT_TEMPLATE"); fi
     if [[ "$CHAT_TEMPLATE" == 1 ]]; then command+=(--chat-template); fi
     if [[ -n "$SYSTEM_PROMPT" ]]; then command+=(--system-prompt "$SYSTEM_PROMPT"); fi
+    if [[ -n "$MIN_MIXED_PROMPTS" ]]; then command+=(--min-mixed-prompts "$MIN_MIXED_PROMPTS"); fi
     command+=("${probe_args[@]}")
 }
 
@@ -129,13 +130,14 @@ pooling_command() { # tag -> the array `command`: Exp 3's probe, but not of what
         --param-suffix "${EXP3_PARAM_SUFFIX:-$PARAM_SUFFIX}" --seed "$SEED" --device "$device" --dtype "$DTYPE"
     )
     if [[ -n "$EXP3_LAYER$LAYER" ]]; then command+=(--layer "${EXP3_LAYER:-$LAYER}"); fi
+    if [[ -n "$MIN_MIXED_PROMPTS" ]]; then command+=(--min-mixed-prompts "$MIN_MIXED_PROMPTS"); fi
     command+=("${kept_args[@]}")
 }
 
 keep_probe_args() { # -> kept_args: those of probe_args that say which model, which weights and how to compute
     local with_value="--revision --adapter --device-map --max-memory --offload-dir --attention --batch-tokens"
     local alone="--trust-remote-code --overwrite --quiet --verbose -q -v" word is_value_kept=0
-    with_value+=" --seed --device --dtype" # which win over SEED, DEVICE and DTYPE
+    with_value+=" --seed --device --dtype --min-mixed-prompts" # which win over SEED, DEVICE and so on
     if [[ -z "$EXP3_LAYER" ]]; then with_value+=" --layer"; fi
     if [[ -z "$EXP3_PARAM_SUFFIX" ]]; then with_value+=" --param-suffix"; fi
     kept_args=()
@@ -325,6 +327,7 @@ needed=()
 libraries_for_settings
 python="$(bash "$PROJECT/scripts/ensure_venv.sh" "${needed[@]}")"
 if [[ -e "$OUT_ROOT/.lock" ]]; then take_lock; fi # who comes second learns it before seconds of checks
+say "checking models and data before anything is computed: ${tags[*]}, $(printf %q "$DATASET")"
 answers="$(mktemp -d)" || die "no temporary directory can be made; set TMPDIR"
 ask_probe "$answers"
 check_models "$answers"

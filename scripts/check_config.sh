@@ -63,6 +63,8 @@ check_numbers() {
     check_whole_number EXP3_BINS 2
     check_whole_number POS_PER_BIN_PER_ROLLOUT 0
     check_whole_number SEED 0
+    check_whole_number PROGRESS_SECONDS 0
+    if [[ -n "$MIN_MIXED_PROMPTS" ]]; then check_whole_number MIN_MIXED_PROMPTS 0; fi
     if ((${#problems[@]} == 0 && SHARDS_PER_MODEL > NUM_PROMPTS)); then
         problem_with SHARDS_PER_MODEL "more shards than prompts, NUM_PROMPTS=$NUM_PROMPTS"
     fi
@@ -195,7 +197,7 @@ ask_probe() { # an empty directory: the probes of every model, checked without l
         for tag in "${tags[@]}"; do
             if ((n_started++ >= n_cores)); then wait_for_one; fi
             question "$part" "$tag" "$1"
-            start "$part $tag" "$1/${part}_$tag" 0 "${where[@]}" "${command[@]}" "${elsewhere[@]}" --check-only
+            start "checking $tag for $part" "$1/${part}_$tag" 0 "${where[@]}" "${command[@]}" "${elsewhere[@]}" --check-only
         done
     done
     while ((${#name_of[@]} > 0)); do wait_for_one; done

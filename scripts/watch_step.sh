@@ -26,7 +26,7 @@ launcher="$1"
 "${@:2}" &
 step=$!
 while :; do
-    wait "$step"
+    wait "$step" 2>/dev/null # bash would say how a command was killed
     status=$?
     kill -0 "$step" 2>/dev/null || exit "$status" # a signal ends `wait` too
 done

@@ -32,7 +32,9 @@ fi
 printf '%s\t%s\t%s\n' "$step" "${CUDA_VISIBLE_DEVICES-}" "${OMP_NUM_THREADS-}" >>"$STUB_CALLS"
 printf '%s\0' "${arguments[@]}" >>"$STUB_CALLS.arguments"
 printf 'this is %s\n' "$step"
+[[ -z "$shard" ]] || printf '%b' "$STUB_SAYS" >&2
 case " $STUB_FAIL " in *" $step "*) printf 'the reason stands \033[31mhere\n' >&2; exit 7 ;; esac
+case " $STUB_KILLED " in *" $step "*) kill -KILL $$ ;; esac
 case " $STUB_DEAF " in *" $step "*) trap '' TERM; sleep 300 & sleep 300 ;; esac
 case " $STUB_HANG " in *" $step "*) sleep 300 & sleep 300 ;; esac
 if [[ -n "$shard" && ! -f "$output/manifest.json" ]]; then
@@ -50,7 +52,8 @@ NVIDIA_SMI = "#!/usr/bin/env bash\nprintf '%s\\n' $STUB_GPUS\n"
 SETTINGS = (
     "BASE_MODEL TRAINED_MODEL MODELS DATASET OUT_ROOT GPUS SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES MAX_NEW_TOKENS "
     "TEMPERATURE LAYER PARAM_SUFFIX ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT SEED DTYPE DEVICE LAUNCHER PYTHON DRY_RUN "
-    "EXP3 EXP3_BINS EXP3_PROJECT EXP3_PARAM_SUFFIX EXP3_LAYER EXP3_OBJECTIVE FIGURE_FORMAT"
+    "MIN_MIXED_PROMPTS PROGRESS_SECONDS EXP3 EXP3_BINS EXP3_PROJECT EXP3_PARAM_SUFFIX EXP3_LAYER EXP3_OBJECTIVE "
+    "FIGURE_FORMAT"
 ).split()
 PROBES, POOLED_PROBES = (
     [f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1)]
@@ -79,6 +82,8 @@ def stub_environment(directory: Path) -> dict[str, str]:
         "DEVICE": "cpu",
         "STUB_CALLS": str(directory / "calls"),
         "STUB_FAIL": "",
+        "STUB_KILLED": "",
+        "STUB_SAYS": "",
         "STUB_HANG": "",
         "STUB_DEAF": "",
         "STUB_REFUSE": "",

@@ -35,7 +35,8 @@ from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.independence import shared_noise
-from ..rollouts.server import connect
+from ..rollouts.places import in_words, rollout_files
+from ..rollouts.server import connect, key_in
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
 from .settings import BATCH_TOKENS, ProbeSettings
@@ -133,7 +134,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
     device = resolve_device(settings.device) if placement is None else placement.main_device
     dtype, attention = resolve_dtype(settings.dtype, device), resolve_attention(settings.attention, skeleton)
     identity_of_model = checkpoint_identity(settings.checkpoint, skeleton)
-    rule = rule_of(settings.bucket_by, settings.seed, settings.rollouts and _rollout_file(settings))
+    rule = rule_of(settings.bucket_by, settings.seed, rollout_files_of(settings) if settings.rollouts else [])
     edges = given_edges(settings) or edges_of_file(settings, rule, identity_of_model)
     # 4. What makes the dump this one and no other.
     identity = {
@@ -225,15 +226,15 @@ def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, st
     """
     if settings.rollouts is None or not settings.is_pooled:
         return None
-    file = _rollout_file(settings)
-    manifest = contract.find_manifest(file)
+    files = rollout_files_of(settings)
+    manifest = contract.find_manifest(files[0])  # where there are several, none has one
     is_of_this_model = manifest is not None and are_same_weights(read_json(manifest).get("model_identity"), model)
     if is_of_this_model and rule.name != LOGIT_NORM:
-        return fitted_edges(stored_scores(rule, file), settings.bins)
+        return fitted_edges(stored_scores(rule, files[0]), settings.bins)
     if settings.num_shards > 1:
         raise InputError(
-            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {file} does not hold this "
-            f"model's {rule.name} of every token; name edges by `entropy_edges`, or take one shard"
+            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {in_words(files)} does not "
+            f"hold this model's {rule.name} of every token; name edges by `entropy_edges`, or take one shard"
         )
     return None
 
@@ -262,7 +263,9 @@ def read_problem_source(
     sampling = SamplingSettings(
         settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
     )
-    server = connect(settings.base_url, settings.server_model) if settings.sampler == "openai" else None
+    server = None
+    if settings.sampler == "openai":
+        server = connect(settings.base_url, settings.server_model, api_key=key_in(settings.api_key_env))
     method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
     description = {
         "max_new_tokens": settings.max_new_tokens,
@@ -300,10 +303,10 @@ def read_rollout_source(
     settings: ProbeSettings, skeleton: nn.Module, tokenizer: Any, verifier: Verifier
 ) -> tuple[Source, dict[str, Any]]:
     """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
-    file = _rollout_file(settings)
+    files = rollout_files_of(settings)
     size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
-        file,
+        files,
         Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
         file_format=settings.rollouts_format,
         problems=None if settings.dataset is None else read_problems(settings, tokenizer).problems,
@@ -311,13 +314,13 @@ def read_rollout_source(
         correct_above=settings.correct_above,
     )
     # Their manifest says how they were sampled; without one that stays unknown.
-    manifest_file = contract.find_manifest(file)
+    manifest_file = contract.find_manifest(files[0])
     origin = {} if manifest_file is None else read_json(manifest_file)
     recorded = origin.get("checksums")
     if isinstance(recorded, dict) and recorded.get(contract.ROLLOUTS, found.report.sha256) != found.report.sha256:
         raise InputError(
-            f"`rollouts` {file}: has changed since its dump was written (its SHA-256 is not that in {manifest_file}); "
-            "restore it, or, if that is meant, copy it to where there is no manifest"
+            f"`rollouts` {files[0]}: has changed since its dump was written (its SHA-256 is not that in "
+            f"{manifest_file}); restore it, or, if that is meant, copy it to where there is no manifest"
         )
     for line in found.report.lines():
         log.info(line)
@@ -325,7 +328,7 @@ def read_rollout_source(
     log.log(logging.WARNING if noise.is_shared else logging.INFO, noise.line())
     prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
     if len(prompts) < settings.num_shards:
-        raise InputError(f"`num_shards` {settings.num_shards}: {file} has {len(prompts)} prompts")
+        raise InputError(f"`num_shards` {settings.num_shards}: {in_words(files)} has {len(prompts)} prompts")
     places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
     mine = {prompts[i] for i in places}
     source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
@@ -337,7 +340,7 @@ def read_rollout_source(
         "dataset": origin.get("dataset"),
         "sampling": origin.get("sampling"),
         "rollouts_from": {
-            "path": str(file),
+            "path": str(files[0]) if len(files) == 1 else [str(file) for file in files],
             "sha256": found.report.sha256,
             "model_path": origin.get("model_path"),
             "identity": origin.get("model_identity"),
@@ -351,12 +354,10 @@ def read_rollout_source(
     return source, description
 
 
-def _rollout_file(settings: ProbeSettings) -> Path:
-    """The file that `rollouts` names, itself or the dump that it is of."""
-    given = settings.rollouts
-    file = given if given.is_file() else contract.find_rollouts(given)
-    if file is None:
-        raise InputError(f"`rollouts` {given}: no {contract.ROLLOUTS} there")
-    if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
-        raise InputError(f"`rollouts` {given}: is the output directory's own; choose another `output_dir`")
-    return file
+def rollout_files_of(settings: ProbeSettings) -> list[Path]:
+    """The files that `rollouts` names; none of them is the output directory's own."""
+    files = rollout_files(settings.rollouts)
+    for file in files:
+        if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
+            raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
+    return files

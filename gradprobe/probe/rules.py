@@ -1,6 +1,6 @@
 """What tokens are put into buckets by: their entropy, or another rule that people choose tokens to train on by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class BucketRule:
         return found
 
 
-def rule_of(name: str, seed: int, rollouts_file: Path | None) -> BucketRule:
+def rule_of(name: str, seed: int, rollout_files: Sequence[Path]) -> BucketRule:
     """The rule that `bucket_by` names.
 
     Raises:
@@ -83,14 +83,15 @@ def rule_of(name: str, seed: int, rollouts_file: Path | None) -> BucketRule:
     key = name.removeprefix(SCORE)
     if not name.startswith(SCORE) or not key:
         raise InputError(f"`bucket_by` {name}: must be one of {', '.join(RULES)}, or score:KEY")
-    if rollouts_file is None:
+    if not rollout_files:
         raise InputError(f"`bucket_by` {name}: scores stand in a file of rollouts; name it by `rollouts`")
     own = {}
-    for number, record in iter_jsonl(rollouts_file):
-        values = record.get(key)
-        if not isinstance(values, list) or not all(map(is_finite, values)):
-            raise InputError(f"{rollouts_file}:{number}: '{key}' is not a list of finite numbers")
-        own[prompt_key_from_json(record.get("prompt_idx")), record.get("sample_idx")] = values
+    for file in rollout_files:
+        for number, record in iter_jsonl(file):
+            values = record.get(key)
+            if not isinstance(values, list) or not all(map(is_finite, values)):
+                raise InputError(f"{file}:{number}: '{key}' is not a list of finite numbers")
+            own[prompt_key_from_json(record.get("prompt_idx")), record.get("sample_idx")] = values
     return BucketRule(name, seed, own)
 
 

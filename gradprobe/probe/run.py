@@ -28,6 +28,7 @@ from ..model.identity import refuse_changed_checkpoint
 from ..problems.verify import RunningVerifier
 from ..rollouts.copies import problem_of_copies
 from ..rollouts.early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
+from ..rollouts.places import in_words
 from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
@@ -186,7 +187,9 @@ def refuse_copies(plan: Plan, rollouts: list[Rollout], is_off_policy: bool = Fal
         is_off_policy |= origin not in (None, model)
     problem = problem_of_copies(rollouts, sampled_at, is_off_policy and is_file)
     if problem and is_file:
-        raise InputError(f"`rollouts` {settings.rollouts}: {problem}; was it written twice? leave the copies out")
+        raise InputError(
+            f"`rollouts` {in_words(settings.rollouts)}: {problem}; was it written twice? leave the copies out"
+        )
     if problem:
         raise InputError(f"`base_url` {settings.base_url}: {problem}; does the server ignore a request's seed?")
 

@@ -1,7 +1,7 @@
 """The settings of a probe, each of them a flag of the probe script: given, checked and filled in once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ class ProbeSettings:
     base_url: str | None = None
     server_model: str | None = None
     server_requests: int = 16
-    rollouts: Path | None = None
+    api_key_env: str | None = None
+    rollouts: Sequence[Path] | None = None
     rollouts_format: str = "auto"
     correct_from: str = "auto"
     correct_above: float | None = None
@@ -101,7 +102,8 @@ class ProbeSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, paths as text."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        found = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return found | {"rollouts": self.rollouts and list(map(str, self.rollouts))}
 
     def check(self) -> None:
         """Raise `InputError` with every value that can't be, and every two that can't go together."""
@@ -130,7 +132,10 @@ class ProbeSettings:
                 for name, default in given.items()
                 if getattr(self, name) != default
             ]
-        given = {**dict.fromkeys((*SAMPLING_DEFAULTS, "stop", "base_url", "server_model")), "sampler": "own"}
+        given = {
+            **dict.fromkeys((*SAMPLING_DEFAULTS, "stop", "base_url", "server_model", "api_key_env")),
+            "sampler": "own",
+        }
         return [
             f"`{name}` can't go with `rollouts`, which brings its own"
             for name, default in given.items()
@@ -141,6 +146,8 @@ class ProbeSettings:
         faults = []
         if (self.sampler == "openai") != (self.base_url is not None):
             faults.append("`sampler` openai and `base_url` need each other")
+        if self.api_key_env is not None and self.base_url is None and self.rollouts is None:
+            faults.append("`api_key_env` says something of `base_url` only")
         if self.stop == "":
             faults.append("`stop`: an empty text would end every response")
         for name in ("temperature", "verifier_seconds"):

@@ -27,12 +27,13 @@ SECONDS_TO_CONNECT, MOST_BYTES = 30.0, 1 << 26
 """128,000 tokens with their log-probs are about half of these bytes; as Python's objects they can be 30 times more."""
 
 
-def json_at(url: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def json_at(url: str, seconds: float, body: dict[str, Any] | None = None, api_key: str | None = None) -> dict[str, Any]:
     """The JSON object at `url`, asked for again where the server is busy; no redirect is followed.
 
     Args:
         seconds: for one attempt; a server that has been busy for as long is not asked again.
         body: posted as JSON; None gets.
+        api_key: sent as a bearer token; an error that repeats it is shown without.
 
     Raises:
         InputError: anything else comes of it, more than `MOST_BYTES` (unpacked), or nothing whole within `seconds`.
@@ -40,6 +41,9 @@ def json_at(url: str, seconds: float, body: dict[str, Any] | None = None) -> dic
     urllib3 = _urllib3(url)
     method = "GET" if body is None else "POST"
     sent = None if body is None else json.dumps(body)
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
     busy, end = urllib3.Retry(allowed_methods=None, **RETRIES), time.monotonic() + seconds
     to_connect = urllib3.Retry(**{**RETRIES, "status_forcelist": (), "respect_retry_after_header": False})
     content = None
@@ -50,7 +54,7 @@ def json_at(url: str, seconds: float, body: dict[str, Any] | None = None) -> dic
                     method,
                     url,
                     body=sent,
-                    headers={"Content-Type": "application/json", "Connection": "close"},
+                    headers=headers,
                     retries=to_connect,
                     redirect=False,
                     timeout=urllib3.Timeout(connect=min(seconds, SECONDS_TO_CONNECT), read=seconds),
@@ -71,8 +75,11 @@ def json_at(url: str, seconds: float, body: dict[str, Any] | None = None) -> dic
     if len(content) > MOST_BYTES:
         raise InputError(f"{url}: its answer has more than {MOST_BYTES:,} bytes")
     if response.status != 200:
-        said = one_line(content.decode("utf-8", "replace"))
-        raise InputError(f"{url}: HTTP {response.status} {one_line(response.reason or '')}: {said}")
+        said = f"{response.reason or ''}: {content.decode('utf-8', 'replace')}"
+        if api_key is not None:
+            said = said.replace(api_key, "(the key)")
+        hint = "; `api_key_env` names the variable that holds its key" if response.status in (401, 403) else ""
+        raise InputError(f"{url}: HTTP {response.status} {one_line(said)}{hint}")
     return json_object(content, url, is_strict=True)
 
 

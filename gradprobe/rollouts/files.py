@@ -18,6 +18,7 @@ from ..dump.records import PromptKey, Rollout, prompt_key_from_json
 from ..problems.chat import ChatRefusal, ChatTemplate
 from ..problems.data_set import Problem
 from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
+from .places import in_words
 from .server import are_token_ids
 
 CACHED_TEXTS = 4096
@@ -70,7 +71,7 @@ class Vocabulary:
 
 
 def read_rollouts(
-    file: Path,
+    files: Path | Sequence[Path],
     vocabulary: Vocabulary,
     *,
     file_format: str = "auto",
@@ -78,7 +79,7 @@ def read_rollouts(
     correct_from: str = "auto",
     correct_above: float | None = None,
 ) -> ForeignRollouts:
-    """Read rollouts of any of `FORMATS` from a JSONL, JSON or parquet file.
+    """Read rollouts of any of `FORMATS` from JSONL, JSON or parquet, one file or several of one shape.
 
     Args:
         vocabulary: of the model to be probed; what is longer than its context is dropped.
@@ -90,9 +91,11 @@ def read_rollouts(
         correct_above: a reward above it counts as correct.
 
     Raises:
-        InputError: the file can't be read or understood; all faults are named with their lines.
+        InputError: a file can't be read or understood; all faults are named with their lines.
     """
-    found_format, completions, report = completions_of(file, file_format)
+    files = [files] if isinstance(files, Path) else files
+    file = in_words(files)
+    found_format, completions, report = completions_of(files, file_format)
     if found_format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
     judge = _Judge(found_format, correct_from, correct_above)

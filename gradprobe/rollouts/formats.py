@@ -4,8 +4,9 @@ Field names are those of vLLM 0.1x's RequestOutput, the OpenAI completions and b
 and llama.cpp's `logprobs.content[].id`), TRL 1.x's completion logs and verl 0.x's rollout and validation dumps.
 """
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Completion:
 class RolloutReport:
     """What was read, and what became of it.
 
-    `sha256` is that of the file's bytes as they were read.
+    `sha256` is that of the file's bytes as they were read; of several files, that of their SHA-256 one after another.
     `verdict_from` is the field that verdicts are from, with its threshold if there is one, or "verifier".
     `dropped` and `notes` count completions (failed requests: lines) by reason; `examples` has the first places of each.
     """
@@ -109,11 +110,16 @@ class RolloutReport:
         }
 
 
-def completions_of(file: Path, file_format: str) -> tuple[str, list[Completion], RolloutReport]:
-    """The file's format, its completions in order, and a report that has counted them."""
-    sha256, records = _records(file)
-    if not records:
-        raise InputError(f"`rollouts` {file}: no rollouts in it")
+def completions_of(files: Sequence[Path], file_format: str) -> tuple[str, list[Completion], RolloutReport]:
+    """The files' format, their completions in order, and a report that has counted them."""
+    hashes, records = [], []
+    for file in files:
+        sha256, of_file = _records(file)
+        if not of_file:
+            raise InputError(f"`rollouts` {file}: no rollouts in it")
+        hashes.append(sha256)
+        records += of_file
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     if file_format == "auto":
         file_format = _recognise(*records[0])
     report = RolloutReport(file_format, sha256)

@@ -67,7 +67,7 @@ def shared_noise(rollouts: Iterable[Rollout], seed: int = 0) -> SharedNoise:
         return SharedNoise(None, None, None)
     rng = np.random.default_rng(seed)
     same, n_same = _agreements(tokens)
-    shuffled = [np.divide(*_agreements(rng.permuted(tokens, axis=1))) for _ in range(SHUFFLES)]
+    shuffled = [np.divide(*_agreements(_renumbered(tokens, rng))) for _ in range(SHUFFLES)]
     of_all, n_all = _agreements(tokens.reshape(1, -1, tokens.shape[2]).swapaxes(0, 1))
     within = [_agreements(of_prompt[:, None]) for of_prompt in tokens]
     other = of_all - same - sum(agreeing for agreeing, _ in within)
@@ -88,6 +88,12 @@ def _table(rollouts: Iterable[Rollout]) -> np.ndarray:
             ids = r.response_ids[:MOST_STEPS]
             table[prompts[r.prompt_idx], samples[r.sample_idx], : len(ids)] = ids
     return table
+
+
+def _renumbered(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The table with sample numbers shuffled within each prompt; a rollout's tokens stay together."""
+    numbers = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)
+    return np.take_along_axis(tokens, numbers[:, :, None], axis=1)
 
 
 def _agreements(tokens: np.ndarray) -> tuple[float, float]:

@@ -40,6 +40,10 @@ class Sampling:
         room = self.max_new_tokens if self.context is None else self.context - len(prompt)
         return min(room, self.max_new_tokens)
 
+    def is_over(self, ids: list[int]) -> bool:
+        """Whether the last of `ids`, at least one, ends a response."""
+        return ids[-1] in self.end_ids or (self.stop is not None and self.stop.ends(ids))
+
 
 @dataclass(frozen=True)
 class StopText:

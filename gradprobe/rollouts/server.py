@@ -4,9 +4,10 @@ The server's own sampling defaults and the checkpoint's generation config play n
 how to sample. A server that keeps the token ids to itself is refused, since text does not determine them.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,12 @@ class ServerResponse:
 
 @dataclass(frozen=True)
 class CompletionsServer:
-    """A server and the model asked of it; `url` ends in `/v1`."""
+    """A server and the model asked of it; `url` ends in `/v1`. The key is sent, and shown nowhere."""
 
     url: str
     model: str
     timeout: float = 600.0
+    api_key: str | None = field(default=None, repr=False)
 
     def post(self, request: dict[str, Any]) -> dict[str, Any]:
         """The JSON answer to one completions request.
@@ -86,15 +88,37 @@ class CompletionsServer:
         Raises:
             InputError: the server can't be reached, refuses the request, or answers with something else.
         """
-        return json_at(f"{self.url}/completions", self.timeout, {"model": self.model, **request})
+        return json_at(f"{self.url}/completions", self.timeout, {"model": self.model, **request}, self.api_key)
 
 
-def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> CompletionsServer:
+def key_in(variable: str | None) -> str | None:
+    """The key that an environment variable holds; None where no variable is named.
+
+    Raises:
+        InputError: there is none, or what it holds can't be sent. Neither is shown: who gives the key itself for the
+            variable's name would find it in a log.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(
+            "`api_key_env`: no environment variable of that name is set; the name is asked for, not the key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError("`api_key_env`: what that environment variable holds is no key, but has other characters")
+    return key
+
+
+def connect(
+    base_url: str, model: str | None = None, timeout: float = 600.0, api_key: str | None = None
+) -> CompletionsServer:
     """The server at `base_url` (with or without `/v1`).
 
     Args:
         model: the name under which it serves the model; None for the only one that it lists.
         timeout: seconds to wait for one answer.
+        api_key: sent with every request, as a bearer token.
 
     Raises:
         InputError: there is no such server, or it lists several models, or not `model`.
@@ -103,7 +127,7 @@ def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> 
     if not url.startswith(("http://", "https://")):
         raise InputError(f"`base_url` {base_url}: must start with http:// or https://")
     url = url if url.endswith("/v1") else f"{url}/v1"
-    listed = json_at(f"{url}/models", timeout).get("data")
+    listed = json_at(f"{url}/models", timeout, api_key=api_key).get("data")
     if not isinstance(listed, list) or not all(isinstance(object_at({"": x}, "").get("id"), str) for x in listed):
         raise InputError(f"{url}/models: the answer has no list 'data' of models, each with its 'id'")
     names = [entry["id"] for entry in listed]
@@ -112,7 +136,7 @@ def connect(base_url: str, model: str | None = None, timeout: float = 600.0) -> 
         raise InputError(f"`base_url` {base_url}: serves {serves}; name one of them")
     if model is not None and model not in names:
         raise InputError(f"`base_url` {base_url}: does not serve '{model}' but {serves}")
-    return CompletionsServer(url, model or names[0], timeout)
+    return CompletionsServer(url, model or names[0], timeout, api_key)
 
 
 def request_seed(seed: int, prompt_idx: int, sample_idx: int) -> int:
@@ -130,8 +154,9 @@ def sample_completions(
 ) -> Iterator[list[ServerResponse]]:
     """Ask for responses to each prompt from the model's full softmax, one request each.
 
-    Responses end as with our own sampler. Seeds make a server's answers repeatable only as far as its own arithmetic
-    does; batching servers round differently from run to run.
+    Responses end as with our own sampler: what a server says beyond that is cut off. It is not told of a stop text,
+    since servers differ in whether the token that completes one is among their ids. Seeds make a server's answers
+    repeatable only as far as its own arithmetic does; batching servers round differently from run to run.
 
     Args:
         prompts: token ids of each prompt.
@@ -158,7 +183,7 @@ def sample_completions(
         answer = server.post(request)
         faults = faults_of(answer, prompt, vocab_size, request["max_tokens"])
         raise_if_any(f"{server.url}: {fault}" for fault in faults)
-        return _until_end(answer, sampling.end_ids)
+        return _until_end(answer, sampling)
 
     with ThreadPoolExecutor(n_parallel) as pool:
         waiting = [[pool.submit(ask, p, s) for s in range(sampling.n_samples)] for p in range(len(prompts))]
@@ -262,10 +287,10 @@ def mean_logprob_gap(responses: Sequence[ServerResponse], logprobs: Sequence[Seq
     return float(np.concatenate(gaps).mean())
 
 
-def _until_end(answer: dict[str, Any], end_ids: frozenset[int]) -> ServerResponse:
+def _until_end(answer: dict[str, Any], sampling: Sampling) -> ServerResponse:
     choice = answer["choices"][0]
     ids, logprobs = token_ids_of(answer, choice) or [], _logprobs_of(choice)
-    n_kept = next((i + 1 for i, token in enumerate(ids) if token in end_ids), len(ids))
+    n_kept = next((n for n in range(1, len(ids) + 1) if sampling.is_over(ids[:n])), len(ids))
     return ServerResponse(ids[:n_kept], logprobs[:n_kept] if len(logprobs) == len(ids) else [])
 
 

@@ -26,9 +26,12 @@ IN_THE_DATA_SET: dict[str, Any] = {"problems": "the demo's"}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gradprobe": [{}, {"correct_from": "verifier"}],
     "vllm": [{}, IN_THE_DATA_SET],
+    "vllm_no_seed": [{}],
+    "vllm_one_seed": [{}],
     "vllm_server": [{}, IN_THE_DATA_SET],
     "llama_cpp": [{}, {"file_format": "openai"}],
     "openai_batch": [IN_THE_DATA_SET, {"correct_from": "verifier", **IN_THE_DATA_SET}],
+    "openai_batch_ids": [IN_THE_DATA_SET],
     "trl": [{"correct_above": 0.5}, {"correct_from": "verifier", **IN_THE_DATA_SET}],
     "trl_chat": [{"correct_above": 0.5, "correct_from": "boxed_answer"}, {"correct_from": "verifier"}],
     "verl": [IN_THE_DATA_SET, {"correct_from": "score", "correct_above": 0.5, **IN_THE_DATA_SET}],

@@ -138,8 +138,17 @@ SETTINGS = [
     Change("base_url", SAME, SAME, "--base-url OTHER", scenario="served"),
     Change("server_model", "sampling.server_model", "sampling is", "--server-model small", scenario="served"),
     Change("server_requests", SAME, SAME, "--server-requests 1", scenario="served"),
+    Change(
+        "api_key_env",
+        SAME,
+        SAME,
+        "--api-key-env A_KEY",
+        act=lambda patch: patch.setenv("A_KEY", "sesame"),
+        scenario="served",
+    ),
     Change("rollouts", "rollouts_from.sha256", "rollouts_from is", "--rollouts again.jsonl", scenario="given"),
     Change("rollouts", SAME, SAME, "--rollouts moved.jsonl", act=moved("given.jsonl", "moved.jsonl"), scenario="given"),
+    Change("rollouts", "rollouts_from", "rollouts_from is", "--rollouts given.jsonl again.jsonl", scenario="given"),
     Change("rollouts_format", SAME, SAME, "--rollouts-format vllm", scenario="given"),
     Change("correct_from", "rollouts_from.correct_from", "rollouts_from is", "--correct-from right", scenario="given"),
     Change(

@@ -23,7 +23,7 @@ from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint
 from gradprobe.rollouts import fetch
 from gradprobe.rollouts import server as completions
-from gradprobe.rollouts.sample import Sampling
+from gradprobe.rollouts.sample import Sampling, StopText
 from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.server import (
     CompletionsServer,
@@ -243,6 +243,7 @@ class Playing(BaseHTTPRequestHandler):
         script = self.server.script
         status, headers, body = script.pop(0) if len(script) > 1 else script[0]
         self.server.n_asked += 1
+        self.server.keys.add(self.headers.get("Authorization"))
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(status)
         for name, value in headers.items():
@@ -261,7 +262,7 @@ def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """One on a free port of 127.0.0.1, asked without waiting between."""
     monkeypatch.setitem(fetch.RETRIES, "backoff_factor", 0.01)
     found = ThreadingHTTPServer(("127.0.0.1", 0), Playing)
-    found.n_asked = 0
+    found.n_asked, found.keys = 0, set()
     thread = threading.Thread(target=found.serve_forever)
     thread.start()
     yield found
@@ -285,6 +286,78 @@ def test_a_server_that_is_busy_is_asked_again(playing, busy):
     assert playing.n_asked == 3
     playing.script = [busy, (200, {}, b'{"choices": []}')]
     assert CompletionsServer(f"{url_of(playing)}/v1", "demo").post({"prompt": [1]}) == {"choices": []}
+
+
+def completion(checkpoint: Checkpoint, text: str) -> tuple[int, dict, bytes]:
+    """An answer of this text, with ids and log-probs."""
+    ids = checkpoint.tokenizer(text, add_special_tokens=False)["input_ids"]
+    logprobs = {"token_logprobs": [-0.5] * len(ids)}
+    return 200, {}, json.dumps({"choices": [{"text": text, "token_ids": ids, "logprobs": logprobs}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("stop", "kept"),
+    [
+        (None, "We see 2*3=6. So \\boxed{6}.\n\nQ: 1"),
+        ("\n\nQ:", "We see 2*3=6. So \\boxed{6}.\n\nQ:"),
+        ("=6. S", "We see 2*3=6. So"),  # complete within a token, which stays whole
+        ("nowhere", "We see 2*3=6. So \\boxed{6}.\n\nQ: 1"),
+    ],
+)
+def test_a_stop_text_ends_a_servers_response_as_it_ends_our_own(playing, checkpoint, prompts, stop, kept):
+    playing.script = [completion(checkpoint, "We see 2*3=6. So \\boxed{6}.\n\nQ: 1")]
+    stop_text = None if stop is None else StopText(stop, checkpoint.tokenizer.decode)
+    there = CompletionsServer(f"{url_of(playing)}/v1", "demo")
+    ((response,),) = sampled(there, checkpoint, prompts[:1], 1, stop=stop_text)
+    assert checkpoint.tokenizer.decode(response.ids) == kept
+    assert len(response.logprobs) == len(response.ids)
+
+
+REFUSED = (401, {}, b'{"error": "no such key: sesame"}')
+
+
+def test_the_key_is_sent_and_shown_nowhere(playing, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("A_KEY", "sesame\n")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another server")
+    playing.script = [MODELS, completion(checkpoint, "3"), completion(checkpoint, "So \\boxed{4}.")]
+    command = ["--model-path", str(DEMO / "base"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--sampler", "openai", "--base-url", url_of(playing), "--num-prompts", "2", "--num-samples", "1"]
+    assert probe_grad_vectors.main([*command, "--bins", "2", "--api-key-env", "A_KEY"]) == 0
+    assert playing.keys == {"Bearer sesame"}
+    playing.script = [REFUSED]
+    assert probe_grad_vectors.main([*command, "--bins", "2", "--api-key-env", "A_KEY", "--overwrite"]) == 2
+    said = capsys.readouterr()
+    assert 'HTTP 401 Unauthorized: {"error": "no such key: (the key)"}; --api-key-env names' in said.err
+    files = [file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert "manifest.json" in {file.name for file in (tmp_path / "out").iterdir()}
+    assert not any(b"sesame" in content for content in (*files, said.out.encode(), said.err.encode()))
+    playing.keys.clear()
+    assert probe_grad_vectors.main([*command, "--overwrite"]) == 2
+    assert playing.keys == {None}, "no key goes to a server for which none was named"
+
+
+@pytest.mark.parametrize(
+    ("held", "flags", "says"),
+    [
+        (None, "--sampler openai --base-url http://127.0.0.1:9", "--api-key-env: no environment variable of that name"),
+        (" \n", "--sampler openai --base-url http://127.0.0.1:9", "--api-key-env: no environment variable of that"),
+        (
+            "a\r\nX: b",
+            "--sampler openai --base-url http://127.0.0.1:9",
+            "--api-key-env: what that environment variable",
+        ),
+        ("sesame", "", "--api-key-env says something of --base-url only"),
+        ("sesame", f"--rollouts {DEMO}", "--api-key-env can't go with --rollouts"),
+    ],
+)
+def test_a_key_that_is_none_is_refused_without_showing_it(tmp_path, capsys, monkeypatch, held, flags, says):
+    if held is not None:
+        monkeypatch.setenv("sk-1", held)
+    command = ["--model-path", str(DEMO / "base"), "--output-dir", str(tmp_path / "out"), "--api-key-env", "sk-1"]
+    assert probe_grad_vectors.main([*command, *flags.split()]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in said
+    assert not any(secret in said for secret in ("sk-1", "sesame", "X: b"))
 
 
 def test_a_server_that_stays_busy_ends_the_probe_with_one_line(playing, tmp_path, capsys):

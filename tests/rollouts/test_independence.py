@@ -12,7 +12,7 @@ from gradprobe.dump.format import load_dump
 from gradprobe.dump.records import Rollout
 from gradprobe.rollouts.independence import shared_noise
 
-DATA = Path(__file__).parents[1] / "data" / "noise"
+DATA = Path(__file__).parents[1] / "data" / "rollouts"
 DEMO = Path(__file__).parents[2] / "demo"
 
 

@@ -18,10 +18,10 @@ from gradprobe.common.errors import InputError
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.model.checkpoint import load_checkpoint
 from gradprobe.problems.boxed import is_correct
-from gradprobe.problems.data_set import Problem
+from gradprobe.problems.data_set import Problem, load_problems
 from gradprobe.problems.verify import RunningVerifier, Verdict, load_verifier
 from gradprobe.rollouts import files as rollout_files
-from gradprobe.rollouts import formats
+from gradprobe.rollouts import formats, places
 from gradprobe.rollouts.files import ForeignRollouts, Vocabulary, read_rollouts
 from gradprobe.rollouts.score import score_responses
 from gradprobe.rollouts.sources import judged
@@ -31,7 +31,7 @@ DATA = HERE / "data" / "rollouts"
 DEMO = HERE.parent / "demo"
 VOCAB_SIZE, IM_END, END_OF_TEXT = 350, 349, 347
 OWN = list(iter_rollouts(DATA / "gradprobe.jsonl"))
-"""The six rollouts that `vllm.jsonl`, `vllm_server.jsonl`, `openai_batch.jsonl` and `verl.jsonl` hold as well."""
+"""The six rollouts that `vllm.jsonl`, `vllm_server.jsonl` and `verl.jsonl` hold as well."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def problems() -> list[Problem]:
     return [Problem(10 + i, r["id"], r["prompt"], r["ground_truth"]) for i, r in enumerate(records)]
 
 
-def read(file: Path, tokenizer, context: int | None = None, **options) -> ForeignRollouts:
+def read(file: Path | list[Path], tokenizer, context: int | None = None, **options) -> ForeignRollouts:
     """`read_rollouts` for the demo model."""
     vocabulary = Vocabulary(tokenizer, VOCAB_SIZE, frozenset({IM_END, END_OF_TEXT}), context)
     return read_rollouts(file, vocabulary, **options)
@@ -86,7 +86,7 @@ def test_own_rollouts_keep_everything_but_the_scores(tokenizer):
 
 @pytest.mark.parametrize(
     ("file", "file_format"),
-    [("vllm.jsonl", "vllm"), ("vllm_server.jsonl", "openai"), ("openai_batch.jsonl", "openai"), ("verl.jsonl", "verl")],
+    [("vllm.jsonl", "vllm"), ("vllm_server.jsonl", "openai"), ("verl.jsonl", "verl")],
 )
 def test_shapes_with_the_data_set_give_its_indices(tokenizer, problems, file, file_format):
     found = read(DATA / file, tokenizer, problems=problems)
@@ -131,9 +131,42 @@ def test_ids_from_a_file_are_where_the_server_had_them(tokenizer):
 def test_openai_batch_drops_failed_requests_and_appends_ends(tokenizer, problems):
     report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report
     assert report.dropped == {formats.FAILED_REQUEST: 1}
-    assert report.notes[rollout_files.END_APPENDED] == 6
-    assert report.notes[rollout_files.FROM_DATASET] == 6
+    assert report.notes == {rollout_files.END_APPENDED: 6, rollout_files.FROM_DATASET: 6}
     assert any("openai_batch.jsonl:4" in line for line in report.lines())
+
+
+def test_openai_batch_with_ids_needs_no_guess(tokenizer, problems):
+    found = read(DATA / "openai_batch_ids.jsonl", tokenizer, problems=problems)
+    assert found.report.notes == {}
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts] == [(10 + i, k) for i in range(3) for k in range(2)]
+    assert all(r.response_ids[-1] == IM_END for r in found.rollouts)
+
+
+@pytest.mark.parametrize("name", ["openai_batch.jsonl", "openai_batch_ids.jsonl"])
+def test_batch_lines_of_completions_read_as_those_of_chats(tokenizer, problems, tmp_path, name):
+    """`/v1/completions` says `text` where `/v1/chat/completions` has a message, and the prompt's ids in the choice."""
+    lines = [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+    for line in lines[:3]:
+        body = line["response"]["body"]
+        for choice in body["choices"]:
+            choice |= {"text": choice.pop("message")["content"], "prompt_token_ids": body["prompt_token_ids"]}
+        del body["prompt_token_ids"]
+    found = read(written(tmp_path, *lines, name=name), tokenizer, problems=problems)
+    assert ids_of(found) == ids_of(read(DATA / name, tokenizer, problems=problems))
+    assert [r.problem_id for r in found.rollouts] == [f"demo-0000{i}" for i in range(3) for _ in range(2)]
+
+
+def test_the_requests_of_a_batch_serve_as_its_data_set(tokenizer, tmp_path):
+    """Output lines have no prompt; the input file has, under the same `custom_id`."""
+    demo = [json.loads(line) for line in (DEMO / "problems.jsonl").read_text().splitlines()[:3]]
+    requests = [
+        {"custom_id": r["id"], "body": {"prompt": r["prompt"]}, "ground_truth": r["ground_truth"]} for r in demo
+    ]
+    file = written(tmp_path, *requests, name="requests.jsonl")
+    of_requests = load_problems(str(file), "body.prompt", "ground_truth", "custom_id").problems
+    found = read(DATA / "openai_batch.jsonl", tokenizer, problems=of_requests)
+    assert [r.prompt_idx for r in found.rollouts] == [0, 0, 1, 1, 2, 2]
+    assert {tuple(r.prompt_ids) for r in found.rollouts} == {tuple(tokenizer(r["prompt"])["input_ids"]) for r in demo}
 
 
 def test_openai_batch_without_prompts_needs_the_data_set(tokenizer):
@@ -600,6 +633,64 @@ def test_several_training_steps_are_said(tokenizer, tmp_path):
     assert found.report.notes[formats.OTHER_STEPS] == 1
 
 
+# Several files, and folders
+
+
+def test_several_files_of_one_shape_are_read_as_one(tokenizer, tmp_path):
+    whole = read(DATA / "vllm.jsonl", tokenizer)
+    lines = (DATA / "vllm.jsonl").read_text().splitlines()
+    parts = [written(tmp_path, line, name=f"{i}.jsonl") for i, line in enumerate(lines)]
+    found = read(parts, tokenizer)
+    assert found.rollouts == whole.rollouts
+    assert found.report.sha256 not in (whole.report.sha256, read(parts[:1], tokenizer).report.sha256)
+    assert found.report.sha256 != read(parts[::-1], tokenizer).report.sha256
+    with pytest.raises(InputError, match=r"verl.jsonl:1: not of the shape vllm"):
+        read([DATA / "vllm.jsonl", DATA / "verl.jsonl"], tokenizer)
+    with pytest.raises(InputError, match=r"request '0' stands at vllm.jsonl:1 already"):
+        read([DATA / "vllm.jsonl", written(tmp_path, *lines, name="copy.jsonl")], tokenizer)
+
+
+PLACES = [
+    ([], None, "no rollouts.jsonl there, nor completions_[*].parquet$"),
+    (["rollouts.jsonl", "completions_00001.parquet"], "rollouts.jsonl", None),
+    (["completions_00007.parquet", "log.jsonl"], "completions_00007.parquet", None),
+    (["completions/completions_00007.parquet"], "completions/completions_00007.parquet", None),
+    (
+        [f"completions/completions_{step:05d}.parquet" for step in (9, 100_000, 10)],
+        None,
+        "of 3 training steps, each .*; name one file, from completions_00009.parquet to completions_100000.parquet in",
+    ),
+    (
+        ["2.jsonl", "1.jsonl", "notes.txt"],
+        None,
+        "nor completions_[*].parquet; name one or several of 1.jsonl, 2.jsonl$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("names", "file", "message"), PLACES)
+def test_a_folder_is_a_dump_or_one_step_or_says_what_stands_there(tmp_path, names, file, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if message is None:
+        assert places.rollout_files([tmp_path]) == [tmp_path / file]
+        return
+    with pytest.raises(InputError, match=message):
+        places.rollout_files([tmp_path])
+
+
+def test_a_dump_goes_alone_and_no_file_stands_twice(tmp_path):
+    one, dump = written(tmp_path, vllm_line(), name="one.jsonl"), tmp_path / "dump"
+    dump.mkdir()
+    written(dump, name="rollouts.jsonl")
+    (dump / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"rollouts.jsonl: is a dump's, and goes with no other; merge"):
+        places.rollout_files([one, dump])
+    with pytest.raises(InputError, match="one.jsonl: stands there twice"):
+        places.rollout_files([one, dump / ".." / "one.jsonl"])
+
+
 def test_report_for_the_manifest_is_json_without_paths(tokenizer, problems):
     report = read(DATA / "openai_batch.jsonl", tokenizer, problems=problems).report.as_dict()
     assert str(DATA) not in json.dumps(report)
@@ -664,4 +755,5 @@ def test_every_file_in_the_docs_table_exists_and_is_read_here():
     table = (HERE.parent / "docs" / "rollouts.md").read_text(encoding="utf-8")
     named = set(re.findall(r"tests/data/rollouts/([\w.]+)", table))
     assert named == {file.name for file in DATA.iterdir()}
-    assert named <= set(re.findall(r'"([\w]+\.(?:jsonl|parquet))"', Path(__file__).read_text(encoding="utf-8")))
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    assert named <= set(re.findall(r'"([\w]+\.(?:jsonl|parquet))"', tests))

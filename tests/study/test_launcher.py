@@ -218,6 +218,61 @@ def test_a_failing_shard_stops_the_others_even_those_that_ignore_it(environment)
     assert processes_of(environment) == []
 
 
+EARLY = ["rollouts: 12 of 64 correct", "prompts: 3 of 8 mixed", "tokens: 44 a rollout"]
+PROGRESS = "gradients: 48/255 rows, 00:31 elapsed, 7.9 rows/s, about 01:01 left"
+
+
+@pytest.mark.parametrize("seconds", ["1", "0"])
+def test_the_terminal_is_told_what_shards_find_and_how_far_they_are(environment, seconds):
+    says = "\\n".join([*EARLY, "a line of no account", PROGRESS, ""])
+    settings = {"STUB_SLEEP": "3", "STUB_SAYS": says, "EXP3": "0", "MODELS": f"only={ROOT / 'demo' / 'base'}"}
+    result = launch(environment, PROGRESS_SECONDS=seconds, **settings)
+    assert result.returncode == 0, result.stderr
+    told = [line.split("  ", 1)[1] for line in result.stderr.splitlines()]
+    assert told[0].startswith("checking models and data before anything is computed: only, ")
+    for shard in (0, 1):
+        assert [line for line in told if line in [f"probe only shard {shard}: {x}" for x in EARLY]] == [
+            f"probe only shard {shard}: {x}" for x in EARLY
+        ], "in order, once"
+    progress = [line for line in told if "01:01 left" in line]
+    assert bool(progress) == (seconds == "1") == any(re.fullmatch(r"merge only: \d s so far", line) for line in told)
+    for line in progress:
+        assert set(re.sub(r"probe only shard \d: ", "", line).split(" | ")) == {PROGRESS.replace(" 00:31 elapsed,", "")}
+
+
+@pytest.mark.parametrize("has_setpriv", [True, False])
+def test_a_killed_step_is_told_in_our_words_alone(environment, tmp_path, has_setpriv):
+    if not has_setpriv:
+        write_program(tmp_path / "bin" / "setpriv", "#!/bin/sh\nexit 1\n")
+    result = launch(environment, STUB_KILLED=PROBES[1], STUB_HANG=PROBES[0], DEVICE="cuda", GPUS="0,1", STUB_GPUS="0 1")
+    assert result.returncode == 1
+    assert "probe base shard 1 failed with exit code 137 (killed, as the system does" in result.stderr
+    assert not re.search(r"^.*(Killed|Terminated|line \d+:).*$", result.stderr, re.MULTILINE)
+    assert processes_of(environment) == []
+
+
+def test_too_few_mixed_prompts_end_the_run_in_one_line(environment):
+    says = "error: --min-mixed-prompts 2: 0 of 64 (0%) prompts are mixed; with --min-mixed-prompts 0 it goes on\\n"
+    result = launch(environment, STUB_FAIL=PROBES[0], STUB_SAYS=says, MIN_MIXED_PROMPTS="2")
+    assert result.returncode == 1
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(
+        r"error: probe (base|trained) shard \d has stopped by MIN_MIXED_PROMPTS=2: 0 of 64 \(0%\) prompts are mixed; "
+        r"with MIN_MIXED_PROMPTS=0 it goes on",
+        said,
+    )
+    assert "the end of" not in result.stderr
+
+
+def test_min_mixed_prompts_reach_every_probe(environment):
+    assert all("--min-mixed-prompts" not in words for words in planned(environment, "--seed"))
+    probes = planned(environment, "--seed", MIN_MIXED_PROMPTS="3")
+    assert [dict(itertools.pairwise(words))["--min-mixed-prompts"] for words in probes] == ["3"] * 8
+    for words in planned(environment, "--seed", MIN_MIXED_PROMPTS="3", PROBE_ARGS="--min-mixed-prompts 7"):
+        given = [after for word, after in itertools.pairwise(words) if word == "--min-mixed-prompts"]
+        assert given == ["3", "7"], "the last of a flag counts"
+
+
 def test_a_second_run_continues_and_keeps_the_first_log(environment):
     failing = PROBES[0]
     assert launch(environment, STUB_FAIL=failing).returncode == 1
@@ -372,6 +427,8 @@ BAD_SETTINGS = [
     ({"BINS": "1"}, "BINS=1: must be a whole number from 2"),
     ({"POS_PER_BIN_PER_ROLLOUT": "-1"}, "POS_PER_BIN_PER_ROLLOUT=-1: must be a whole number from 0"),
     ({"SEED": "-1"}, "SEED=-1: must be a whole number from 0"),
+    ({"MIN_MIXED_PROMPTS": "all"}, "MIN_MIXED_PROMPTS=all: must be a whole number from 0"),
+    ({"PROGRESS_SECONDS": "0.5"}, "PROGRESS_SECONDS=0.5: must be a whole number from 0"),
     ({"SEED": "a[$(touch pwned)]"}, "SEED=a\\[\\$\\(touch\\ pwned\\)\\]: must be a whole number from 0"),
     ({"TEMPERATURE": "0"}, "TEMPERATURE=0: must be a number above 0"),
     ({"TEMPERATURE": "0.0e5"}, "TEMPERATURE=0.0e5: must be a number above 0"),
@@ -426,9 +483,10 @@ def test_bad_settings_are_refused(environment, settings, message, tmp_path):
     before = sorted(tmp_path.iterdir())
     result = launch(environment, **settings)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1, "one line a problem"
+    *before_it, error = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert all("  checking models and data before" in line for line in before_it), "one line a problem"
     assert result.stdout == ""
     assert steps(environment) == []
     assert [file for file in sorted(tmp_path.iterdir()) if file.name != "calls.checks"] == before
