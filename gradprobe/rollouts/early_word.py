@@ -80,8 +80,10 @@ class EarlyWord:
 
 
 def share(count: int, total: int) -> str:
-    """`12 of 64 (19%)`."""
-    return f"{count} of {total} ({count / total:.0%})"
+    """`12 of 64 (19%)`; all and none are only what is all and none."""
+    percent = f"{count / total:.0%}"
+    rounded_away = {"0%": "<1%", "100%": ">99%"} if 0 < count < total else {}
+    return f"{count} of {total} ({rounded_away.get(percent, percent)})"
 
 
 def min_mixed_prompts(given: int | None, rows_per_prompt: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 import probe_grad_vectors
 from gradprobe.dump.records import Rollout
-from gradprobe.rollouts.early_word import EarlyWord, min_mixed_prompts
+from gradprobe.rollouts.early_word import EarlyWord, min_mixed_prompts, share
 
 SMALL = "--num-samples 2 --max-new-tokens 6 --device cpu --bins 2 --pos-per-bin-per-rollout 1".split()
 VERIFIERS = (
@@ -28,6 +28,13 @@ def test_counts_are_of_rollouts_and_prompts():
     assert (word.num_mixed_prompts, word.num_prompts_for_rho) == (2, 1)
     assert (word.num_answered, word.num_cut_off) == (1, 1)
     assert (word.mean_tokens, word.mean_entropy) == (3.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "said"), [(12, 64, "19%"), (1023, 1024, ">99%"), (1, 1024, "<1%"), (5, 5, "100%"), (0, 5, "0%")]
+)
+def test_all_and_none_are_said_of_all_and_none(count, total, said):
+    assert share(count, total) == f"{count} of {total} ({said})"
 
 
 def test_few_prompts_or_single_rollouts_are_not_stopped():
