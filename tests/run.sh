@@ -8,4 +8,5 @@ cd -- "$project"
 # One worker per core, each with one thread: more would only wait for each other.
 n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-exec "$python" -m pytest -n "$n_cores" "$@"
+# A module stays on one worker: what its tests share is made once.
+exec "$python" -m pytest -n "$n_cores" --dist loadscope "$@"

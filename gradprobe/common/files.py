@@ -188,6 +188,11 @@ def sha256_of(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads, its links followed; of links in a circle, which `Path.resolve` raises on, where they begin."""
+    return Path(os.path.realpath(path))
+
+
 def make_directory(path: Path) -> None:
     """Create `path` and its parents.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputError, first_few, raise_if_any
-from ..common.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
+from ..common.files import locked, make_directory, read_json, real_path, sha256_of, write_json, write_jsonl
 from . import format as contract
 from .blocks import iter_row_blocks
 from .buckets import bucket_of, fit_edges
@@ -74,7 +74,7 @@ def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, 
     """
     # 1. Nothing that is no merged dump is written over.
     refuse_to_replace_a_probe(out_dir, shard_dirs)
-    if len({directory.resolve() for directory in shard_dirs}) < len(shard_dirs):
+    if len(set(map(real_path, shard_dirs))) < len(shard_dirs):
         raise InputError("a shard is given twice")
     # 2. The shards belong together, and are as they were written.
     targets = shards_by_target(shard_dirs)
@@ -394,9 +394,9 @@ def refuse_changed_files(targets: dict[str | None, list[Dump]]) -> None:
 
 def refuse_to_replace_a_probe(out_dir: Path, shard_dirs: list[Path]) -> None:
     """Raise `InputError` where the merge would write over a shard, or over a dump that is no merged one."""
-    out = out_dir.resolve()
+    out = real_path(out_dir)
     for directory in shard_dirs:
-        shard = directory.resolve()
+        shard = real_path(directory)
         if out == shard:
             raise InputError(f"{out_dir}: is one of the shards; give the merged dump a directory of its own")
         if out in shard.parents or shard in out.parents:

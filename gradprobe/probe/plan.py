@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import __version__
 from ..common.errors import InputError
-from ..common.files import read_json
+from ..common.files import read_json, real_path
 from ..dump import format as contract
 from ..dump.buckets import fit_edges
 from ..dump.on_policy import are_same_weights
@@ -358,6 +358,6 @@ def rollout_files_of(settings: ProbeSettings) -> list[Path]:
     """The files that `rollouts` names; none of them is the output directory's own."""
     files = rollout_files(settings.rollouts)
     for file in files:
-        if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
+        if real_path(file) == real_path(settings.output_dir / contract.ROLLOUTS):
             raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
     return files
