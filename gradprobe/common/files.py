@@ -189,7 +189,7 @@ def sha256_of(*files: Path) -> str:
 
 
 def real_path(path: Path) -> Path:
-    """Where a path leads, its links followed; of links in a circle, which `Path.resolve` raises on, where they begin."""
+    """Where a path leads, links followed; of links in a circle, on which `Path.resolve` raises, where they begin."""
     return Path(os.path.realpath(path))
 
 
