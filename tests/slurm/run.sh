@@ -110,14 +110,14 @@ check_lost_shard() {
     grep -q 'continuing' "$log" || fail "${lost_shard##*/} began anew"
 }
 
-numbers_of() { # summary, without what names the directory and the manifests, which tell how long the probe took
+numbers_of() { # summary, without what names the directory and the manifests, which tell how long the probe took, or seals it
     "$PYTHON" - "$1" <<'PY'
 import json
 import sys
 
 summary = json.load(open(sys.argv[1], encoding="utf-8"))
 for of_tag in summary.values():
-    for key in ("manifest_sha256", "run_dir"):
+    for key in ("manifest_sha256", "run_dir", "content_sha256"):
         of_tag.pop(key, None)
 json.dump(summary, sys.stdout, indent=1)
 PY
