@@ -60,7 +60,15 @@ SHAPES = {
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0,
-    }
+    },
+    "small": {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
 }
 SUFFIX = "mlp.down_proj.weight"
 BINS, POSITIONS_PER_BIN = 5, 4

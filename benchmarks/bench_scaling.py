@@ -658,12 +658,13 @@ def measure_network(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int,
     return kept + taps, network_bytes(shape, dtype.itemsize, n_tokens, n_tokens, 2, projection)
 
 
-def print_check(device: torch.device) -> None:
-    """Measured against paper."""
+def print_check(device: torch.device, is_quick: bool = False) -> None:
+    """Measured against paper; quickly, the first shape and one short batch alone."""
+    shapes, batches = (CHECKED[:1], ((1, 256),)) if is_quick else (CHECKED, CHECKED_BATCHES)
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors leave the resident set at once
     rows = []
-    for shape in CHECKED:
-        for n, length in CHECKED_BATCHES:
+    for shape in shapes:
+        for n, length in batches:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(measure_peak, shape, n, length, device.type).result()
             rows.append(
@@ -679,11 +680,11 @@ def print_check(device: torch.device) -> None:
     table(["shape", "sequences × tokens", "kept, MB", "measured : paper", "peak, MB", "measured : paper"], rows)
     small = [
         (shape, length, *measure_kept(shape, torch.bfloat16, length), *measure_flops(shape, length))
-        for shape in CHECKED
+        for shape in shapes
         for length in (256, 512)
     ]
     network = [
-        (shape, length, *measure_network(shape, torch.float32, length)) for shape in CHECKED for length in (256, 512)
+        (shape, length, *measure_network(shape, torch.float32, length)) for shape in shapes for length in (256, 512)
     ]
     table(
         ["shape", "tokens", "all-linear, kept, MB", "measured : paper"],
@@ -801,6 +802,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paper", action="store_true", help="tables that need no measurement")
     parser.add_argument("--check", action="store_true", help="the formulae against measurements")
+    parser.add_argument("--quick", action="store_true", help="of --check, one shape and one short batch alone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, help="of the measured probe, 8 rollouts each (default: 32; 1 on a CPU)")
     parser.add_argument("--response", type=int, help="tokens of a rollout (default: 1024; 256 on a CPU)")
@@ -810,7 +812,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.paper:
         print_paper()
     if args.check:
-        print_check(device)
+        print_check(device, args.quick)
     if not (args.paper or args.check):
         is_gpu = device.type == "cuda"
         prompts, response = args.prompts or (32 if is_gpu else 1), args.response or (1024 if is_gpu else 256)

@@ -1,0 +1,48 @@
+"""benchmarks/gpu.sh where a step fails or time runs out; on the CPU its whole path takes minutes."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def gpu(out: Path, python: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", out],
+        env={**os.environ, "PYTHON": str(python), "DEVICE": "cpu", "SHAPE": "small", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def results(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+
+
+def stub(directory: Path, body: str) -> Path:
+    """A python that does something else; its first argument is the benchmark."""
+    file = directory / "python"
+    file.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    file.chmod(0o755)
+    return file
+
+
+def test_a_check_that_fails_is_named_and_the_rest_still_runs(tmp_path):
+    python = stub(tmp_path, 'echo "| row |"; echo "{}"; [[ "$1" != *gpu_checks.py ]]')
+    ran = gpu(tmp_path / "out", python)
+    assert ran.returncode == 1
+    assert ran.stderr == "failed: Checks\n"
+    assert [step["status"] for step in results(tmp_path / "out")] == [1, 0, 0, 0]
+    assert (tmp_path / "out" / "gpu.md").read_text().count("| row |") == 4
+
+
+def test_time_that_runs_out_keeps_what_there_is_and_is_no_failure(tmp_path):
+    python = stub(tmp_path, 'echo "| row |"; [[ "$1" == *gpu_checks.py ]] || exec sleep 60')
+    ran = gpu(tmp_path / "out", python, LIMIT_S="6")
+    assert ran.returncode == 0, ran.stderr
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert table.count("| row |") == 2
+    assert table.count("cut off by the time limit") == 1
+    assert table.count("not reached") == 2
