@@ -8,6 +8,7 @@ verifier fails on one of them; that dump is left as it was.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .common.console import add_common_flags, printable, progress, script_main
@@ -59,8 +60,8 @@ def judge_anew(path: Path, verifier: Verifier, seconds: float) -> str:
     )
     changed = sum(r.correct != verdict.correct for r, verdict in zip(rollouts, verdicts, strict=True))
     n_before, n_now = sum(r.correct for r in rollouts), sum(bool(verdict.correct) for verdict in verdicts)
-    new = {(r.prompt_idx, r.sample_idx): bool(v.correct) for r, v in zip(rollouts, verdicts, strict=True)}
-    relabel(directories, file, new, verifier.described(seconds))
+    judged = [replace(r, correct=bool(v.correct)) for r, v in zip(rollouts, verdicts, strict=True)]
+    relabel(directories, file, judged, verifier.described(seconds))
     return f"{n_now} of {len(rollouts)} rollouts correct, before {n_before}; {changed} verdicts are others"
 
 

@@ -29,7 +29,7 @@ log = logging.getLogger("gradprobe")
 SECONDS_BETWEEN_LOG_LINES = 10.0
 LOG_LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} elapsed, {rate_fmt}, about {remaining} left"
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""What stands for bytes of a command line that are not UTF-8."""
+"""What stands for bytes of a command line that are not UTF-8; in text, half a character, which no file holds."""
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 COLOURS = {logging.ERROR: 31, logging.WARNING: 33}
 """ANSI colours of a severity, where NO_COLOR (no-color.org) is not set."""

@@ -37,7 +37,7 @@ def read_content(dump: Dump) -> Content:
     file = dump.path / contract.GRADS
     digest = hashlib.sha256()
     with open_binary(file) as stream:
-        digest.update(stream.read(file.stat().st_size - 4 * dump.grads.shape[0] * dump.grads.shape[1]))
+        digest.update(stream.read(dump.grads_file.offset))
     nonfinite, zero, start = [], [], 0
     for block in iter_row_blocks(dump.grads):
         digest.update(block.data.cast("B"))
@@ -137,7 +137,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
         counts["num_response_tokens"] += len(rollout.response_ids)
         rows = rows_of.pop((code_of.get(rollout.prompt_idx, -1), rollout.sample_idx), np.zeros(0, np.int64))
         problems += _disagreements(dump, rollout, rows)
-        expected, actual = hashes.get(rollout.prompt_idx), prompt_hash(rollout.prompt_ids)
+        expected, actual = hashes.get(rollout.prompt_idx), prompt_hash(rollout.prompt_ids) if hashes else None
         if expected not in (None, actual) and rollout.prompt_idx not in told:
             told.add(rollout.prompt_idx)
             problems.append(

@@ -289,21 +289,26 @@ def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
 
 
 def merged_prompts(manifests: list[dict[str, Any]], spaces: list[int | None]) -> dict[str, list[Any]]:
-    """The union of `prompt_idxs`, ascending, and the `prompt_hashes` beside them; each only where all shards have it.
+    """The union of `prompts_due` and of `prompt_idxs`, ascending, and the `prompt_hashes` beside these.
+
+    Each only where all shards have it.
 
     Raises:
         InputError: a prompt of one data set has other ids in one shard than in another.
     """
-    if not all("prompt_idxs" in manifest for manifest in manifests):
-        return {}
-    keys = [
-        (merged_key(prompt_key_from_json(key), space), place, number)
-        for number, (manifest, space) in enumerate(zip(manifests, spaces, strict=True))
-        for place, key in enumerate(manifest["prompt_idxs"])
-    ]
-    keys.sort()
-    united: dict[str, list[Any]] = {"prompt_idxs": [key for key, _, _ in keys]}
-    if all("prompt_hashes" in manifest for manifest in manifests):
+
+    def keys_of(name: str) -> list[tuple[PromptKey, int, int]]:
+        """(key in the merged dump, place in its shard's list, number of the shard), ascending."""
+        return sorted(
+            (merged_key(prompt_key_from_json(key), space), place, number)
+            for number, (manifest, space) in enumerate(zip(manifests, spaces, strict=True))
+            for place, key in enumerate(manifest[name])
+        )
+
+    told = [name for name in ("prompts_due", "prompt_idxs") if all(name in manifest for manifest in manifests)]
+    united: dict[str, list[Any]] = {name: [key for key, _, _ in keys_of(name)] for name in told}
+    if "prompt_idxs" in told and all("prompt_hashes" in manifest for manifest in manifests):
+        keys = keys_of("prompt_idxs")
         hashes = [manifests[number]["prompt_hashes"][place] for _, place, number in keys]
         raise_if_any(
             f"prompt {key} has other token ids in one shard than in another; were they made with one tokenizer?"
@@ -322,12 +327,6 @@ def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[st
     for key in SUMMED:
         if all(key in manifest for manifest in manifests):
             merged[key] = sum(manifest[key] for manifest in manifests)
-    if all("prompts_due" in manifest for manifest in manifests):
-        merged["prompts_due"] = sorted(
-            merged_key(prompt_key_from_json(key), space)
-            for manifest, space in zip(manifests, spaces, strict=True)
-            for key in manifest["prompts_due"]
-        )
     return {
         **merged,
         **merged_prompts(manifests, spaces),

@@ -6,8 +6,7 @@ cut off before the list was written has changed nothing; one that was cut off af
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from ..common import files
 from ..common.errors import InputError, raise_if_any
 from ..common.files import iter_jsonl, make_directory, read_json, sha256_of, write_json
 from . import format as contract
-from .records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json, write_records
+from .records import PromptKey, Rollout, prompt_key_from_json, write_records
 
-Verdicts = Mapping[tuple[PromptKey, int], bool]
 STAGED, LIST = ".relabelled", "list.json"
 
 
@@ -46,14 +44,15 @@ def rollouts_of(path: Path) -> tuple[list[Path], Path]:
     return directories, file
 
 
-def relabel(directories: list[Path], file: Path, verdicts: Verdicts, verifier: Any) -> None:
+def relabel(directories: list[Path], file: Path, rollouts: Sequence[Rollout], verifier: Any) -> None:
     """Write verdicts into `rollouts.jsonl`, every target's `meta.jsonl` and manifest, and `settings.json`.
 
     Args:
         directories, file: of `rollouts_of`.
-        verdicts: by (prompt, sample), one of every rollout.
+        rollouts: all of the file, as they are judged now.
         verifier: what manifests say of it.
     """
+    verdicts = {(rollout.prompt_idx, rollout.sample_idx): rollout.correct for rollout in rollouts}
     staged = file.with_name(STAGED)
     make_directory(staged)
     places: dict[str, str] = {}
@@ -63,9 +62,9 @@ def relabel(directories: list[Path], file: Path, verdicts: Verdicts, verifier: A
         places[name] = str(place.relative_to(file.parent))
         return staged / name
 
-    rollouts = new(file)
-    write_records(rollouts, _relabelled(iter_rollouts(file), verdicts))
-    hashes = {contract.ROLLOUTS: sha256_of(rollouts)}
+    judged = new(file)
+    write_records(judged, rollouts)
+    hashes = {contract.ROLLOUTS: sha256_of(judged)}
     for directory in directories:
         meta = new(directory / contract.META)
         files.write_jsonl(meta, _relabelled_lines(directory / contract.META, verdicts))
@@ -75,8 +74,9 @@ def relabel(directories: list[Path], file: Path, verdicts: Verdicts, verifier: A
         manifest["checksums"] = {**old.get("checksums", {}), **hashes, contract.META: sha256_of(meta)}
         write_json(new(directory / contract.MANIFEST), manifest)
     settings = file.with_name(contract.SETTINGS)
-    if settings.exists() and "model" in read_json(settings):  # a merged dump's names targets only
-        write_json(new(settings), _judged_by(read_json(settings), verifier))
+    asked = read_json(settings) if settings.exists() else {}
+    if "model" in asked:  # a merged dump's names targets only
+        write_json(new(settings), _judged_by(asked, verifier))
     write_json(staged / LIST, {"places": places})
     _put_in_place(staged)
 
@@ -92,12 +92,7 @@ def _put_in_place(staged: Path) -> None:
     shutil.rmtree(staged)
 
 
-def _relabelled(rollouts: Iterator[Rollout], verdicts: Verdicts) -> Iterator[Rollout]:
-    for rollout in rollouts:
-        yield replace(rollout, correct=verdicts[rollout.prompt_idx, rollout.sample_idx])
-
-
-def _relabelled_lines(meta: Path, verdicts: Verdicts) -> Iterator[dict[str, Any]]:
+def _relabelled_lines(meta: Path, verdicts: Mapping[tuple[PromptKey, int], bool]) -> Iterator[dict[str, Any]]:
     for number, line in iter_jsonl(meta):
         key = prompt_key_from_json(line.get("prompt_idx")), line.get("sample_idx")
         if key not in verdicts:

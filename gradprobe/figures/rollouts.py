@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,4 +123,4 @@ def _cut(rollout: Rollout) -> Rollout:
     """Its first tokens, as far as a page shows them."""
     kept = slice(MAX_TOKENS_SHOWN)
     per_token = ("token_texts", "entropies", "bucket_scores")
-    return Rollout(**{**vars(rollout), **{name: getattr(rollout, name)[kept] for name in per_token}})
+    return replace(rollout, **{name: getattr(rollout, name)[kept] for name in per_token})

@@ -17,7 +17,7 @@ from ..dump import format as contract
 from ..dump.buckets import choose_positions
 from ..dump.check import checksums_of
 from ..dump.growing import Record
-from ..dump.on_policy import OFF_POLICY, Tokens, claims_on_policy
+from ..dump.on_policy import OFF_POLICY, OnPolicy, Tokens, claims_on_policy
 from ..dump.pooled import buckets_of, pooled_tokens
 from ..dump.records import PooledTokens, Position, Rollout, prompt_hash, write_records
 from ..gradients.chosen import Chosen
@@ -75,8 +75,9 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
         tokens = Tokens.of(rollouts)
-        refuse_copies(plan, rollouts, tokens.test(is_claimed=False).verdict == OFF_POLICY)
-        say_early_word(plan, checkpoint, rollouts, tokens)
+        on_policy = tokens.test(is_claimed=False)
+        refuse_copies(plan, rollouts, on_policy.verdict == OFF_POLICY)
+        say_early_word(plan, checkpoint, rollouts, on_policy)
         if settings.sample_only:
             return
         edges = plan.edges or fitted_edges(tokens.score, settings.bins)
@@ -114,14 +115,14 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     record_file.unlink()
 
 
-def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], tokens: Tokens) -> None:
+def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], on_policy: OnPolicy) -> None:
     """Say what the rollouts are like before any gradient is taken.
 
     Raises:
         InputError: they can't answer what is asked of them.
     """
     word = EarlyWord.of(rollouts, checkpoint.end_ids)
-    for line in word.lines(tokens.test(is_claimed=False)):
+    for line in word.lines(on_policy):
         log.info(line)
     refuse_too_few_mixed(word, min_mixed_prompts(plan.settings.min_mixed_prompts, plan.source.rows_per_prompt))
 

@@ -7,10 +7,10 @@ that follow, of any template, until the program ends.
 
 import atexit
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..common.console import SURROGATE
 from ..common.errors import InputError, one_line
 from .child import Answer, Answering, Child, clipped, described, limit_memory
 
@@ -19,7 +19,6 @@ MOST_CHARACTERS = 1 << 24
 MOST_MEMORY = 1 << 30
 BYTES_PER_CHARACTER = 12
 """In JSON at most: a character beyond the first 65,536 is two escapes of six."""
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ChatRefusal(Exception):  # noqa: N818 it is about one prompt, which whoever asks for it names

@@ -4,7 +4,6 @@ Whatever the shape, what comes out is token ids. Ids in the file are taken as th
 care: what does not come back from its ids is dropped and counted, for its tokens can't be known.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..common.console import SURROGATE
 from ..common.errors import FaultyRecord, InputError
 from ..common.fields import is_finite, is_index
 from ..dump.records import PromptKey, Rollout, prompt_key_from_json
@@ -24,7 +24,6 @@ from .server import are_token_ids
 CACHED_TEXTS = 4096
 LOST_BYTES = "\ufffd"
 """In a sampler's text it stands for bytes that made no character; its own ids are others."""
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 EMPTY = "completions without response tokens"
 NOT_ROUND_TRIP = "completions whose text does not come back from its token ids"

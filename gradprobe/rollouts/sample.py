@@ -40,9 +40,13 @@ class Sampling:
         room = self.max_new_tokens if self.context is None else self.context - len(prompt)
         return min(room, self.max_new_tokens)
 
-    def is_over(self, ids: list[int]) -> bool:
-        """Whether the last of `ids`, at least one, ends a response."""
-        return ids[-1] in self.end_ids or (self.stop is not None and self.stop.ends(ids))
+    def n_until_over(self, ids: list[int]) -> int:
+        """How many of `ids` stand before a response is over, what ends it included; all where nothing does."""
+
+        def is_over(n: int) -> bool:
+            return ids[n - 1] in self.end_ids or (self.stop is not None and self.stop.ends(ids[self.stop.tail_of(n)]))
+
+        return next(filter(is_over, range(1, len(ids) + 1)), len(ids))
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,14 @@ class StopText:
     text: str
     decode: Callable[[list[int]], str]
 
-    def ends(self, ids: list[int]) -> bool:
-        """Whether the last of `ids` completes the text."""
+    def tail_of(self, n: int) -> slice:
+        """Which of n tokens the text can stand in where the last completes it."""
         # A token has a byte at least; one more, since tokenizers drop a blank before the first word.
-        return self.text in self.decode(ids[-len(self.text.encode()) - 1 :])
+        return slice(max(0, n - len(self.text.encode()) - 1), n)
+
+    def ends(self, tail: list[int]) -> bool:
+        """Whether the last of a response's tokens completes the text. `tail`: see `tail_of`."""
+        return self.text in self.decode(tail)
 
 
 Uniforms = Callable[[int, int], np.ndarray]
@@ -169,8 +177,8 @@ def _sample_batch(
         tokens[row_of, step] = drawn
         ended = live & (torch.isin(drawn, ends) | (lengths[row_of] == step + 1))
         if sampling.stop is not None:
-            so_far = tokens[row_of, : step + 1].tolist()
-            ended |= live & torch.tensor([sampling.stop.ends(ids) for ids in so_far], device=device)
+            tails = tokens[row_of, sampling.stop.tail_of(step + 1)].tolist()
+            ended |= live & torch.tensor(list(map(sampling.stop.ends, tails)), device=device)
         lengths[row_of[ended]] = step + 1
         live &= ~ended
         n_live = int(live.sum())

@@ -290,7 +290,7 @@ def mean_logprob_gap(responses: Sequence[ServerResponse], logprobs: Sequence[Seq
 def _until_end(answer: dict[str, Any], sampling: Sampling) -> ServerResponse:
     choice = answer["choices"][0]
     ids, logprobs = token_ids_of(answer, choice) or [], _logprobs_of(choice)
-    n_kept = next((n for n in range(1, len(ids) + 1) if sampling.is_over(ids[:n])), len(ids))
+    n_kept = sampling.n_until_over(ids)
     return ServerResponse(ids[:n_kept], logprobs[:n_kept] if len(logprobs) == len(ids) else [])
 
 
