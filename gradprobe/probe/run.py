@@ -25,6 +25,7 @@ from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.identity import refuse_changed_checkpoint
+from ..model.placement import input_device
 from ..problems.verify import RunningVerifier
 from ..rollouts.copies import problem_of_copies
 from ..rollouts.early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
@@ -142,7 +143,8 @@ def collect_rollouts(
         The rollouts, and what the manifest says of how it went.
     """
     settings = plan.settings
-    chunks = list(chunks_of(plan.source.rows_per_prompt, plan.sample_rows))
+    rounds = plan.source.rounds_on(input_device(checkpoint.model).type)
+    chunks = list(chunks_of(plan.source.rows_per_prompt, rounds * plan.sample_rows))
     prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
     growing = GrowingRollouts(settings.output_dir / contract.ROLLOUTS, record, prompts)
     for notes in growing.notes:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..common.errors import InputError
 from ..model.batches import Budget, run_in_batches
 from ..model.placement import input_device
+from .tape import Tape
 
-COMPACT_BELOW = 0.75
+FREE_AT_ONCE = 0.125
+"""So large a share of the places is given to other rollouts, or given up, at once."""
+WORDS_PER_BLOCK = 256
+STEPS_UNSEEN = {"cpu": 1, "cuda": 8}
+"""How many tokens are drawn between two looks at which rollouts are over: a look waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +109,40 @@ def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     Raises:
         InputError: a row of logits makes no distribution (NaN, or +infinity).
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    if not cumulative[:, -1].isfinite().all():
-        raise InputError("the model's logits are not finite, so no token can be drawn: is the checkpoint sound?")
+    drawn, is_sound = _draw(logits, uniforms, temperature)
+    _raise_unless(is_sound.all())
+    return drawn
+
+
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids, whether the logits made a distribution), both [batch]; nothing waits for the device.
+
+    Summed block by block and then inside one block only: no float64 table of the vocabulary.
+    """
+    logits = logits.float()
+    weights = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    size = weights.shape[-1]
+    n_whole = size // WORDS_PER_BLOCK
+    whole = weights[:, : n_whole * WORDS_PER_BLOCK].unflatten(-1, (n_whole, WORDS_PER_BLOCK)).sum(-1)
+    rest = weights[:, n_whole * WORDS_PER_BLOCK :].sum(-1, keepdim=True)
+    up_to = torch.cat([whole, rest], dim=-1).cumsum(-1, dtype=torch.float64)
     # Scaled to the last entry, which is 1 only up to rounding, so that u never lies beyond the table.
-    u = (uniforms * cumulative[:, -1])[:, None]
-    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    u = uniforms[:, None] * up_to[:, -1:]
+    block = torch.searchsorted(up_to, u, right=True).clamp_(max=n_whole)
+    before = torch.where(block > 0, up_to.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    words = block * WORDS_PER_BLOCK + torch.arange(WORDS_PER_BLOCK, device=weights.device)
+    inside = torch.where(words < size, weights.gather(1, words.clamp(max=size - 1)), 0.0)
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    # The block's own sum, float32, may differ in its last digit: its last word of any weight takes what is over.
+    last = inside[:, -1:].nextafter(torch.zeros_like(u))
+    place = torch.searchsorted(inside, torch.minimum(u - before, last), right=True)
+    drawn = words.gather(1, place.clamp_(max=WORDS_PER_BLOCK - 1))[:, 0].clamp_(max=size - 1)
+    return drawn, up_to[:, -1].isfinite()
+
+
+def _raise_unless(is_sound: torch.Tensor) -> None:
+    if not is_sound:
+        raise InputError("the model's logits are not finite, so no token can be drawn: is the checkpoint sound?")
 
 
 def sample_responses(
@@ -119,6 +151,7 @@ def sample_responses(
     uniforms: Uniforms,
     sampling: Sampling,
     max_rows: int | Budget = 256,
+    rounds: int = 1,
 ) -> Iterator[list[list[list[int]]]]:
     """Sample responses to each prompt from the model's full softmax.
 
@@ -128,7 +161,8 @@ def sample_responses(
     Args:
         prompts: token ids of each prompt.
         uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
-        max_rows: how many responses are sampled at once.
+        max_rows: how many responses are taken together.
+        rounds: one in so many of them is under way at once; where one is over, the next takes its place.
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
@@ -137,61 +171,148 @@ def sample_responses(
 
     def run(batch: list[int]) -> list[list[int]]:
         steps = np.stack([uniforms(p, s)[: sampling.max_new_tokens] for p in batch for s in range(n_samples)])
-        rooms = np.repeat([sampling.room_after(prompts[p]) for p in batch], n_samples)
-        return _sample_batch(model, [prompts[p] for p in batch], sampling, steps, rooms)
+        slots = _Slots(model, sampling, [prompts[p] for p in batch], steps, -(-len(steps) // rounds))
+        return slots.run()
 
     # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
     for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run):
         yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
 
 
-@torch.inference_mode()
-def _sample_batch(
-    model: nn.Module, prompts: list[list[int]], sampling: Sampling, uniforms: np.ndarray, rooms: np.ndarray
-) -> list[list[int]]:
-    """One batch: prompts are run once, then their caches are repeated for the samples.
+class _Slots:
+    """Rollouts under way side by side, each in a slot of its own; when it is over, the next one takes the slot.
+
+    What a rollout is hangs on nothing in the other slots. One may run on past its end, until it is looked at; what it
+    draws there is cut off.
 
     Args:
-        uniforms: [prompts * n_samples, steps].
-        rooms: [prompts * n_samples] the most tokens of each response.
+        prompts: token ids; each has `sampling.n_samples` rows of `uniforms`, [rows, steps].
+        n_slots: how many rollouts are under way at once.
     """
-    device = input_device(model)
-    ends = torch.tensor(sorted(sampling.end_ids), device=device)
-    input_ids, mask = (x.to(device) for x in _padded_left(prompts))
-    cache = DynamicCache(config=model.config)
-    position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
-    logits = _next_logits(model, cache, input_ids, mask, position_ids)
-    cache.batch_repeat_interleave(sampling.n_samples)
-    logits = logits.repeat_interleave(sampling.n_samples, dim=0)
-    mask = mask.repeat_interleave(sampling.n_samples, dim=0)
-    next_position = position_ids[:, -1].repeat_interleave(sampling.n_samples) + 1
 
-    n_rows, n_steps = uniforms.shape
-    tokens = torch.zeros((n_rows, n_steps), dtype=torch.long, device=device)
-    u = torch.from_numpy(uniforms).to(device)
-    lengths = torch.from_numpy(rooms).to(device)
-    row_of = torch.arange(n_rows, device=device)  # which row of `tokens` each row of the batch is
-    live = torch.ones(n_rows, dtype=torch.bool, device=device)
-    for step in range(n_steps):
-        drawn = sample_from(logits, u[row_of, step], sampling.temperature)
-        tokens[row_of, step] = drawn
-        ended = live & (torch.isin(drawn, ends) | (lengths[row_of] == step + 1))
-        if sampling.stop is not None:
-            tails = tokens[row_of, sampling.stop.tail_of(step + 1)].tolist()
-            ended |= live & torch.tensor(list(map(sampling.stop.ends, tails)), device=device)
-        lengths[row_of[ended]] = step + 1
-        live &= ~ended
-        n_live = int(live.sum())
-        if n_live == 0 or step + 1 == n_steps:
-            break
-        if n_live <= COMPACT_BELOW * len(live):
-            kept = live.nonzero()[:, 0]
-            cache.batch_select_indices(kept.cpu())  # layers may lie on several devices
-            drawn, mask, next_position, row_of, live = (x[kept] for x in (drawn, mask, next_position, row_of, live))
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = _next_logits(model, cache, drawn[:, None], mask, next_position[:, None])
-        next_position = next_position + 1
-    return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
+    def __init__(
+        self, model: nn.Module, sampling: Sampling, prompts: list[list[int]], uniforms: np.ndarray, n_slots: int
+    ) -> None:
+        self._model, self._sampling, self._prompts, self._device = model, sampling, prompts, input_device(model)
+        self._uniforms = torch.from_numpy(uniforms)
+        self._responses: list[list[int]] = [[] for _ in uniforms]
+        self._n_begun = 0
+        self._tape: Tape | None = None
+        self._unseen = STEPS_UNSEEN[self._device.type]
+        longest = max(len(prompt) + sampling.room_after(prompt) for prompt in prompts)
+        self._columns = longest + max(self._unseen, longest // 8)
+        self._ends = torch.tensor(sorted(sampling.end_ids), device=self._device)
+        self._is_sound = torch.ones((), dtype=torch.bool, device=self._device)
+        # Of each slot: which rollout is in it (-1: none), and the column where its prompt begins.
+        self._row, self._start = np.full(n_slots, -1), np.zeros(n_slots, dtype=np.int64)
+        n_steps = uniforms.shape[1]
+        on_device = {"dtype": torch.long, "device": self._device}
+        self._tokens = torch.zeros((n_slots, n_steps + 1), **on_device)  # the last column is for what is cut off
+        self._u = torch.zeros((n_slots, n_steps + 1), dtype=torch.float64, device=self._device)
+        self._last, self._step, self._room, self._n_prompt = torch.zeros((4, n_slots), **on_device)
+        self._is_over = torch.ones(n_slots, dtype=torch.bool, device=self._device)
+
+    @torch.inference_mode()
+    def run(self) -> list[list[int]]:
+        """[rows][tokens] all responses."""
+        while True:
+            free = np.flatnonzero(self._row < 0)
+            if len(free) >= FREE_AT_ONCE * len(self._row):
+                if self._n_begun < len(self._responses):
+                    self._begin(free[: len(self._responses) - self._n_begun])
+                elif len(free) == len(self._row):
+                    return self._responses
+                else:
+                    self._keep(np.flatnonzero(self._row >= 0))
+            self._make_room()
+            for _ in range(self._unseen):
+                self._advance()
+            self._look()
+
+    def _begin(self, slots: np.ndarray) -> None:
+        """Run the next rollouts' prompts, each once, and draw their first tokens."""
+        rows = np.arange(self._n_begun, self._n_begun + len(slots))
+        self._n_begun += len(slots)
+        numbers, prompt_of = np.unique(rows // self._sampling.n_samples, return_inverse=True)
+        prompts = [self._prompts[p] for p in numbers]
+        input_ids, mask = (x.to(self._device) for x in _padded_left(prompts))
+        filled = DynamicCache()
+        logits = _next_logits(self._model, filled, input_ids, mask, (mask.cumsum(-1) - 1).clamp_(min=0))
+        if self._tape is None:  # the first prompts tell its shape
+            self._tape = Tape(filled, len(self._row), self._columns)
+        self._make_room(input_ids.shape[1])
+        rows_of_prompts, at = torch.from_numpy(prompt_of), torch.from_numpy(slots)
+        self._tape.place(filled, rows_of_prompts, at)
+
+        n_prompt = np.array([len(prompts[p]) for p in prompt_of])
+        self._row[slots], self._start[slots] = rows, self._tape.end - n_prompt
+        at = at.to(self._device)
+        self._n_prompt[at] = torch.from_numpy(n_prompt).to(self._device)
+        self._room[at] = torch.tensor([self._sampling.room_after(prompts[p]) for p in prompt_of], device=self._device)
+        self._u[at, : self._uniforms.shape[1]] = self._uniforms[rows].to(self._device)
+        self._step[at] = 0
+        self._is_over[at] = False
+        self._draw(at, logits[rows_of_prompts.to(self._device)])
+
+    def _draw(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
+        step = self._step[slots]
+        at = step.clamp(max=self._tokens.shape[1] - 1)
+        drawn, is_sound = _draw(logits, self._u[slots, at], self._sampling.temperature)
+        self._tokens[slots, at] = self._last[slots] = drawn
+        self._step[slots] = step + 1
+        self._is_over[slots] |= torch.isin(drawn, self._ends) | (step + 1 >= self._room[slots])
+        self._is_sound &= is_sound.all()
+
+    def _advance(self) -> None:
+        """One more token in every slot."""
+        tape = self._tape
+        columns = torch.arange(tape.begin, tape.end + 1, device=self._device)
+        mask = (columns >= torch.from_numpy(self._start).to(self._device)[:, None]).long()
+        # A rollout that runs on past its end must not leave the model's context.
+        position = self._n_prompt + torch.minimum(self._step, self._room) - 1
+        logits = _next_logits(self._model, tape, self._last[:, None], mask, position[:, None])
+        tape.end += 1
+        self._draw(torch.arange(len(self._row), device=self._device), logits)
+
+    def _look(self) -> None:
+        """Take out what is over."""
+        _raise_unless(self._is_sound)
+        is_over = self._is_over.cpu().numpy()
+        if self._sampling.stop is not None:
+            is_over |= self._stopped()
+        for slot in np.flatnonzero(is_over & (self._row >= 0)).tolist():
+            ids = self._tokens[slot, : self._room[slot]].tolist()
+            self._responses[self._row[slot]] = ids[: self._sampling.n_until_over(ids)]
+            self._row[slot] = -1
+
+    def _stopped(self) -> np.ndarray:
+        """[slots] whether the stop text stands in what was drawn since the last look."""
+        tokens, steps, stop = self._tokens.tolist(), self._step.tolist(), self._sampling.stop
+
+        def is_stopped(slot: int) -> bool:
+            new = range(max(1, steps[slot] - self._unseen), steps[slot] + 1)
+            return any(stop.ends(tokens[slot][stop.tail_of(n)]) for n in new)
+
+        return np.array([row >= 0 and is_stopped(slot) for slot, row in enumerate(self._row)])
+
+    def _keep(self, slots: np.ndarray) -> None:
+        """Go on with fewer slots."""
+        at = torch.from_numpy(slots)
+        self._tape.keep(at)
+        self._row, self._start, at = self._row[slots], self._start[slots], at.to(self._device)
+        self._tokens, self._u, self._is_over = self._tokens[at], self._u[at], self._is_over[at]
+        self._last, self._step, self._room, self._n_prompt = (
+            x[at] for x in (self._last, self._step, self._room, self._n_prompt)
+        )
+
+    def _make_room(self, before: int = 0) -> None:
+        """Have so many columns before those next to come, and enough behind them until the next look."""
+        tape, is_live = self._tape, self._row >= 0
+        tape.begin = int(self._start[is_live].min(initial=tape.end))
+        if tape.end < before or tape.end + self._unseen > tape.room:
+            by = max(before - tape.end, -tape.begin)
+            tape.move(by)
+            self._start += by
 
 
 def _padded_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +327,7 @@ def _padded_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _next_logits(
-    model: nn.Module, cache: DynamicCache, input_ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor
+    model: nn.Module, cache: Cache, input_ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """[batch, vocab] logits after the last of `input_ids`, [batch, new]; the cache grows by these."""
     return model(

@@ -12,6 +12,7 @@ from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
 from ..model.decoder import context_length
+from ..model.placement import input_device
 from ..problems.data_set import Problem
 from ..problems.verify import RunningVerifier
 from .sample import Sampling, StopText, rollout_uniforms, sample_responses
@@ -20,6 +21,7 @@ from .server import CompletionsServer, ServerResponse, request_seed, sample_comp
 log = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 5
+ROUNDS_ON_A_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Source(Protocol):
     n_tokens_at_most: int
     """The most response tokens that all of them can have."""
 
+    def rounds_on(self, device: str) -> int:
+        """How many times as many rollouts as run at once a stretch of prompts holds on "cpu" or "cuda"."""
+
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """What gives the rollouts of a stretch of prompts."""
 
@@ -59,6 +64,10 @@ class GivenRollouts:
         self.prompts, self._groups = list(by_prompt), list(by_prompt.values())
         self.rows_per_prompt = list(map(len, self._groups))
         self.n_tokens_at_most = sum(len(rollout.response_ids) for rollout in rollouts)
+
+    def rounds_on(self, device: str) -> int:
+        """See `Source`."""
+        return 1
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """See `Source`."""
@@ -97,6 +106,10 @@ class SampledRollouts:
         """See `Source`."""
         return sum(self.rows_per_prompt) * self.settings.max_new_tokens
 
+    def rounds_on(self, device: str) -> int:
+        """See `Source`. On a GPU a step with few rollouts costs what one with many does; a kill costs a stretch."""
+        return ROUNDS_ON_A_GPU if device != "cpu" and self.server is None else 1
+
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """See `Source`.
 
@@ -111,13 +124,14 @@ class SampledRollouts:
         sampling = Sampling(
             settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context, stop
         )
-        rows = Budget(sample_rows)
+        rounds = self.rounds_on(input_device(checkpoint.model).type)
+        rows = Budget(rounds * sample_rows)
 
         def sample(chunk: range) -> list[Rollout]:
             prompts_of_chunk = [prompts[i] for i in chunk]
             idxs = [self.problems[i].idx for i in chunk]
             if self.server is None:
-                responses = self._sampled(checkpoint.model, idxs, prompts_of_chunk, sampling, rows)
+                responses = self._sampled(checkpoint.model, idxs, prompts_of_chunk, sampling, rows, rounds)
             else:
                 responses = self._asked(self.server, checkpoint.model, idxs, prompts_of_chunk, sampling)
             return [
@@ -147,12 +161,17 @@ class SampledRollouts:
         return prompts
 
     def _sampled(
-        self, model: nn.Module, idxs: list[int], prompts: list[list[int]], sampling: Sampling, rows: Budget
+        self,
+        model: nn.Module,
+        idxs: list[int],
+        prompts: list[list[int]],
+        sampling: Sampling,
+        rows: Budget,
+        rounds: int,
     ) -> list[list[list[int]]]:
         n_steps = sampling.room_after([])
-        batches = sample_responses(
-            model, prompts, lambda p, s: rollout_uniforms(self.settings.seed, idxs[p], s, n_steps), sampling, rows
-        )
+        uniforms = lambda p, s: rollout_uniforms(self.settings.seed, idxs[p], s, n_steps)  # noqa: E731
+        batches = sample_responses(model, prompts, uniforms, sampling, rows, rounds)
         return [of_prompt for batch in batches for of_prompt in batch]
 
     def _asked(

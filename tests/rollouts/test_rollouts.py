@@ -8,17 +8,18 @@ from tiny import END_OF_TEXT, IM_END, VOCAB_SIZE, tiny_model
 
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import load_checkpoint
+from gradprobe.rollouts import sample as sampling_module
 from gradprobe.rollouts.sample import Sampling, StopText, rollout_uniforms, sample_from, sample_responses
 from gradprobe.rollouts.score import score_block, score_responses
 
 CPU = torch.device("cpu")
 
 
-def sample(model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, max_rows=256, **ends):
+def sample(model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, max_rows=256, rounds=1, **ends):
     """All responses, [prompt][sample][token]."""
     sampling = Sampling(n_samples, max_new_tokens, temperature, **ends)
     uniforms = lambda p, s: rollout_uniforms(seed, p, s, max_new_tokens)  # noqa: E731
-    batches = sample_responses(model, prompts, uniforms, sampling, max_rows)
+    batches = sample_responses(model, prompts, uniforms, sampling, max_rows, rounds)
     return [samples for batch in batches for samples in batch]
 
 
@@ -70,6 +71,21 @@ def test_inverse_cdf_never_draws_what_has_no_probability():
     assert sample_from(logits, u, 1.0).tolist() == [1, 1, 3, 3]
 
 
+@pytest.mark.parametrize("vocab_size", [3, 256, 1000])
+def test_inverse_cdf_by_blocks_draws_what_a_float64_table_draws(vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2000, vocab_size, generator=generator)
+    u = torch.rand(2000, generator=generator, dtype=torch.float64)
+    table = torch.softmax(logits / 0.7, -1).double().cumsum(-1)
+    table /= table[:, -1:].clone()
+    drawn = sample_from(logits, u, 0.7)
+    above = table.gather(1, drawn[:, None])[:, 0]
+    below = torch.where(drawn > 0, table.gather(1, (drawn - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    assert ((below - 1e-6 <= u) & (u < above + 1e-6)).all()
+    exact = torch.searchsorted(table, u[:, None], right=True)[:, 0]
+    assert (drawn != exact).sum() <= 1
+
+
 def test_logits_that_are_no_distribution_are_an_error_not_a_token():
     with pytest.raises(InputError, match="not finite"):
         sample_from(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64), 1.0)
@@ -83,6 +99,17 @@ def test_a_rollout_does_not_depend_on_the_batch_around_it():
     assert together == sample(model, prompts, 6, 20, end_ids=ends, max_rows=6)
     assert len({len(response) for samples in together for response in samples}) > 3
     assert together != sample(model, prompts, 6, 20, end_ids=ends, max_rows=100, seed=1)
+
+
+@pytest.mark.parametrize("unseen", [1, 5])
+@pytest.mark.parametrize("stop", [None, StopText("ab", lambda ids: "".join("abcde"[i % 5] for i in ids))])
+def test_a_rollout_that_takes_over_another_s_slot_is_as_it_would_be_alone(unseen, stop, monkeypatch):
+    model, ends = tiny_model(3), frozenset(range(0, VOCAB_SIZE, 9))
+    prompts = [[1, 2], [3], [4, 5, 6, 7, 8, 9, 10, 11], [9, 10, 11], [1]]
+    alone = sample(model, prompts, 6, 30, end_ids=ends, max_rows=1, stop=stop, context=36)
+    monkeypatch.setitem(sampling_module.STEPS_UNSEEN, "cpu", unseen)
+    for rounds in (1, 2, 7, 30):
+        assert sample(model, prompts, 6, 30, rounds=rounds, end_ids=ends, stop=stop, context=36) == alone
 
 
 def test_responses_end_with_the_first_end_of_sequence_id(checkpoint_dir):
