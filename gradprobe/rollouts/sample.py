@@ -200,7 +200,8 @@ class _Slots:
         self._tape: Tape | None = None
         self._unseen = STEPS_UNSEEN[self._device.type]
         longest = max(len(prompt) + sampling.room_after(prompt) for prompt in prompts)
-        self._columns = longest + max(self._unseen, longest // 8)
+        is_taken_over = n_slots < len(uniforms)
+        self._columns = longest + max(self._unseen, longest // 8 * is_taken_over)
         self._ends = torch.tensor(sorted(sampling.end_ids), device=self._device)
         self._is_sound = torch.ones((), dtype=torch.bool, device=self._device)
         # Of each slot: which rollout is in it (-1: none), and the column where its prompt begins.
