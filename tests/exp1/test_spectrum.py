@@ -263,7 +263,7 @@ def test_directions_of_many_gradients_are_those_of_numpys_svd(monkeypatch, n: in
     _, sigma, right = np.linalg.svd(grads.astype(np.float64), full_matrices=False)
     whole, half = bucket_of(grads), np.arange(n) % 2 == 0
     of_rows = whole.leading_directions(20)
-    assert not whole._has_gram
+    assert not whole.has_gram
     assert whole.gram.shape == (min(n, dim),) * 2
     for energies, directions in (of_rows, whole.leading_directions(20)):
         np.testing.assert_allclose(energies, sigma[:20] ** 2, rtol=1e-6)
