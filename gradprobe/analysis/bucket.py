@@ -260,13 +260,13 @@ class Bucket:
             directions: [d, k] of unit length, float64 or `dtype`.
         """
         if self.has_gram or min(self.n, self.dim) <= MAX_EXACT:
-            values, weights = self.leading_eigenpairs(n_vectors, seed, tolerance)
-            vectors = self.combined(weights) if self.is_wide else weights
-            return values, vectors / vectors.norm(dim=0)
-        values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, dtype)
-        if dtype is not np.float64 and not (values > SINGLE_SPREAD * values[:1]).all():
-            values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, np.float64)
-        return values, vectors
+            values, vectors = self.leading_eigenpairs(n_vectors, seed, tolerance)
+            vectors = self.combined(vectors) if self.is_wide else vectors
+        else:
+            values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, dtype)
+            if dtype is not np.float64 and not (values > SINGLE_SPREAD * values[:1]).all():
+                values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, np.float64)
+        return values, vectors / vectors.norm(dim=0)
 
     def leading_eigenpairs(
         self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE
@@ -284,7 +284,7 @@ class Bucket:
         return _above_rounding(*found)
 
     def _leading_of_rows(self, n_vectors: int, seed: int, tolerance: float, dtype: type) -> tuple[np.ndarray, "Tensor"]:
-        """`leading_directions` by products with X. What is multiplied is of length 1: squares must not underflow."""
+        """The same by products with X. What is multiplied has about unit length: squares must not underflow."""
         scale = self.total_energy
         if not scale > 0:
             return np.zeros(0), self._zeros(self.dim, 0)
