@@ -33,7 +33,7 @@ PANEL = 192
 KRYLOV_EXTRA, KRYLOV_STEPS, KRYLOV_TOLERANCE = 8, 20, 1e-4
 ROUNDING = 1e-12
 """Energies below this share of all are only rounding."""
-SINGLE_SPREAD = 1e-4
+SINGLE_SPREAD = 1e-3
 """float32 is enough for leading energies that spread no further; its rounding is about 1e-7 of the largest."""
 
 
@@ -252,7 +252,7 @@ class Bucket:
             n_vectors: how many are wanted.
             seed: of the iteration's start.
             tolerance: of the iteration.
-            dtype: float32 where an iteration on X may be: it is, if the energies found spread by less than 10,000.
+            dtype: float32 where an iteration on X may be: it is, if the energies found spread by less than 1,000.
 
         Returns:
             energies: [k] squared singular values, descending, k at most n_vectors: what is only rounding is left out.
