@@ -5,8 +5,9 @@
     bucket.leading_directions(n_vectors=20)    # and the first right singular vectors
     bucket.part(is_kept)                       # some of the gradients; shares what is known of all
 
-All of it is float64. X may be a memory map: gradients are read in blocks. The smaller of X Xᵀ and Xᵀ X is made when
-first asked for and lives as long as the bucket does. torch is imported when first needed: it takes seconds.
+All of it is float64 where nothing else is said. X may be a memory map: gradients are read in blocks. The smaller of
+X Xᵀ and Xᵀ X is made when first asked for and lives as long as the bucket does. torch is imported when first needed:
+it takes seconds.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from ..dump.blocks import SelectedRows, block_slices, copy_rows, read_rows
 from ..dump.format import Dump
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -31,6 +33,8 @@ PANEL = 192
 KRYLOV_EXTRA, KRYLOV_STEPS, KRYLOV_TOLERANCE = 8, 20, 1e-4
 ROUNDING = 1e-12
 """Energies below this share of all are only rounding."""
+SINGLE_SPREAD = 1e-3
+"""float32 is enough for leading energies that spread no further; its rounding is about 1e-7 of the largest."""
 
 
 def device_for(name: str) -> str:
@@ -55,6 +59,13 @@ def to_device(array: np.ndarray, device: str) -> "Tensor":
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def torch_dtype(dtype: type) -> "torch.dtype":
+    """What torch calls one of numpy's number types."""
+    import torch
+
+    return torch.float32 if dtype is np.float32 else torch.float64
 
 
 def rollout_codes(prompt: np.ndarray, sample_idx: np.ndarray) -> np.ndarray:
@@ -114,17 +125,17 @@ class Bucket:
         found._mean = self.combined(np.full((self.n, 1), 1 / self.n))[:, 0]
         return found
 
-    def blocks(self) -> Iterator["Tensor"]:
-        """X in order, [k, d] float64 tensors of at most 64 MiB."""
+    def blocks(self, dtype: type = np.float64) -> Iterator["Tensor"]:
+        """X in order, [k, d] tensors of at most 64 MiB, in float64 or `dtype`."""
         if self._held is not None:
             yield from self._held
             return
-        for part in block_slices(self.n, 8 * self.dim):
-            yield self._read(part)
+        for part in block_slices(self.n, np.dtype(dtype).itemsize * self.dim):
+            yield self._read(part, dtype)
 
-    def _read(self, places: slice | np.ndarray) -> "Tensor":
-        block = to_device(read_rows(self.grads, self.rows[places]), self.device)
-        return block if self._mean is None else block - self._mean
+    def _read(self, places: slice | np.ndarray, dtype: type = np.float64) -> "Tensor":
+        block = to_device(read_rows(self.grads, self.rows[places], dtype), self.device)
+        return block if self._mean is None else block - self._mean.to(block.dtype)
 
     def combined(self, weights: "np.ndarray | Tensor") -> "Tensor":
         """[d, k] Xᵀ W. `weights`: [n, k] float64."""
@@ -141,26 +152,29 @@ class Bucket:
         return np.concatenate([np.zeros((0, directions.shape[1])), *parts])
 
     def energies_along(self, directions: "Tensor") -> np.ndarray:
-        """[k] ‖X v‖² of each direction. `directions`: [d, k]."""
-        if self._has_gram and not self.is_wide:
+        """[k] ‖X v‖² of each direction. `directions`: [d, k], float32 if X V may be."""
+        if self.has_gram and not self.is_wide:
+            directions = directions.double()
             return (directions * (self.gram @ directions)).sum(dim=0).cpu().numpy()
         total = self._zeros(directions.shape[1])
-        for block in self.blocks():
-            total += (block @ directions).square_().sum(dim=0)
+        for block in self.blocks(np.float32 if directions.dtype.itemsize == 4 else np.float64):
+            total += (block @ directions).double().square_().sum(dim=0)
         return total.cpu().numpy()
 
     @cached_property
     def squared_norms(self) -> np.ndarray:
         """[n] float64 ‖g‖²."""
-        if self.is_wide and self._has_gram:
+        if self.is_wide and self.has_gram:
             return self.gram.diagonal().cpu().numpy()
+        if self._whole is not None:
+            return self._whole.squared_norms[self._kept]
         found = [block.norm(dim=1).square_().cpu().numpy() for block in self.blocks()]
         return np.concatenate([np.zeros(0), *found])
 
     @property
     def total_energy(self) -> float:
         """‖X‖_F²."""
-        if self._has_gram or min(self.n, self.dim) <= MAX_EXACT:
+        if self.has_gram or min(self.n, self.dim) <= MAX_EXACT:
             return float(self.gram.trace()) if self.n else 0.0
         return float(self.squared_norms.sum())
 
@@ -168,10 +182,9 @@ class Bucket:
     def gram(self) -> "Tensor":
         """X Xᵀ, [n, n], or Xᵀ X, [d, d], whichever is smaller (the latter if n = d); n >= 1."""
         whole = self._whole
-        if whole is not None and whole._has_gram:
+        if whole is not None and whole.has_gram:
             if whole.is_wide:
-                kept = to_device(np.flatnonzero(self._kept), self.device)
-                return whole.gram[kept][:, kept]
+                return _crossing(whole.gram, np.flatnonzero(self._kept))
             if not self.is_wide and 2 * self.n > whole.n:
                 others = whole.part(~self._kept).columns()
                 if 2 * others.trace() <= whole.gram.trace():  # else rounding of what goes could outweigh what stays
@@ -197,10 +210,10 @@ class Bucket:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
     @property
-    def _has_gram(self) -> bool:
+    def has_gram(self) -> bool:
         """Whether the Gram matrix is at hand, or comes from one that is at no cost."""
         whole = self._whole
-        return "gram" in self.__dict__ or (whole is not None and whole.is_wide and whole._has_gram)
+        return "gram" in self.__dict__ or (whole is not None and whole.is_wide and whole.has_gram)
 
     def dots(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """[k, m] dot products of some of the gradients, [k] of 0 .. n - 1, with others, [m]."""
@@ -211,8 +224,11 @@ class Bucket:
             found[:, part] = (own @ self._read(second[part]).T).cpu().numpy()
         return found
 
-    def energies(self) -> np.ndarray:
-        """[min(n, d)] squared singular values of X, descending; those below 0, which only rounding makes, are 0."""
+    def energies(self, dtype: type = np.float64) -> np.ndarray:
+        """[min(n, d)] squared singular values of X, descending; those below 0, which only rounding makes, are 0.
+
+        In float32 (`dtype`) the decomposition costs half; each is then rounded by about 1e-7 of the largest.
+        """
         if self.n == 0:
             return np.zeros(0)
         import torch
@@ -220,10 +236,11 @@ class Bucket:
         scale = self.gram.trace()  # eigenvalues of tiny gradients would underflow
         if not scale > 0:
             return np.zeros(len(self.gram))
-        return (torch.linalg.eigvalsh(self.gram / scale) * scale).flip(0).clamp(min=0.0).cpu().numpy()
+        shares = torch.linalg.eigvalsh((self.gram / scale).to(torch_dtype(dtype))).double()
+        return (shares * scale).flip(0).clamp(min=0.0).cpu().numpy()
 
     def leading_directions(
-        self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE
+        self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE, dtype: type = np.float64
     ) -> tuple[np.ndarray, "Tensor"]:
         """The first right singular vectors of X.
 
@@ -235,35 +252,60 @@ class Bucket:
             n_vectors: how many are wanted.
             seed: of the iteration's start.
             tolerance: of the iteration.
+            dtype: float32 where an iteration on X may be: it is, if the energies found spread by less than 1,000.
 
         Returns:
             energies: [k] squared singular values, descending, k at most n_vectors: what is only rounding is left out.
-            directions: [d, k] of unit length.
+            directions: [d, k] of unit length, float64 or `dtype`.
         """
-        n_vectors = min(n_vectors, self.n, self.dim)
-        by_gram = self._has_gram or min(self.n, self.dim) <= MAX_EXACT
-        if not by_gram and 8 * self.n * self.dim <= HELD_BYTES:
-            self._held = list(self.blocks())
-        scale = self.total_energy
-        if n_vectors == 0 or not scale > 0:
-            self._held = None
-            return np.zeros(0), self._zeros(self.dim, 0)
-        if min(self.n, self.dim) <= MAX_EXACT:
-            values, vectors = leading_eigenpairs(self.gram, n_vectors)
+        if self.has_gram or min(self.n, self.dim) <= MAX_EXACT:
+            values, vectors = self.leading_eigenpairs(n_vectors, seed, tolerance)
+            vectors = self.combined(vectors) if self.is_wide else vectors
         else:
-            apply, size = (self.gram.matmul, len(self.gram)) if by_gram else (self._times_squared, self.dim)
-            values, vectors = block_krylov(apply, size, scale, n_vectors, seed, tolerance, self.device)
-        self._held = None
-        kept = int((values > ROUNDING * values[0]).sum())
-        vectors = self.combined(vectors[:, :kept]) if by_gram and self.is_wide else vectors[:, :kept]
-        return values[:kept].cpu().numpy(), vectors / vectors.norm(dim=0)
+            values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, dtype)
+            if dtype is not np.float64 and not (values > SINGLE_SPREAD * values[:1]).all():
+                values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, np.float64)
+        return values, vectors / vectors.norm(dim=0)
 
-    def _times_squared(self, vectors: "Tensor") -> "Tensor":
-        """Xᵀ X V."""
-        total = self._zeros(*vectors.shape)
-        for block in self.blocks():
-            total.addmm_(block.T, block @ vectors)
-        return total
+    def leading_eigenpairs(
+        self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE
+    ) -> tuple[np.ndarray, "Tensor"]:
+        """The leading eigenvalues of the Gram matrix, as `leading_directions`, and eigenvectors, [n or d, k]."""
+        n_vectors, scale = min(n_vectors, self.n, self.dim), self.gram.trace() if self.n else 0.0
+        if n_vectors == 0 or not scale > 0:
+            return np.zeros(0), self._zeros(min(self.n, self.dim), 0)
+        if min(self.n, self.dim) <= MAX_EXACT:
+            found = leading_eigenpairs(self.gram, n_vectors)
+        else:
+            found = block_krylov(
+                self.gram.matmul, len(self.gram), float(scale), n_vectors, seed, tolerance, self.device
+            )
+        return _above_rounding(*found)
+
+    def _leading_of_rows(self, n_vectors: int, seed: int, tolerance: float, dtype: type) -> tuple[np.ndarray, "Tensor"]:
+        """The same by products with X. What is multiplied has about unit length: squares must not underflow."""
+        scale = self.total_energy
+        if not scale > 0:
+            return np.zeros(0), self._zeros(self.dim, 0)
+        if self.n * self.dim * np.dtype(dtype).itemsize <= HELD_BYTES:
+            self._held = list(self.blocks(dtype))
+        length = (scale / self.n) ** 0.5
+
+        def apply(vectors: "Tensor") -> "Tensor":
+            total = vectors.new_zeros(vectors.shape[1], self.dim)
+            for block in self.blocks(dtype):
+                total.addmm_((block @ (vectors / length)).T, block)
+            return (total / length).T
+
+        values, vectors = block_krylov(apply, self.dim, self.n, n_vectors, seed, tolerance, self.device, dtype)
+        self._held = None
+        return _above_rounding(values.double() * length**2, vectors)
+
+
+def _above_rounding(values: "Tensor", vectors: "Tensor") -> tuple[np.ndarray, "Tensor"]:
+    """Eigenpairs less those that are only rounding. `values`: [k], descending; `vectors`: [m, k]."""
+    kept = int((values > ROUNDING * values[0]).sum())
+    return values[:kept].cpu().numpy(), vectors[:, :kept]
 
 
 def bucket_of(dump: Dump, index: int | None = None, device: str = "cpu") -> Bucket:
@@ -290,6 +332,14 @@ class _Squared:
         return self._total
 
 
+def _crossing(matrix: "Tensor", kept: np.ndarray) -> "Tensor":
+    """The rows and columns `kept`, [k], of a matrix; on the CPU by numpy, which takes a third of torch's time."""
+    if matrix.device.type == "cpu":
+        return to_device(matrix.numpy()[np.ix_(kept, kept)], "cpu")
+    places = to_device(kept, str(matrix.device))
+    return matrix[places][:, places]
+
+
 def leading_eigenpairs(matrix: "Tensor", n_vectors: int) -> tuple["Tensor", "Tensor"]:
     """The leading eigenvalues [n_vectors], descending, and eigenvectors [m, n_vectors] of a symmetric [m, m] matrix.
 
@@ -310,6 +360,7 @@ def block_krylov(
     seed: int = 0,
     tolerance: float = KRYLOV_TOLERANCE,
     device: str = "cpu",
+    dtype: type = np.float64,
 ) -> tuple["Tensor", "Tensor"]:
     """The leading eigenpairs of a symmetric positive semidefinite operator that is known by what it does to vectors.
 
@@ -325,6 +376,7 @@ def block_krylov(
         seed: of the start.
         tolerance: of the residual of each pair, as a share of its eigenvalue.
         device: where the vectors are.
+        dtype: of the vectors, float64 or float32.
 
     Returns:
         eigenvalues [n_vectors], descending, and unit eigenvectors [size, n_vectors].
@@ -332,7 +384,7 @@ def block_krylov(
     import torch
 
     width = min(n_vectors + KRYLOV_EXTRA, size)
-    block = to_device(np.random.default_rng(seed).standard_normal((size, width)), device)
+    block = to_device(np.random.default_rng(seed).standard_normal((size, width)).astype(dtype), device)
     block = torch.linalg.qr(block).Q
     basis, images = block.new_empty(2, size, width * KRYLOV_STEPS)
     for step in range(KRYLOV_STEPS):

@@ -158,9 +158,9 @@ def release_pages(grads: np.ndarray | SelectedRows) -> None:
         source.madvise(mmap.MADV_DONTNEED)
 
 
-def read_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray) -> np.ndarray:
-    """`grads[rows]` in float64, a copy; no page of a memory map stays with this process."""
-    block = np.asarray(grads[rows]).astype(np.float64)
+def read_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray, dtype: type = np.float64) -> np.ndarray:
+    """`grads[rows]` in float64, or `dtype`, a copy; no page of a memory map stays with this process."""
+    block = np.asarray(grads[rows]).astype(dtype, copy=False)  # that is a copy as it is: `rows` are integers
     release_pages(grads)
     return block
 

@@ -22,6 +22,7 @@ from ..common.console import progress_bar
 from ..dump.format import Dump
 from .compression import (
     HALF_DRAWS,
+    LARGE_GRAM,
     MATCHED_DRAWS,
     Interval,
     MatchedN,
@@ -48,7 +49,6 @@ from .subspaces import (
 log = logging.getLogger(__name__)
 RANK_PERCENTS = (50, 90, 95, 99)
 RANK_DRAWS_OF_LARGE = 3
-LARGE_GRAM = 1024
 MAX_ROLLOUTS = 2048
 """Sums over pairs of more rollouts would outgrow all else."""
 REPLICATED = ("participation_ratio", "participation_ratio_unit_norm", "rank95")

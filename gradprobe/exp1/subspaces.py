@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..analysis.bucket import Bucket
+from ..analysis.bucket import KRYLOV_TOLERANCE, Bucket, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +42,11 @@ class Comparison:
     totals: np.ndarray
 
 
-def directions_of(bucket: Bucket, seed: int = 0, tolerance: float = 1e-4) -> "Tensor":
+def directions_of(
+    bucket: Bucket, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE, dtype: type = np.float64
+) -> "Tensor":
     """[d, r] the leading right singular vectors, as many as `measures_of` compares."""
-    return bucket.leading_directions(max(SUBSPACE_SIZES), seed, tolerance)[1]
+    return bucket.leading_directions(max(SUBSPACE_SIZES), seed, tolerance, dtype)[1]
 
 
 def compare(buckets: list[Bucket], directions: list["Tensor"]) -> Comparison:
@@ -52,10 +54,38 @@ def compare(buckets: list[Bucket], directions: list["Tensor"]) -> Comparison:
     import torch
 
     basis = torch.cat(directions, dim=1)
-    ends = np.cumsum([found.shape[1] for found in directions])
-    columns = [slice(int(end) - found.shape[1], int(end)) for end, found in zip(ends, directions, strict=True)]
-    dots = (basis.T @ basis).cpu().numpy()
     energies = [bucket.energies_along(basis) for bucket in buckets]
+    sizes = [found.shape[1] for found in directions]
+    return _comparison((basis.T @ basis).cpu().numpy(), energies, sizes, buckets)
+
+
+def compare_parts(whole: Bucket, labels: np.ndarray, n_parts: int, seed: int) -> Comparison:
+    """Cut gradients in `n_parts` by `labels`, [n], and compare the parts.
+
+    By the Gram matrix X Xᵀ of the whole where that is at hand, without reading the gradients; else directions are
+    sought in float32.
+    """
+    parts = [whole.part(labels == index) for index in range(n_parts)]
+    if whole.has_gram and whole.is_wide:
+        return _compare_by_gram(whole, parts, [np.flatnonzero(labels == index) for index in range(n_parts)], seed)
+    return compare(parts, [directions_of(part, seed, dtype=np.float32) for part in parts])
+
+
+def _compare_by_gram(whole: Bucket, parts: list[Bucket], rows: list[np.ndarray], seed: int) -> Comparison:
+    """With G = X Xᵀ and eigenpairs (λ, u) of a part's: v = Xᵀ u / √λ, so V = Xᵀ W, X V = G W and Vᵀ V = Wᵀ G W."""
+    pairs = [part.leading_eigenpairs(max(SUBSPACE_SIZES), seed) for part in parts]
+    sizes = [len(values) for values, _ in pairs]
+    weights = np.zeros((whole.n, sum(sizes)))
+    for of_part, column, (values, vectors) in zip(rows, _columns(sizes), pairs, strict=True):
+        weights[of_part, column] = vectors.cpu().numpy() / np.sqrt(values)
+    along = (whole.gram @ to_device(weights, whole.device)).cpu().numpy()
+    energies = [np.square(along[of_part]).sum(axis=0) for of_part in rows]
+    return _comparison(weights.T @ along, energies, sizes, parts)
+
+
+def _comparison(dots: np.ndarray, energies: list[np.ndarray], sizes: list[int], buckets: list[Bucket]) -> Comparison:
+    """From what all directions, the sets' one after the other, have in common and hold of each set."""
+    columns = _columns(sizes)
     return Comparison(
         [[dots[first, second] for second in columns] for first in columns],
         [[of_bucket[column] for of_bucket in energies] for column in columns],
@@ -63,10 +93,9 @@ def compare(buckets: list[Bucket], directions: list["Tensor"]) -> Comparison:
     )
 
 
-def compare_parts(whole: Bucket, labels: np.ndarray, n_parts: int, seed: int) -> Comparison:
-    """Cut gradients in `n_parts` by `labels`, [n], and compare the parts."""
-    parts = [whole.part(labels == index) for index in range(n_parts)]
-    return compare(parts, [directions_of(part, seed) for part in parts])
+def _columns(sizes: list[int]) -> list[slice]:
+    ends = np.cumsum(sizes).tolist()
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def measures_of(comparison: Comparison) -> dict[str, np.ndarray]:

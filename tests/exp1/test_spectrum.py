@@ -263,7 +263,7 @@ def test_directions_of_many_gradients_are_those_of_numpys_svd(monkeypatch, n: in
     _, sigma, right = np.linalg.svd(grads.astype(np.float64), full_matrices=False)
     whole, half = bucket_of(grads), np.arange(n) % 2 == 0
     of_rows = whole.leading_directions(20)
-    assert not whole._has_gram
+    assert not whole.has_gram
     assert whole.gram.shape == (min(n, dim),) * 2
     for energies, directions in (of_rows, whole.leading_directions(20)):
         np.testing.assert_allclose(energies, sigma[:20] ** 2, rtol=1e-6)
@@ -271,6 +271,30 @@ def test_directions_of_many_gradients_are_those_of_numpys_svd(monkeypatch, n: in
         assert np.sum((right[:20] @ directions.numpy()) ** 2) / 20 > 0.999
     of_half = np.linalg.svd(grads[half].astype(np.float64), full_matrices=False)[1][:20] ** 2
     np.testing.assert_allclose(whole.part(half).leading_directions(20)[0], of_half, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("spread", "dtype"), [(1.0, torch.float32), (1e3, torch.float64)])
+@pytest.mark.parametrize("held_bytes", [1 << 29, 0])
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e15])
+def test_float32_is_for_energies_that_do_not_spread(monkeypatch, scale: float, held_bytes: int, spread: float, dtype):
+    monkeypatch.setattr(linear_algebra, "MAX_EXACT", 100)
+    monkeypatch.setattr(linear_algebra, "HELD_BYTES", held_bytes)
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((150, 200)) / np.sqrt(1 + np.arange(200))
+    grads[0] *= spread
+    grads = (scale * grads).astype(np.float32)
+    energies, directions = bucket_of(grads).leading_directions(5, dtype=np.float32)
+    _, sigma, right = np.linalg.svd(grads.astype(np.float64), full_matrices=False)
+    assert directions.dtype == dtype
+    np.testing.assert_allclose(energies, sigma[:5] ** 2, rtol=1e-5)
+    assert np.sum((right[:5] @ directions.double().numpy()) ** 2) / 5 == pytest.approx(1, abs=1e-5)
+
+
+def test_float32_energies_move_no_rank_by_more_than_1():
+    bucket = bucket_of((gradients(400, 500) / np.sqrt(1 + np.arange(500) / 20)).astype(np.float32))
+    exact, rounded = bucket.energies(), bucket.energies(np.float32)
+    assert 0 < np.abs(rounded - exact).max() < 1e-6 * exact[0]
+    assert abs(rank_of_share(rounded, 0.95) - rank_of_share(exact, 0.95)) <= 1
 
 
 def test_krylov_survives_low_rank_and_zero():
