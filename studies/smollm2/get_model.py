@@ -62,12 +62,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="directory of the model (default: model/ or model_hub/ here)")
     args = parser.parse_args()
     out = args.out or HERE / ("model_hub" if args.hub else "model")
-    if args.hub:
-        save_from_hub(out)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        download_weights(Path(folder))
-        save_dequantised(Path(folder), out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        unfinished = Path(folder) / "model"
+        if args.hub:
+            save_from_hub(unfinished)
+        else:
+            download_weights(Path(folder))
+            save_dequantised(Path(folder), unfinished)
+        unfinished.rename(out)
 
 
 if __name__ == "__main__":

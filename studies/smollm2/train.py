@@ -35,6 +35,7 @@ from gradprobe.problems.templates import fill  # noqa: E402
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 COMMON = {
     "report_to": "none",
+    "save_strategy": "steps",
     "disable_tqdm": True,
     "logging_steps": 1,
     "use_cpu": True,
@@ -45,15 +46,14 @@ COMMON = {
     "warmup_steps": 5,
 }
 SUPERVISED = {
-    "max_steps": 40,
+    "max_steps": 60,
     "per_device_train_batch_size": 16,
     "learning_rate": 1e-3,
-    "save_strategy": "steps",
     "save_steps": 10,
 }
 RL = {
     "max_steps": 100,
-    "per_device_train_batch_size": 64,
+    "per_device_train_batch_size": 32,
     "num_generations": 8,
     "max_completion_length": 48,
     "learning_rate": 3e-4,
@@ -63,7 +63,6 @@ RL = {
     "top_p": 1.0,
     "top_k": 0,
     "repetition_penalty": 1.0,
-    "save_strategy": "steps",
     "save_steps": 2,
     "save_total_limit": 2,
 }
@@ -75,10 +74,7 @@ def rows_of(file: str, **columns: str) -> Dataset:
     template = (HERE / "template.txt").read_text(encoding="utf-8")
     rows = Dataset.from_parquet(str(HERE / file))
     return Dataset.from_list(
-        [
-            {"prompt": fill(template, row["problem"])} | {new: row[old] for new, old in columns.items()}
-            for row in rows
-        ]
+        [{"prompt": fill(template, row["problem"])} | {new: row[old] for new, old in columns.items()} for row in rows]
     )
 
 
@@ -89,6 +85,12 @@ def load_model(folder: Path) -> Any:
     # `generate` fills what TRL leaves unset from here.
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=ends)
     return model
+
+
+def train_on(trainer: SFTTrainer | GRPOTrainer) -> None:
+    """Train from the last checkpoint on, if there is one."""
+    folder = Path(trainer.args.output_dir)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -107,7 +109,7 @@ def train_supervised(model_folder: Path, work: Path, out: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=LORA,
     )
-    trainer.train()
+    train_on(trainer)
     save_adapter(trainer.model, out / "base_adapter")
 
 
@@ -132,17 +134,15 @@ class LogSteps(TrainerCallback):
 
 def train_rl(model_folder: Path, work: Path, out: Path) -> None:
     """GRPO on the problems of training.parquet, from the supervised adapter on."""
-    checkpoints = work / "rl"
     trainer = GRPOTrainer(
         model=PeftModel.from_pretrained(load_model(model_folder), out / "base_adapter", is_trainable=True),
         reward_funcs=reward_correct,
-        args=GRPOConfig(output_dir=str(checkpoints), **COMMON, **RL),
+        args=GRPOConfig(output_dir=str(work / "rl"), **COMMON, **RL),
         train_dataset=rows_of("training.parquet", ground_truth="answer"),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         callbacks=[LogSteps(out / "training_log.csv")],
     )
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    train_on(trainer)
     save_adapter(trainer.model, out / "trained_adapter")
 
 
