@@ -47,21 +47,18 @@ class Kind:
 
 
 def ways_of_sum(a: int, b: int) -> list[list[Step]]:
-    tens, ones = b // 10 * 10, b % 10
+    tens, ones = a // 10 * 10, a % 10
     return [
         [(f"{a}+{b}", a + b)],
-        [(f"{a}+{tens}", a + tens), (f"{a + tens}+{ones}", a + b)],
-        [(f"{a}+{ones}", a + ones), (f"{a + ones}+{tens}", a + b)],
+        [(f"{b}+{a}", a + b)],
+        [(f"{ones}+{b}", ones + b), (f"{tens}+{ones + b}", a + b)],
     ]
 
 
 def ways_of_difference(a: int, b: int) -> list[list[Step]]:
-    tens, ones = b // 10 * 10, b % 10
-    return [
-        [(f"{a}-{b}", a - b)],
-        [(f"{a}-{tens}", a - tens), (f"{a - tens}-{ones}", a - b)],
-        [(f"{a}-{ones}", a - ones), (f"{a - ones}-{tens}", a - b)],
-    ]
+    ones = a % 10
+    direct, over_ten = [(f"{a}-{b}", a - b)], [(f"{a}-{ones}", a - ones), (f"{a - ones}-{b - ones}", a - b)]
+    return [direct, over_ten] if 0 < ones < b else [direct]
 
 
 def ways_of_product(a: int, b: int) -> list[list[Step]]:
@@ -87,16 +84,16 @@ def ways_of_product_and_sum(a: int, b: int, c: int) -> list[list[Step]]:
 
 KINDS = {
     "sum": Kind(
-        draw=lambda r: (r.randint(11, 89), r.randint(11, 89)),
-        fits=lambda a, b: a % 10 > 0 and b % 10 > 0,
-        key=lambda a, b: (min(a, b), max(a, b)),
+        draw=lambda r: (r.randint(11, 99), r.randint(2, 9)),
+        fits=lambda a, b: a % 10 > 0,
+        key=lambda a, b: (a, b),
         wordings=("What is {0} + {1}?", "Add {0} and {1}.", "I have {0} apples and get {1} more. How many are there?"),
         answer=lambda a, b: a + b,
         ways=ways_of_sum,
     ),
     "difference": Kind(
-        draw=lambda r: (r.randint(21, 99), r.randint(11, 89)),
-        fits=lambda a, b: a > b and b % 10 > 0,
+        draw=lambda r: (r.randint(11, 99), r.randint(2, 9)),
+        fits=lambda a, b: True,
         key=lambda a, b: (a, b),
         wordings=("What is {0} - {1}?", "Take {1} from {0}.", "Of {0} birds {1} fly away. How many stay?"),
         answer=lambda a, b: a - b,
@@ -111,7 +108,7 @@ KINDS = {
         ways=ways_of_product,
     ),
     "chain": Kind(
-        draw=lambda r: (r.randint(2, 30), r.randint(2, 19), r.randint(2, 19)),
+        draw=lambda r: (r.randint(2, 12), r.randint(2, 9), r.randint(2, 9)),
         fits=lambda a, b, c: a + b > c,
         key=lambda a, b, c: (a, b, c),
         wordings=("What is {0} + {1} - {2}?", "Ann has {0} coins, finds {1} and loses {2}. How many has she?"),

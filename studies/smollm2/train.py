@@ -46,10 +46,10 @@ COMMON = {
     "warmup_steps": 5,
 }
 SUPERVISED = {
-    "max_steps": 60,
-    "per_device_train_batch_size": 16,
+    "max_steps": 120,
+    "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
-    "save_steps": 10,
+    "save_steps": 20,
 }
 RL = {
     "max_steps": 100,
@@ -96,7 +96,7 @@ def train_on(trainer: SFTTrainer | GRPOTrainer) -> None:
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """The adapter as PEFT saves it, named as one of the public model instead of by a folder of this machine."""
     model.peft_config["default"].base_model_name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # else it asks the Hub whether they were changed
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
@@ -129,7 +129,7 @@ class LogSteps(TrainerCallback):
         with self.file.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, LOGGED, extrasaction="ignore", lineterminator="\n")
             table.writeheader()
-            table.writerows({name: entry[name] for name in LOGGED if name in entry} for entry in entries)
+            table.writerows({name: round(entry[name], 4) for name in LOGGED} for entry in entries)
 
 
 def train_rl(model_folder: Path, work: Path, out: Path) -> None:
