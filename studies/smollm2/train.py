@@ -52,11 +52,11 @@ SUPERVISED = {
     "save_steps": 20,
 }
 RL = {
-    "max_steps": 100,
-    "per_device_train_batch_size": 32,
+    "max_steps": 47,
+    "per_device_train_batch_size": 64,
     "num_generations": 8,
     "max_completion_length": 48,
-    "learning_rate": 3e-4,
+    "learning_rate": 5e-4,
     "loss_type": "dapo",
     "beta": 0.0,
     "temperature": 1.0,
