@@ -11,7 +11,8 @@ set -Eeuo pipefail
 study="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 project="$(cd -- "$study/../.." && pwd)"
 
-python="$(bash "$project/scripts/ensure_venv.sh" "$(grep '^gguf==' "$study/requirements.txt")")"
+mapfile -t needed < <(grep -E '^(gguf|accelerate)==' "$study/requirements.txt") # which read the public model
+python="$(bash "$project/scripts/ensure_venv.sh" "${needed[@]}")"
 if [[ ! -d "$study/model" ]]; then "$python" "$study/get_model.py"; fi
 
 : "${NUM_PROMPTS:=24}"
