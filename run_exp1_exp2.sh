@@ -96,8 +96,8 @@ probe_command() { # part, tag, shard -> the array `command`
 
 sampling_probe_command() { # tag, shard -> the array `command`
     command=(
-        "$python" "$PROJECT/probe_grad_vectors.py"
-        --model-path "${model_of[$1]}" --dataset "$DATASET" --output-dir "$OUT_ROOT/exp12_$1_s$2"
+        "$python" "$PROJECT/probe_grad_vectors.py" --model-path "${model_of[$1]}"
+        ${adapter_of[$1]:+--adapter "${adapter_of[$1]}"} --dataset "$DATASET" --output-dir "$OUT_ROOT/exp12_$1_s$2"
         --shard-index "$2" --num-shards "$SHARDS_PER_MODEL"
         --num-prompts "$NUM_PROMPTS" --num-samples "$NUM_SAMPLES"
         --max-new-tokens "$MAX_NEW_TOKENS" --temperature "$TEMPERATURE"
@@ -125,8 +125,8 @@ pooling_command() { # tag -> the array `command`: Exp 3's probe, but not of what
     local kept_args
     keep_probe_args
     command=(
-        "$python" "$PROJECT/probe_grad_vectors.py"
-        --model-path "${model_of[$1]}" --pool bucket --bins "$EXP3_BINS" --project "$EXP3_PROJECT"
+        "$python" "$PROJECT/probe_grad_vectors.py" --model-path "${model_of[$1]}"
+        ${adapter_of[$1]:+--adapter "${adapter_of[$1]}"} --pool bucket --bins "$EXP3_BINS" --project "$EXP3_PROJECT"
         --param-suffix "${EXP3_PARAM_SUFFIX:-$PARAM_SUFFIX}" --seed "$SEED" --device "$device" --dtype "$DTYPE"
     )
     if [[ -n "$EXP3_LAYER$LAYER" ]]; then command+=(--layer "${EXP3_LAYER:-$LAYER}"); fi
@@ -265,7 +265,11 @@ save_configuration() { # what was asked for, as a file of settings that asks for
         printf '# %s on %q; commit: %q; device: %s, GPUs: %s\n' \
             "$(date '+%F %T %z')" "$HOSTNAME" "$(commit)" "$device" "${gpus[*]:-none}"
         for name in "${names[@]}"; do
-            if [[ "$name" == MODELS ]]; then save_models; else save_setting "$name" "$(from_anywhere "$name")"; fi
+            case "$name" in
+                MODELS) save_models ;;
+                ADAPTERS) save_adapters ;;
+                *) save_setting "$name" "$(from_anywhere "$name")" ;;
+            esac
         done
     } >"$file.part"
     mv -f -- "$file.part" "$file"
@@ -300,6 +304,18 @@ save_models() { # with absolute paths; where the short form was used it stands f
     printf ')\n'
 }
 
+save_adapters() { # with absolute paths
+    local tag path
+    # shellcheck disable=SC2016
+    printf '[[ -n "${ADAPTERS-}" ]] || ADAPTERS=('
+    for tag in "${!adapter_of[@]}"; do
+        path="${adapter_of[$tag]}"
+        if is_local_model "$path"; then make_absolute path; fi
+        printf '%q ' "$tag=$path"
+    done
+    printf ')\n'
+}
+
 commit() {
     local found
     if ! found="$(git -C "$PROJECT" rev-parse HEAD 2>/dev/null)"; then found="none"; fi
@@ -315,7 +331,7 @@ libraries_for_settings() { # -> needed: the tested versions of what these settin
         *) if [[ -d "$DATASET" || ! -f "$DATASET" ]]; then names+=(datasets pyarrow); fi ;;
     esac
     if [[ "$VERIFIER" == math-verify || "$VERIFIER" == numeric ]]; then names+=(math-verify); fi
-    if [[ " ${probe_args[*]} " == *" --adapter "* ]]; then names+=(peft); fi
+    if ((${#adapter_of[@]} > 0)) || [[ " ${probe_args[*]} " == *" --adapter "* ]]; then names+=(peft); fi
     if [[ " ${probe_args[*]} " == *" --sampler openai "* ]]; then names+=(urllib3); fi
     if [[ " ${probe_args[*]} " == *" --device-map "* ]]; then names+=(accelerate); fi
     for name in "${names[@]}"; do

@@ -4,7 +4,7 @@
 
 declare -a tags=() gpus=()           # the models' tags in their order; the GPUs' numbers, none: on the CPU
 declare -a probe_args=()             # the words of PROBE_ARGS
-declare -A model_of=()               # by tag
+declare -A model_of=() adapter_of=() # by tag
 declare -A bytes_of=() targets_of=() # by part and tag: what one shard takes at most, and how many dumps it has
 nearest_parent=""                    # of OUT_ROOT, which may have to be made
 problems=()
@@ -27,6 +27,7 @@ check_settings() { # all that can be told without Python; tags, model_of, gpus, 
     check_choices
     check_numbers
     read_models
+    read_adapters
     check_paths
     read_gpus
     command -v flock >/dev/null || problems+=("flock is needed, which keeps two launchers apart; install util-linux")
@@ -79,7 +80,7 @@ check_whole_number() { # name, least
 
 read_models() { # MODELS, or its short form -> tags in their order, and model_of each
     local pairs=() pair
-    split_models
+    split_pairs MODELS
     if ((${#pairs[@]} > 0)); then
         for pair in "${pairs[@]}"; do read_model "$pair"; done
     else
@@ -90,12 +91,13 @@ read_models() { # MODELS, or its short form -> tags in their order, and model_of
     check_names_of_dumps
 }
 
-split_models() { # -> pairs
+split_pairs() { # name of a setting, TAG=PATH words or an array of them -> pairs
+    local -n given="$1"
     local -a words
-    if [[ "$(declare -p MODELS)" =~ ^declare\ -[A-Za-z]*a ]]; then
-        words=("${MODELS[@]}")
+    if [[ "$(declare -p "$1")" =~ ^declare\ -[A-Za-z]*a ]]; then
+        words=("${given[@]}")
     else
-        read -r -d '' -a words <<<"$MODELS" || true # no delimiter is there to be found
+        read -r -d '' -a words <<<"$given" || true # no delimiter is there to be found
     fi
     for pair in "${words[@]}"; do if [[ -n "$pair" ]]; then pairs+=("$pair"); fi; done
 }
@@ -116,6 +118,21 @@ read_model() { # TAG=PATH
     if is_local_model "$path" && [[ ! -d "$path" ]]; then problems+=("model $shown: no such directory"); fi
     tags+=("$tag")
     model_of[$tag]="$path"
+}
+
+read_adapters() { # ADAPTERS -> adapter_of
+    local pairs=() pair tag shown
+    split_pairs ADAPTERS
+    for pair in "${pairs[@]}"; do
+        tag="${pair%%=*}"
+        printf -v shown '%q' "$pair"
+        if [[ "$pair" != *=?* || -z "$tag" || -z "${model_of[$tag]-}" ]]; then
+            problems+=("ADAPTERS: $shown is not TAG=PATH with the tag of a model")
+        else
+            # shellcheck disable=SC2034
+            adapter_of[$tag]="${pair#*=}"
+        fi
+    done
 }
 
 is_local_model() { # path: else it is a name on the Hub

@@ -49,6 +49,7 @@ submit_probes() { # part, tag: an array of its shards that aren't done -> after
     local shard dump missing=() inputs=() indexes label dependency=() words
     label="$(label_of "$1" "$2")"
     if [[ -e "${model_of[$2]}" ]]; then inputs+=("${model_of[$2]}"); fi # else a name on the Hub
+    if [[ -e "${adapter_of[$2]-}" ]]; then inputs+=("${adapter_of[$2]}"); fi
     if [[ "$1" == exp3 ]]; then
         inputs+=("$OUT_ROOT/exp12_$2") # its rollouts
     elif [[ -e "$DATASET" ]]; then

@@ -141,6 +141,16 @@ def test_problems_verdicts_and_further_flags_reach_the_probe(environment):
     assert "--chat-template" in words
 
 
+def test_an_adapter_reaches_both_probes_of_its_model_alone(environment):
+    settings = {"MODELS": "base=demo/base rl=demo/base", "ADAPTERS": "rl=out/an_adapter", "DRY_RUN": "1"}
+    probes = [line for line in launch(environment, **settings).stdout.splitlines() if "probe_grad_vectors.py" in line]
+    assert len(probes) == 8
+    for line in probes:
+        after = dict(itertools.pairwise(shlex.split(line)))
+        is_rl = "_rl_s" in after["--output-dir"]
+        assert after.get("--adapter") == ("out/an_adapter" if is_rl else None)
+
+
 def test_one_shard_per_gpu(environment):
     result = launch(environment, DEVICE="auto", GPUS="3,5", SHARDS_PER_MODEL="3", STUB_GPUS="0 1 2 3 4 5")
     assert result.returncode == 0, result.stderr
@@ -472,6 +482,7 @@ BAD_SETTINGS = [
         {"STUB_REFUSE": f"{PROBES[0]} probe_grad_vectors.py:exp3_base"},
         "error: --layer 99: the model has 2 layers (model: base)",
     ),
+    ({"ADAPTERS": "tuned=somewhere"}, "ADAPTERS: tuned=somewhere is not TAG=PATH with the tag of a model"),
     ({"STUB_BYTES_POOLED": str(2**34)}, "up to 65536.0 GiB are needed there, "),  # a rollout: 2 models × 1024, twice
     ({"STUB_BYTES_POOLED": str(10**18 - 1)}, "up to 8388608.0 GiB are needed there, "),
     ({"STUB_BYTES": str(2**50)}, "up to 8388608.0 GiB are needed there, "),
