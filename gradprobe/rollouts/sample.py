@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..common.errors import InputError
-from ..model.batches import Budget, run_in_batches
+from ..model.batches import Budget, pad_left, run_in_batches
 from ..model.placement import input_device
 
 COMPACT_BELOW = 0.75
@@ -149,7 +149,7 @@ def _sample_batch(
     """
     device = input_device(model)
     ends = torch.tensor(sorted(sampling.end_ids), device=device)
-    input_ids, mask = (x.to(device) for x in _padded_left(prompts))
+    input_ids, mask = pad_left(prompts, device)
     cache = DynamicCache(config=model.config)
     position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
     logits = _next_logits(model, cache, input_ids, mask, position_ids)
@@ -184,17 +184,6 @@ def _sample_batch(
         logits = _next_logits(model, cache, drawn[:, None], mask, next_position[:, None])
         next_position = next_position + 1
     return [row[:n].tolist() for row, n in zip(tokens.cpu(), lengths.tolist(), strict=True)]
-
-
-def _padded_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids with zeros before them, and a mask that is 0 there, both [prompts, length]."""
-    length = max(map(len, prompts))
-    input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        mask[i, length - len(prompt) :] = 1
-    return input_ids, mask
 
 
 def _next_logits(
