@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -60,12 +61,10 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mlp: nn.Module, reach: Reach) -> torch.Tensor:
         up = mlp.up_proj(x)
-        with torch.enable_grad():
-            gate = mlp.gate_proj(x).detach().requires_grad_()
-            active = mlp.act_fn(gate)
+        active, to_gate = torch.func.jvp(mlp.act_fn, (mlp.gate_proj(x),), (up,))  # act(gate), act'(gate) * up
         ctx.mlp, ctx.reach = mlp, reach
-        ctx.save_for_backward(active.detach(), torch.autograd.grad(active, gate, up)[0])
-        return mlp.down_proj(up.mul_(active.detach()))
+        ctx.save_for_backward(active, to_gate)
+        return mlp.down_proj(up.mul_(active))
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -102,41 +101,39 @@ def leaner(blocks: list[nn.Module], tapped: set[nn.Module], reach: Reach) -> dic
     included.
 
     Args:
-        tapped: modules that are hooked, which must be called.
+        tapped: modules that are hooked, which a block around them must call.
     """
     found: dict[nn.Module, Forward] = {}
     inside: set[nn.Module] = set()
     for module in (m for block in blocks for m in block.modules()):
-        if module in inside or "forward" in vars(module):  # another library's, which need not be the class's
-            continue
-        forward = _leaner(module, reach)
-        if forward is not None and not tapped & set(module.children()):
+        forward = None if module in inside or tapped & set(module.children()) else _leaner(module, reach)
+        if forward is not None:
             found[module] = forward
             inside |= set(module.children())
     return found
 
 
 def _leaner(module: nn.Module, reach: Reach) -> Forward | None:
-    if type(module) is nn.Linear:
+    if "forward" in vars(module):  # somebody's own, which need not do what the class does
+        return None
+    if _is_linear(module):
         return lambda x: _Linear.apply(x, module, reach)
-    if {name: type(m) for name, m in module.named_children() if name != "act_fn"} == GATED and hasattr(module, "act_fn"):
-        if _agree(module, lambda x: _GatedMlp.apply(x, module, Reach()), module.gate_proj.weight):
+    if hasattr(module, "act_fn") and all(_is_linear(getattr(module, name, None)) for name in GATED):
+        on_vectors = lambda x: _GatedMlp.apply(x, module, Reach())  # noqa: E731
+        if _agree(module, on_vectors, module.gate_proj.weight):
             return lambda x: _GatedMlp.apply(x, module, reach)
-    if type(module).__name__.endswith("RMSNorm"):
-        return _rms_norm(module)
+    if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        for scale in (module.weight, 1 + module.weight):
+            forward = lambda x, scale=scale: _RmsNorm.apply(x, scale, eps)  # noqa: E731
+            if eps is not None and _agree(module, forward, module.weight):
+                return forward
     return None
 
 
-GATED = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), nn.Linear)
-
-
-def _rms_norm(module: nn.Module) -> Forward | None:
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    for scale in (module.weight, 1 + module.weight):
-        forward = lambda x, scale=scale: _RmsNorm.apply(x, scale, eps)  # noqa: E731
-        if eps is not None and _agree(module, forward, module.weight):
-            return forward
-    return None
+def _is_linear(module: nn.Module | None) -> bool:
+    """Whether it is a plain linear map, not one whose weight is packed or which adapters have wrapped."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_floating_point()
 
 
 def _agree(module: nn.Module, forward: Forward, weight: torch.Tensor) -> bool:
