@@ -178,14 +178,14 @@ def cache_bytes_per_token(shape: Shape, size: int) -> int:
 def saved_bytes_per_token(shape: Shape, size: int) -> int:
     """What autograd keeps of one layer for one token; `size` is the bytes of a number in the model's dtype.
 
-    Two norms keep their input in float32 and one factor; Qwen3's norms of queries and keys likewise; attention keeps
-    queries, keys, values, its output and the float32 log-sum of every head; the feed-forward block three
+    Two norms keep their unit vector and one float32 factor; Qwen3's norms of queries and keys likewise; attention keeps
+    queries, keys, values, its output and the float32 log-sum of every head; the feed-forward block two
     vectors of its width. Linear maps with frozen weights keep nothing.
     """
-    norms = 2 * 4 * (shape.hidden + 1)
-    qk_norms = 4 * (shape.q + shape.kv + shape.heads + shape.kv_heads) if shape.has_qk_norm else 0
+    norms = 2 * (size * shape.hidden + 4)
+    qk_norms = size * (shape.q + shape.kv) + 4 * (shape.heads + shape.kv_heads) if shape.has_qk_norm else 0
     attention = 2 * size * (shape.q + shape.kv) + 4 * shape.heads
-    return norms + qk_norms + attention + 3 * size * shape.ffn
+    return norms + qk_norms + attention + 2 * size * shape.ffn
 
 
 def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int, n_chosen: int) -> int:
@@ -198,8 +198,8 @@ def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int,
         n_chosen: positions of all sequences: the last layer's feed-forward block runs there only.
     """
     whole_layers = n_above * tokens * saved_bytes_per_token(shape, size)
-    left_out = 3 * size * shape.ffn * (tokens - n_chosen)
-    last_norm = 4 * tokens * (shape.hidden + 1)
+    left_out = 2 * size * shape.ffn * (tokens - n_chosen)
+    last_norm = tokens * (size * shape.hidden + 4)
     rotary = 2 * size * length * shape.head_dim
     return whole_layers - left_out + last_norm + rotary
 
@@ -209,7 +209,7 @@ def network_bytes(shape: Shape, size: int, tokens: int, length: int, n_chosen: i
 
     Autograd keeps of the lowest layer what lies above its first linear maps: all but the norm in front of them.
     """
-    kept = saved_bytes(shape, size, tokens, length, shape.layers, n_chosen) - tokens * 4 * (shape.hidden + 1)
+    kept = saved_bytes(shape, size, tokens, length, shape.layers, n_chosen) - tokens * (size * shape.hidden + 4)
     outputs = shape.q + 2 * shape.kv + 2 * shape.hidden + 2 * shape.ffn  # of a layer's seven linear maps
     kept += shape.layers * 4 * projection.rows * outputs
     return kept + 7 * shape.layers * tokens * 4 * (projection.rows + projection.cols)

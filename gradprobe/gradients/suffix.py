@@ -30,7 +30,7 @@ class Reach:
         return x[:, : self.n] if self._has(x.shape) else x
 
     def refill(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The opposite: zeros at the other positions."""
+        """The opposite, up to `shape`: zeros at the other positions."""
         return F.pad(x, (0, 0, 0, shape[1] - self.n)) if self._has(shape) and self.n < shape[1] else x
 
     def _has(self, shape: torch.Size) -> bool:
@@ -56,14 +56,15 @@ class _Linear(torch.autograd.Function):
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)), x [batch, length, in]; of its inner states two are kept instead of four."""
+    """down(silu(gate(x)) * up(x)), x [batch, length, in]; of its inner states two are kept instead of three."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mlp: nn.Module, reach: Reach) -> torch.Tensor:
         up = mlp.up_proj(x)
-        active, to_gate = torch.func.jvp(mlp.act_fn, (mlp.gate_proj(x),), (up,))  # act(gate), act'(gate) * up
+        gate = mlp.gate_proj(x)
+        active = F.silu(gate)
         ctx.mlp, ctx.reach = mlp, reach
-        ctx.save_for_backward(active, to_gate)
+        ctx.save_for_backward(active, torch.ops.aten.silu_backward(up, gate))  # silu(gate), silu'(gate) * up
         return mlp.down_proj(up.mul_(active))
 
     @staticmethod
@@ -97,8 +98,7 @@ class _RmsNorm(torch.autograd.Function):
 def leaner(blocks: list[nn.Module], tapped: set[nn.Module], reach: Reach) -> dict[nn.Module, Forward]:
     """For the modules of `blocks` that can do with less in their backward pass, a forward that gives the same.
 
-    Only modules of known structure are taken, and only those that give what they should on random numbers, gradients
-    included.
+    Whether a module of the right structure is what it seems, silu and all, is tried out on random numbers.
 
     Args:
         tapped: modules that are hooked, which a block around them must call.
@@ -118,7 +118,7 @@ def _leaner(module: nn.Module, reach: Reach) -> Forward | None:
         return None
     if _is_linear(module):
         return lambda x: _Linear.apply(x, module, reach)
-    if hasattr(module, "act_fn") and all(_is_linear(getattr(module, name, None)) for name in GATED):
+    if all(_is_linear(getattr(module, name, None)) for name in GATED):
         on_vectors = lambda x: _GatedMlp.apply(x, module, Reach())  # noqa: E731
         if _agree(module, on_vectors, module.gate_proj.weight):
             return lambda x: _GatedMlp.apply(x, module, reach)
