@@ -71,8 +71,7 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         to_up, to_gate = (ctx.reach.cut(saved) for saved in ctx.saved_tensors)
         inner = _times(ctx.reach.cut(upstream), ctx.mlp.down_proj.weight)
-        found = _times(inner * to_gate, ctx.mlp.gate_proj.weight)
-        found.flatten(0, -2).addmm_(inner.mul_(to_up).flatten(0, -2), ctx.mlp.up_proj.weight)
+        found = _times(inner * to_gate, ctx.mlp.gate_proj.weight) + _times(inner.mul_(to_up), ctx.mlp.up_proj.weight)
         return ctx.reach.refill(found, upstream.shape), None, None
 
 
