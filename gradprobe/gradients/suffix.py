@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -31,7 +31,7 @@ class Reach:
 
     def refill(self, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The opposite, up to `shape`: zeros at the other positions."""
-        return F.pad(x, (0, 0, 0, shape[1] - self.n)) if self._has(shape) and self.n < shape[1] else x
+        return functional.pad(x, (0, 0, 0, shape[1] - self.n)) if self._has(shape) and self.n < shape[1] else x
 
     def _has(self, shape: torch.Size) -> bool:
         return len(shape) == 3 and shape[:2] == self.shape
@@ -48,7 +48,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: nn.Linear, reach: Reach) -> torch.Tensor:
         ctx.weight, ctx.reach = linear.weight, reach
-        return F.linear(x, linear.weight, linear.bias)
+        return functional.linear(x, linear.weight, linear.bias)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -62,7 +62,7 @@ class _GatedMlp(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, mlp: nn.Module, reach: Reach) -> torch.Tensor:
         up = mlp.up_proj(x)
         gate = mlp.gate_proj(x)
-        active = F.silu(gate)
+        active = functional.silu(gate)
         ctx.mlp, ctx.reach = mlp, reach
         ctx.save_for_backward(active, torch.ops.aten.silu_backward(up, gate))  # silu(gate), silu'(gate) * up
         return mlp.down_proj(up.mul_(active))

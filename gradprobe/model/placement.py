@@ -132,5 +132,5 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether accelerate brings weights to where they are needed, so that a module may have none when it stands still."""
+    """Whether accelerate brings weights to where they are needed: a module that does not run may have none."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
