@@ -178,14 +178,14 @@ def cache_bytes_per_token(shape: Shape, size: int) -> int:
 def saved_bytes_per_token(shape: Shape, size: int) -> int:
     """What autograd keeps of one layer for one token; `size` is the bytes of a number in the model's dtype.
 
-    Two norms keep their input in float32 and one factor; Qwen3's norms of queries and keys likewise; attention keeps
-    queries, keys, values, its output and the float32 log-sum of every head; the feed-forward block three
+    Two norms keep their unit vector and one float32 factor; Qwen3's norms of queries and keys likewise; attention keeps
+    queries, keys, values, its output and the float32 log-sum of every head; the feed-forward block two
     vectors of its width. Linear maps with frozen weights keep nothing.
     """
-    norms = 2 * 4 * (shape.hidden + 1)
-    qk_norms = 4 * (shape.q + shape.kv + shape.heads + shape.kv_heads) if shape.has_qk_norm else 0
+    norms = 2 * (size * shape.hidden + 4)
+    qk_norms = size * (shape.q + shape.kv) + 4 * (shape.heads + shape.kv_heads) if shape.has_qk_norm else 0
     attention = 2 * size * (shape.q + shape.kv) + 4 * shape.heads
-    return norms + qk_norms + attention + 3 * size * shape.ffn
+    return norms + qk_norms + attention + 2 * size * shape.ffn
 
 
 def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int, n_chosen: int) -> int:
@@ -198,8 +198,8 @@ def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int,
         n_chosen: positions of all sequences: the last layer's feed-forward block runs there only.
     """
     whole_layers = n_above * tokens * saved_bytes_per_token(shape, size)
-    left_out = 3 * size * shape.ffn * (tokens - n_chosen)
-    last_norm = 4 * tokens * (shape.hidden + 1)
+    left_out = 2 * size * shape.ffn * (tokens - n_chosen)
+    last_norm = 4 * tokens * (shape.hidden + 1)  # as autograd has it: the input in float32
     rotary = 2 * size * length * shape.head_dim
     return whole_layers - left_out + last_norm + rotary
 
@@ -207,11 +207,13 @@ def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int,
 def network_bytes(shape: Shape, size: int, tokens: int, length: int, n_chosen: int, projection: Projection) -> int:
     """What a projection of all linear weights keeps: every layer's graph, and of each linear map P, its zero and Q x.
 
-    Autograd keeps of the lowest layer what lies above its first linear maps: all but the norm in front of them.
+    Autograd keeps of the lowest layer what lies above its first linear maps: all but the norm in front of them. Blocks
+    whose linear maps are all targets keep three vectors of their width.
     """
-    kept = saved_bytes(shape, size, tokens, length, shape.layers, n_chosen) - tokens * 4 * (shape.hidden + 1)
+    kept = saved_bytes(shape, size, tokens, length, shape.layers, n_chosen) - tokens * (size * shape.hidden + 4)
     outputs = shape.q + 2 * shape.kv + 2 * shape.hidden + 2 * shape.ffn  # of a layer's seven linear maps
     kept += shape.layers * 4 * projection.rows * outputs
+    kept += size * shape.ffn * ((shape.layers - 1) * tokens + n_chosen)
     return kept + 7 * shape.layers * tokens * 4 * (projection.rows + projection.cols)
 
 
@@ -243,32 +245,35 @@ def forward_flops(shape: Shape, length: int, attention: Attention = FUSED_CAUSAL
 
 
 def item_flops(
-    shape: Shape, length: int, n_positions: int, layer: int, n_rows: int, attention: Attention = FUSED_CAUSAL
+    shape: Shape, length: int, reached: list[int], layer: int, n_rows: int, attention: Attention = FUSED_CAUSAL
 ) -> float:
-    """One sequence, differentiated at `n_positions`: forward once, the layers above the target back for each.
+    """One sequence, differentiated at some positions: forward once, the layers above the target back for each.
 
     Args:
+        reached: how many tokens stand up to each position: so far linear maps are run back, attention everywhere.
         layer: the lowest target's.
         n_rows: targets.
     """
-    n_above = shape.layers - 1 - layer
-    left_out = 2 * shape.mlp_weights * (length - n_positions)  # of the last layer's feed-forward block, either way
-    forward = forward_flops(shape, length, attention) - left_out
-    backward = n_above * (2 * shape.layer_weights * length + attention.backward * length**2 * shape.q) - left_out
+    n_above, n = shape.layers - 1 - layer, len(reached)
+    forward = forward_flops(shape, length, attention) - 2 * shape.mlp_weights * (length - n)
+    in_last_block = 2 * shape.mlp_weights * n * n  # which runs at the chosen positions only, either way
+    linear_maps = 2 * (n_above * shape.layer_weights - shape.mlp_weights) * sum(reached) + in_last_block
+    products = n_above * attention.backward * length**2 * shape.q
     head = 4 * shape.hidden * shape.vocab
     rows = 2 * n_rows * shape.ffn * length
-    return forward + n_positions * (backward + head + rows)
+    return forward + linear_maps + n * (products + head + rows)
 
 
-def rollout_items(prompt: int, response: int) -> list[tuple[int, int]]:
-    """(length, positions) of each run of a rollout whose positions are spread evenly over the response."""
-    n_items = -(-POSITIONS_PER_ROLLOUT // POSITIONS_PER_ITEM)
-    return [(prompt + response * (i + 1) // n_items, POSITIONS_PER_ROLLOUT // n_items) for i in range(n_items)]
+def rollout_items(prompt: int, response: int) -> list[tuple[int, list[int]]]:
+    """(length, tokens up to each position) of each run of a rollout whose positions are spread evenly."""
+    reached = [prompt + response * (k + 1) // POSITIONS_PER_ROLLOUT for k in range(POSITIONS_PER_ROLLOUT)]
+    runs = [reached[k : k + POSITIONS_PER_ITEM] for k in range(0, POSITIONS_PER_ROLLOUT, POSITIONS_PER_ITEM)]
+    return [(run[-1], run) for run in runs]
 
 
 def gradient_flops(shape: Shape, prompt: int, response: int, layer: int, n_rows: int) -> float:
     """All of one rollout's gradients."""
-    return sum(item_flops(shape, length, n, layer, n_rows) for length, n in rollout_items(prompt, response))
+    return sum(item_flops(shape, length, run, layer, n_rows) for length, run in rollout_items(prompt, response))
 
 
 def scoring_flops(shape: Shape, prompt: int, response: int) -> float:
@@ -636,7 +641,8 @@ def measure_flops(shape: Shape, length: int) -> tuple[float, float]:
     engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, row) for row in range(3)])
     with FlopCounterMode(display=False) as counter:
         differentiate(engine, random_ids(shape, 1, length), 2)()
-    return counter.get_total_flops(), item_flops(shape, length - 1, 2, shape.middle, 3, EAGER)
+    reached = [(length - 2) // 2 + 1, length - 1]
+    return counter.get_total_flops(), item_flops(shape, length - 1, reached, shape.middle, 3, EAGER)
 
 
 def measure_kept(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, int]:

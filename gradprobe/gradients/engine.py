@@ -18,8 +18,9 @@ from torch import nn
 
 from ..model.batches import Budget, is_out_of_memory, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, layer_list, positions_per_head_block
-from ..model.placement import input_device
+from ..model.placement import input_device, is_spread
 from .chosen import Chosen
+from .suffix import Forward, Reach, leaner, running
 from .targets import AnyTarget, ProjectedTarget, Target, Weight, full_name, linears_of, signs
 
 CANT_BE_THINNED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
@@ -119,6 +120,8 @@ class GradientEngine:
     gradients_per_item: int = 10
     _taps: dict[Weight, _Tap] = field(init=False)
     _can_thin: bool | None = field(init=False, default=None)
+    _reach: Reach = field(init=False, default_factory=Reach)
+    _leaner: dict[nn.Module, Forward] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._taps = {}
@@ -201,7 +204,8 @@ class GradientEngine:
         device = input_device(self.model)
         input_ids = pad_right(inputs, device)
         tokens = _Tokens.of(where, token_ids, passes, device)
-        with _hooked(self._taps.values()), self._thinned(input_ids, tokens):
+        self._reach.shape = input_ids.shape
+        with _hooked(self._taps.values()), self._lean(), self._thinned(input_ids, tokens):
             hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
         head_gradients = self._head_gradients(hidden.detach(), tokens)
         zeros = [tap.zero for tap in self._taps.values()]
@@ -210,6 +214,7 @@ class GradientEngine:
         n_passes = 1 + max(max(of_rollout) for of_rollout in passes)
         for k in range(n_passes):
             is_served = tokens.pass_ == k  # [batch, tokens]
+            self._reach.n = int(tokens.at[is_served].max()) + 1
             upstream = torch.zeros_like(hidden)
             upstream[is_served.nonzero()[:, 0], tokens.at[is_served]] = head_gradients[is_served]
             deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k + 1 < n_passes)
@@ -240,6 +245,16 @@ class GradientEngine:
         gradients = hidden.new_zeros(*tokens.real.shape, hidden.shape[-1])
         gradients[tokens.real] = torch.cat(blocks)
         return gradients
+
+    @contextmanager
+    def _lean(self) -> Iterator[None]:
+        """Run what is above the targets by forwards that make the backward pass cheaper, see `suffix`."""
+        if self._leaner is None:
+            blocks = layer_list(self.model)[1][min(layer for layer, _ in self._taps) :]
+            tapped = {tap.linear for tap in self._taps.values()}
+            self._leaner = {} if is_spread(self.model) else leaner(list(blocks), tapped, self._reach)
+        with running(self._leaner):
+            yield
 
     @contextmanager
     def _thinned(self, input_ids: torch.Tensor, tokens: _Tokens) -> Iterator[None]:

@@ -21,6 +21,17 @@ def pad_right(sequences: list[list[int]], device: torch.device, length: int | No
     return padded.to(device)
 
 
+def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids with zeros before them, and a mask that is 0 there, both [batch, length]."""
+    length = max(map(len, sequences))
+    padded = torch.zeros((len(sequences), length), dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for i, sequence in enumerate(sequences):
+        padded[i, length - len(sequence) :] = torch.tensor(sequence)
+        mask[i, length - len(sequence) :] = 1
+    return padded.to(device), mask.to(device)
+
+
 Result = TypeVar("Result")
 
 

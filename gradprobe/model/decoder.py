@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,18 +47,20 @@ def n_inputs(linear: nn.Module) -> int:
     return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
 
 
-def decoder_hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+def decoder_hidden(model: nn.Module, input_ids: torch.Tensor, **behind: Any) -> torch.Tensor:
     """The decoder's last hidden states, final norm included.
 
     No attention mask: under causal attention the padding at a row's right end is never seen by its own tokens.
 
     Args:
         input_ids: [batch, length], padded on the right.
+        behind: `past_key_values` of the tokens before, where there are any, with mask and position ids of all.
 
     Returns:
         [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.to(input_ids.device)
+    output = model.base_model(input_ids=input_ids, use_cache="past_key_values" in behind, **behind)
+    return output.last_hidden_state.to(input_ids.device)
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

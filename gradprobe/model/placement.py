@@ -129,3 +129,8 @@ def input_device(model: nn.Module) -> torch.device:
     if hook is None:
         return model.device
     return torch.device(getattr(hook, "hooks", [hook])[0].execution_device)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether accelerate brings weights to where they are needed: a module that does not run may have none."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())

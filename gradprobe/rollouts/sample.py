@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ..common.errors import InputError
-from ..model.batches import Budget, run_in_batches
+from ..model.batches import Budget, pad_left, run_in_batches
 from ..model.placement import input_device
 from .tape import Tape
 
@@ -236,7 +236,7 @@ class _Slots:
         self._n_begun += len(slots)
         numbers, prompt_of = np.unique(rows // self._sampling.n_samples, return_inverse=True)
         prompts = [self._prompts[p] for p in numbers]
-        input_ids, mask = (x.to(self._device) for x in _padded_left(prompts))
+        input_ids, mask = pad_left(prompts, self._device)
         filled = DynamicCache()
         logits = _next_logits(self._model, filled, input_ids, mask, (mask.cumsum(-1) - 1).clamp_(min=0))
         if self._tape is None:  # the first prompts tell its shape
@@ -314,17 +314,6 @@ class _Slots:
             by = max(before - tape.end, -tape.begin)
             tape.move(by)
             self._start += by
-
-
-def _padded_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids with zeros before them, and a mask that is 0 there, both [prompts, length]."""
-    length = max(map(len, prompts))
-    input_ids = torch.zeros((len(prompts), length), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        mask[i, length - len(prompt) :] = 1
-    return input_ids, mask
 
 
 def _next_logits(

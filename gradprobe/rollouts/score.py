@@ -6,10 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 
-from ..model.batches import Budget, pad_right, run_in_batches
+from ..model.batches import Budget, pad_left, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
 from ..model.placement import input_device
+
+WORTH_SHARING = 0.8
+"""A prompt is shared where that leaves at most so much of the tokens; else its second pass would cost more."""
 
 
 class TokenScores(NamedTuple):
@@ -34,30 +38,81 @@ def score_responses(
     responses: list[list[int]],
     batch_tokens: int | Budget,
 ) -> Iterator[dict[int, TokenScores]]:
-    """Score every response token by one teacher-forced pass, full softmax, temperature 1.
+    """Score every response token by a teacher-forced pass, full softmax, temperature 1.
 
     Args:
         prompts, responses: token ids; prompts not empty.
-        batch_tokens: padded tokens in one forward pass.
+        batch_tokens: padded tokens in one forward pass, a prompt's counted for each of its responses.
 
     Yields:
         For one batch: each response's scores by its index.
     """
-    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
+    lengths = _lengths_behind_shared_prompts(prompts, responses)
+    alone = {i: len(prompts[i]) + len(response) for i, response in enumerate(responses) if i not in lengths}
+    for hidden_states, length_of in ((_states_behind_shared_prompts, lengths), (_states, alone)):
+        members = list(length_of)
+
+        @torch.inference_mode()
+        def run(batch: list[int], states=hidden_states, members=members) -> TokenScores:
+            batch = [members[j] for j in batch]
+            predicting = states(model, [prompts[i] for i in batch], [responses[i] for i in batch])
+            token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
+            return _score(model, torch.cat(predicting), token_ids.to(predicting[0].device))
+
+        for batch, scores in run_in_batches(list(length_of.values()), budget, run):
+            cuts = np.cumsum([len(responses[members[j]]) for j in batch])[:-1]
+            of_each = zip(*(np.split(score, cuts) for score in scores), strict=True)
+            yield dict(zip([members[j] for j in batch], map(TokenScores._make, of_each), strict=True))
+
+
+def _lengths_behind_shared_prompts(prompts: list[list[int]], responses: list[list[int]]) -> dict[int, int]:
+    """Of the responses whose prompt had better be run once for all of them: the padded length of prompt and response.
+
+    Responses of one prompt stay together, so the shorter ones are padded, where `run_in_batches` would have put them
+    beside others of their length.
+    """
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(tuple(prompt), []).append(i)
+    lengths = {}
+    for prompt, of_prompt in members.items():
+        longest = max(len(responses[i]) for i in of_prompt)
+        apart = sum(len(prompt) + len(responses[i]) for i in of_prompt)
+        if len(prompt) + longest * len(of_prompt) < WORTH_SHARING * apart:
+            lengths |= dict.fromkeys(of_prompt, len(prompt) + longest)
+    return lengths
+
+
+def _states(model: nn.Module, prompts: list[list[int]], responses: list[list[int]]) -> list[torch.Tensor]:
+    """The last hidden states that predict each response's tokens, [n_tokens, hidden] each."""
+    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    hidden = decoder_hidden(model, pad_right(sequences, input_device(model)))
+    # The token at index q of a sequence is predicted at index q - 1.
+    return [of[len(p) - 1 : len(p) + len(r) - 1] for of, p, r in zip(hidden, prompts, responses, strict=True)]
+
+
+def _states_behind_shared_prompts(
+    model: nn.Module, prompts: list[list[int]], responses: list[list[int]]
+) -> list[torch.Tensor]:
+    """The same up to rounding; a prompt is run once, and its responses behind copies of its keys and values."""
+    row_of_prompt = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([row_of_prompt[tuple(prompt)] for prompt in prompts])
     device = input_device(model)
-
-    @torch.inference_mode()
-    def run(batch: list[int]) -> TokenScores:
-        hidden = decoder_hidden(model, pad_right([sequences[i] for i in batch], device))
-        # The token at index q of a sequence is predicted at index q - 1.
-        predicting = [hidden[row, len(prompts[i]) - 1 : len(sequences[i]) - 1] for row, i in enumerate(batch)]
-        token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
-        return _score(model, torch.cat(predicting), token_ids.to(device))
-
-    for batch, scores in run_in_batches([len(sequence) for sequence in sequences], batch_tokens, run):
-        cuts = np.cumsum([len(responses[i]) for i in batch])[:-1]
-        of_each = zip(*(np.split(score, cuts) for score in scores), strict=True)
-        yield dict(zip(batch, map(TokenScores._make, of_each), strict=True))
+    input_ids, mask = pad_left([list(prompt) for prompt in row_of_prompt], device)
+    position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
+    cache = DynamicCache(config=model.config)
+    behind = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
+    first = decoder_hidden(model, input_ids, **behind)[rows.to(device), -1:]  # [responses, 1, hidden]
+    input_ids = pad_right([response[:-1] for response in responses], device)
+    if input_ids.shape[1] == 0:
+        return [of[: len(response)] for of, response in zip(first, responses, strict=True)]
+    cache.batch_select_indices(rows)
+    rows = rows.to(device)
+    behind["attention_mask"] = torch.cat([mask[rows], torch.ones_like(input_ids)], dim=1)
+    behind["position_ids"] = position_ids[rows, -1:] + 1 + torch.arange(input_ids.shape[1], device=device)
+    later = decoder_hidden(model, input_ids, **behind)
+    return [of[: len(response)] for of, response in zip(torch.cat([first, later], dim=1), responses, strict=True)]
 
 
 def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> TokenScores:

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from gradprobe.gradients.engine import GradientEngine
 from gradprobe.gradients.targets import Target
 from gradprobe.model.decoder import layer_list, linear_weights
+from gradprobe.rollouts import score
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_from, sample_responses
 from gradprobe.rollouts.score import score_responses
 
@@ -78,3 +79,24 @@ def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
         np.testing.assert_allclose(scores[i][0], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4)
         picked = log_probs.gather(-1, torch.tensor(response)[:, None])[:, 0]
         np.testing.assert_allclose(scores[i][1], picked, rtol=1e-4, atol=1e-6)
+
+
+@families
+def test_scores_behind_a_shared_prompt_are_those_of_each_rollout_alone(family, monkeypatch):
+    """Also behind prompts longer than a sliding window, of unequal length, and for responses of one token or none."""
+    model, rng = tiny_of_family(family, torch.float32), np.random.default_rng(2)
+    prompts = [prompt for n in (11, 16) for prompt in [rng.integers(3, VOCAB_SIZE, size=n).tolist()] * 4]
+    responses = [rng.integers(3, VOCAB_SIZE, size=n).tolist() for n in (7, 1, 0, 4, 2, 6, 7, 3)]
+    n_tokens = []
+    hidden = score.decoder_hidden
+    monkeypatch.setattr(
+        score, "decoder_hidden", lambda m, ids, **b: (n_tokens.append(ids.numel()), hidden(m, ids, **b))[1]
+    )
+    shared = [of for batch in score_responses(model, prompts, responses, 500) for of in sorted(batch.items())]
+    assert sum(n_tokens) == 2 * 16 + 8 * 6
+    monkeypatch.setattr(score, "WORTH_SHARING", 0)
+    alone = dict(of for batch in score_responses(model, prompts, responses, 1) for of in batch.items())
+    assert len(shared) == len(alone) == len(responses)
+    for i, found in shared:
+        for mine, expected in zip(found, alone[i], strict=True):
+            np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-6)

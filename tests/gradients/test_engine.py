@@ -8,6 +8,7 @@ from tiny import oracle_gradient, relative_error, tiny_model
 
 from gradprobe.common.errors import InputError
 from gradprobe.gradients.engine import GradientEngine
+from gradprobe.gradients.suffix import Reach, leaner
 from gradprobe.gradients.targets import Target, expand_targets, full_name
 
 
@@ -98,6 +99,33 @@ def test_a_feed_forward_block_that_mixes_positions_is_found_out(monkeypatch):
         weight = f"model.layers.{TARGETS[t].layer}.{TARGETS[t].suffix}"
         tokens, at = prompts[i] + responses[i], len(prompts[i]) + p
         assert relative_error(row, oracle_gradient(model, tokens, at, weight, TARGETS[t].row_idx)) < 1e-10
+
+
+def test_a_backward_pass_that_ends_too_early_would_show(monkeypatch):
+    """Negative control: were the last position left out, the oracle would tell."""
+    model = tiny_model(1, torch.float64)
+    prompts, responses = random_rollouts(4, seed=2)
+    positions = [np.arange(len(response)) for response in responses]
+    expected = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=1)
+    for name in ("cut", "refill"):
+        whole = getattr(Reach, name)
+        early = lambda reach, *args, whole=whole: whole(Reach(reach.shape, reach.n - 1), *args)  # noqa: E731
+        monkeypatch.setattr(Reach, name, early)
+    found = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=1)
+    assert min(relative_error(found[key], expected[key]) for key in expected) > 0.05
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_what_is_taken_for_a_gated_block_or_a_norm_must_be_one(monkeypatch):
+    """Same names and weights, another function: such modules run as they are."""
+    blocks = list(tiny_model(1, torch.float64).model.layers)
+    taken = {type(module) for module in leaner(blocks, set(), Reach())}
+    assert {"Qwen2MLP", "Qwen2RMSNorm", "Linear"} == {kind.__name__ for kind in taken}
+    for block in blocks:
+        monkeypatch.setattr(block.mlp, "act_fn", torch.nn.GELU())
+        block.input_layernorm.variance_epsilon = block.post_attention_layernorm.variance_epsilon = 0.1
+        monkeypatch.setattr(type(block.input_layernorm), "forward", lambda self, x: self.weight * x)
+    assert {type(module) for module in leaner(blocks, set(), Reach())} == {torch.nn.Linear}
 
 
 def test_rollouts_without_positions_are_left_out():
