@@ -192,8 +192,11 @@ def test_weights_on_the_disk_give_the_same_dump(tmp_path, checkpoint_dir, proble
     (tmp_path / "places.json").write_text(json.dumps(places))
     spread = [argument for argument in arguments if argument not in ("--device", "cpu")]
     assert probe(tmp_path / "spread", *spread, "--device-map", tmp_path / "places.json") == 0
-    for name in ("grads.npy", "meta.jsonl", "rollouts.jsonl"):
+    for name in ("meta.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "spread" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # Weights that are fetched when needed run their modules' own backward pass, which rounds otherwise.
+    spread_grads, whole_grads = (np.load(tmp_path / name / "grads.npy") for name in ("spread", "whole"))
+    assert np.linalg.norm(spread_grads - whole_grads) < 1e-6 * np.linalg.norm(whole_grads)
     assert manifest_of(tmp_path / "spread")["device_map"]["model.layers.2"] == "disk"
 
 
