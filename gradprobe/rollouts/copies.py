@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import poisson
+from scipy.special import pdtrc
 
 from ..dump.records import Rollout
 
@@ -54,7 +54,7 @@ def problem_of_copies(rollouts: Sequence[Rollout], sampled_at: float | None, is_
     )
     if not is_off_policy:
         is_rare = chances[rarest] < math.log(LARGEST_CHANCE / len(rollouts))
-        if is_rare or poisson.sf(n_repeats - 1, expected) < LARGEST_CHANCE:
+        if is_rare or pdtrc(n_repeats - 1, expected) < LARGEST_CHANCE:
             return f"{said}, where chance gives {expected:.2g} repeats: not independent samples"
     k = math.gcd(*(len(group) for _, group in groups))
     at_1 = sum(_log_chance_of_repeats(n, len(group), log_chance(group[0], 1.0)) for n, group in groups)

@@ -47,13 +47,17 @@ class Tape(Cache):
             for states in (layer.keys, layer.values):
                 if states is not None:
                     states[:, :, there] = states[:, :, held].clone()  # the two overlap
+                    states[:, :, held.stop : there.start] = 0
         self.begin, self.end = there.start, there.stop
 
     def keep(self, rows: torch.Tensor) -> None:
         """Give up all rows but these."""
+        held = slice(self.begin, self.end)
         for layer in self.layers:
             if layer.keys is not None:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+                for states in (layer.keys, layer.values):
+                    states[: len(rows), :, held] = states[:, :, held][rows]
+                layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
 
 
 class _TapeLayer(DynamicLayer):
@@ -61,9 +65,10 @@ class _TapeLayer(DynamicLayer):
         super().__init__()
         self._tape = tape
         if filled.keys is not None:  # a layer that reads another's has none
-            # Zeros, since what is masked is still multiplied, by 0.
+            # What is masked is still multiplied, by 0. No column is read before it is written, in all rows at once:
+            # the first prompts fill all of them, and so does every step.
             self.keys, self.values = (
-                states.new_zeros(n_rows, states.shape[1], room, states.shape[3])
+                states.new_empty(n_rows, states.shape[1], room, states.shape[3])
                 for states in (filled.keys, filled.values)
             )
         self.is_initialized = True
