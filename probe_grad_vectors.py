@@ -59,8 +59,8 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add(
         "--dataset",
         metavar="F",
-        help="problems: .jsonl, .json, .parquet, a directory of datasets.save_to_disk, or hf:NAME[:CONFIG][:SPLIT] "
-        "(default: the demo's)",
+        help="problems: .jsonl, .json, .parquet, a directory of datasets.save_to_disk, hf:NAME[:CONFIG][:SPLIT], or "
+        "gym:NAME[:key=value,...] of reasoning-gym (default: the demo's)",
     )
     add(
         "--min-mixed-prompts",
@@ -139,8 +139,8 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add = parser.add_argument_group("verdicts").add_argument
     add(
         "--verifier",
-        help="boxed: the last box, exactly; numeric: by value; math-verify; or module:function, which takes response "
-        "and ground truth and returns a bool (default: %(default)s)",
+        help="boxed: the last box, exactly; numeric: by value; math-verify; gym: reasoning-gym's scorer; or "
+        "module:function, which takes response and ground truth and returns a bool (default: %(default)s)",
     )
     add(
         "--verifier-seconds",

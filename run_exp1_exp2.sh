@@ -278,7 +278,7 @@ save_configuration() { # what was asked for, as a file of settings that asks for
 from_anywhere() { # name of a setting -> its value; local paths absolute
     local value="${!1}"
     case "$1" in
-        DATASET) [[ "$value" == hf:* ]] || make_absolute value ;;
+        DATASET) [[ "$value" == hf:* || "$value" == gym:* ]] || make_absolute value ;;
         BASE_MODEL | TRAINED_MODEL) if is_local_model "$value"; then make_absolute value; fi ;;
     esac
     printf '%s' "$value"
@@ -328,6 +328,7 @@ libraries_for_settings() { # -> needed: the tested versions of what these settin
     case "$DATASET" in
         *.parquet) names+=(pyarrow) ;;
         hf:*) names+=(datasets pyarrow) ;;
+        gym:*) names+=(reasoning-gym) ;;
         *) if [[ -d "$DATASET" || ! -f "$DATASET" ]]; then names+=(datasets pyarrow); fi ;;
     esac
     if [[ "$VERIFIER" == math-verify || "$VERIFIER" == numeric ]]; then names+=(math-verify); fi

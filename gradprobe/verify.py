@@ -1,6 +1,6 @@
 """Judge a dump's rollouts anew, without a GPU: its labels and counts change, its gradients don't.
 
-    python -m gradprobe.verify DUMP [DUMP ...] --verifier boxed|numeric|math-verify|module:function
+    python -m gradprobe.verify DUMP [DUMP ...] --verifier boxed|numeric|math-verify|gym|module:function
 
 Give a study's shards rather than their merged dump, and merge them again. Exit status 2: a dump has no rollouts, or the
 verifier fails on one of them; that dump is left as it was.

@@ -155,7 +155,7 @@ make_absolute() { # name of a variable that holds a path
 }
 
 check_paths() {
-    if [[ "$DATASET" != hf:* ]]; then
+    if [[ "$DATASET" != hf:* && "$DATASET" != gym:* ]]; then
         [[ -e "$DATASET" && -r "$DATASET" ]] || problem_with DATASET "no such file or directory, or not readable"
     fi
     if [[ -n "$PYTHON" ]]; then

@@ -31,6 +31,7 @@ from ..model.decoder import context_length
 from ..model.identity import FileStates, checkpoint_identity, file_states, hardware_of
 from ..model.placement import Placement, read_placement
 from ..problems.data_set import ProblemSet, load_problems, shard_of_study
+from ..problems.gym import ENTRY, GYM_VERIFIER
 from ..problems.templates import preview, read_template, render_prompts
 from ..problems.verify import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
@@ -290,7 +291,8 @@ def read_problem_source(
 
 def read_problems(settings: ProbeSettings, tokenizer: Any) -> ProblemSet:
     """The data set with its prompts rendered; what was read is said."""
-    problem_set = load_problems(settings.dataset, settings.problem_key, settings.answer_key, settings.id_key)
+    answer_key = settings.answer_key or (ENTRY if settings.verifier == GYM_VERIFIER else None)
+    problem_set = load_problems(settings.dataset, settings.problem_key, answer_key, settings.id_key)
     template = None if settings.prompt_template is None else read_template(settings.prompt_template)
     problem_set = render_prompts(problem_set, template, settings.chat_template, settings.system_prompt, tokenizer)
     log.info(problem_set.summary)

@@ -1,4 +1,4 @@
-"""Where a data set lies: in a file, in a directory that `datasets` wrote, or on the Hub."""
+"""Where a data set lies: in a file, in a directory that `datasets` wrote, on the Hub, or in nothing but its rules."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..common.record_files import (
     open_record_file,
     parse_json,
 )
+from .gym import GYM, open_gym
 
 HUB = "hf:"
 DIRECTORY, HUB_DATASET = "datasets directory", "Hub data set"
@@ -27,6 +28,7 @@ def open_data_set(source: str) -> RecordFile:
 
     - `hf:NAME[:CONFIG][:SPLIT]`: a data set of the Hub, or a local directory of data files, through the library
       `datasets`. Nothing else touches the network.
+    - `gym:NAME[:key=value,...]`: one that reasoning-gym makes up, see `open_gym`.
     - a directory: one that `datasets.save_to_disk` wrote; of several splits one is named as `DIR/SPLIT`.
     - a file: see `open_record_file`.
 
@@ -35,6 +37,8 @@ def open_data_set(source: str) -> RecordFile:
     """
     if source.startswith(HUB):
         return _open_hub(source)
+    if source.startswith(GYM):
+        return open_gym(source)
     path = Path(source)
     if path.is_dir():
         return _open_directory(path)

@@ -1,4 +1,4 @@
-"""Was the answer right? By the last \\boxed{...}, by math-verify, or by a function of one's own."""
+"""Was the answer right? By the last \\boxed{...}, by a library, or by a function of one's own."""
 
 import logging
 import re
@@ -37,7 +37,7 @@ class Verdict:
 
 
 def load_verifier(name: str) -> Verifier:
-    """The verifier of a name: `boxed`, `numeric`, `math-verify`, or `module:function`.
+    """The verifier of a name: `boxed`, `numeric`, `math-verify`, `gym`, or `module:function`.
 
     A function takes (response, ground_truth), both text, and returns a bool; its module lies in the current
     directory or is installed. It is loaded once here, in a process of its own, so that its faults show before

@@ -13,6 +13,7 @@ from typing import Any
 from ..common.errors import InputError
 from .boxed import is_correct
 from .child import Answer, Answering, Child, described, limit_memory
+from .gym import GYM_VERIFIER, load_gym_verifier
 from .own_modules import identity_of
 
 BLANKS = re.compile("[ \\t]{2,}")
@@ -149,4 +150,5 @@ def _load_math_verify(raises: bool = True) -> tuple[Judge, dict[str, Any]]:
 BY_LIBRARY: dict[str, Callable[[], tuple[Judge, dict[str, Any]]]] = {
     "numeric": _load_numeric,
     "math-verify": _load_math_verify,
+    GYM_VERIFIER: load_gym_verifier,
 }

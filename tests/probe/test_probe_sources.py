@@ -74,6 +74,17 @@ def test_parquet_with_a_template_of_ones_own(tmp_path, checkpoint_dir, capsys):
     assert "prompts.prompt_template" in capsys.readouterr().err
 
 
+def test_problems_of_reasoning_gym_judged_by_its_own_scorer(tmp_path, checkpoint_dir):
+    equations = "gym:simple_equations:size=20"
+    arguments = ["--model-path", checkpoint_dir, "--dataset", equations, "--verifier", "gym", "--num-prompts", 2]
+    assert probe(tmp_path / "out", *arguments, *SMALL) == 0
+    rollouts = list(iter_rollouts(tmp_path / "out" / "rollouts.jsonl"))
+    assert {json.loads(rollout.ground_truth)["name"] for rollout in rollouts} == {"simple_equations"}
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["sampling"]["verifier"]["name"] == "gym"
+    assert manifest["dataset"]["columns"] == {"problem": "question", "answer": "entry", "id": "id"}
+
+
 def test_the_tokenizers_chat_template_renders_what_the_demo_has_rendered(tmp_path):
     records = [json.loads(line) for line in (ROOT / "demo" / "problems.jsonl").read_text().splitlines()[:4]]
     bare = tmp_path / "bare.jsonl"

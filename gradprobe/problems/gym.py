@@ -1,0 +1,97 @@
+"""Problems that reasoning-gym makes up, and its own scorers as the verifier (Stojanovski et al. 2025)."""
+
+import ast
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from ..common.errors import InputError, reason_of
+from ..common.record_files import Record, RecordFile, numbered
+from .boxed import last_boxed
+
+GYM = "gym:"
+GYM_DATASET = "reasoning-gym data set"
+GYM_VERIFIER = "gym"
+ENTRY = "entry"
+"""The field that this verifier judges by: which problem of which data set, as JSON. Its answer alone is in `answer`."""
+DEFAULTS = {"size": 500, "seed": 0}
+
+
+def open_gym(source: str) -> RecordFile:
+    """Make up a data set of `gym:NAME[:key=value,...]`; values are as in Python, and `size` and `seed` 500 and 0.
+
+    Raises:
+        InputError: the library is not installed, or has no such data set or setting.
+    """
+    name, _, settings = source.removeprefix(GYM).partition(":")
+    config = DEFAULTS | _settings_of(source, settings)
+    made = _made(name, json.dumps(config), f"`dataset` {source}")
+    rows = [
+        {
+            "id": f"{name}-{config['seed']}-{index}",
+            "question": made[index]["question"],
+            "answer": made[index]["answer"],
+            ENTRY: json.dumps({"name": name, "config": config, "index": index, "answer": made[index]["answer"]}),
+        }
+        for index in range(len(made))
+    ]
+
+    def read(keys: Sequence[str]) -> list[Record]:
+        return numbered(source, rows)
+
+    return RecordFile(source, GYM_DATASET, "", list(rows[0]) if rows else [], read)
+
+
+def load_gym_verifier() -> tuple[Callable[[str, str], bool], dict[str, Any]]:
+    """(judge, description); right is what the data set's own scorer gives full marks.
+
+    The scorer sees the last `\\boxed{}` or, without one, what stands last in `<answer>` tags, the library's own way.
+
+    Raises:
+        InputError: the library is not installed.
+    """
+    extract = _library().utils.extract_answer
+
+    def judge(response: str, ground_truth: str) -> bool:
+        entry = json.loads(ground_truth) if ground_truth.startswith("{") else {}
+        if not entry.keys() >= {"name", "config", "index"}:
+            raise ValueError("the ground truth is no entry of reasoning-gym: was it probed with another verifier?")
+        made = _made(entry["name"], json.dumps(entry["config"]), ENTRY)
+        boxed = last_boxed(response)
+        answer = extract(response) if boxed is None else boxed
+        return made.score_answer(answer, entry=made[entry["index"]]) >= 1
+
+    return judge, {"name": GYM_VERIFIER, "version": importlib.metadata.version("reasoning-gym")}
+
+
+def _settings_of(source: str, settings: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({settings})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("not of the form key=value,...")
+        found = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        json.dumps(found)  # which an entry keeps
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        form = f"{GYM}NAME[:key=value,...]"
+        raise InputError(f"`dataset` {source}: not of the form {form} ({reason_of(error)})") from error
+    return found
+
+
+@lru_cache(maxsize=8)
+def _made(name: str, config: str, named: str) -> Any:
+    try:
+        return _library().create_dataset(name, **json.loads(config))
+    # What its configurations are known to raise: no such data set or setting, a value out of bounds, of another type.
+    except (InputError, ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        raise InputError(f"{named}: {reason_of(error)}") from error
+
+
+def _library() -> ModuleType:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise InputError("takes the library 'reasoning-gym'; pip install 'gradprobe[gym]'") from error
+    return reasoning_gym
