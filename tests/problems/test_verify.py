@@ -362,7 +362,7 @@ def test_the_clock_in_the_child_ends_it_if_nobody_else_does(own_verifiers):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("nix", "not one of boxed, numeric, math-verify, nor of the form module:function"),
+        ("nix", "not one of boxed, numeric, math-verify, gym, nor of the form module:function"),
         ("own:", "not one of"),
         ("own:same()", "not one of"),
         ("../own:same", "not one of"),
