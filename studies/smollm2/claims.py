@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""The original study's headline claims beside what a finished study says, as a Markdown table.
+
+    python studies/smollm2/claims.py out/smollm2
+
+Each is computed twice on the study's first target: as the original scripts did, which wrote a rollout's gradients bucket
+by bucket, their labels by position, and read the two line by line; and with each label on its own gradient. What the
+second is worth is read from the analyses' summaries: intervals, nulls, and whether a direction repeats between halves.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from gradprobe.analysis.bucket import bucket_of  # noqa: E402
+from gradprobe.analysis.inputs import open_dumps  # noqa: E402
+from gradprobe.dump.format import Dump  # noqa: E402
+from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
+from gradprobe.exp2.direction import compare_groups  # noqa: E402
+
+TOP = 4
+YES, NO, CANT_TELL = "borne out", "not borne out", "can't tell"
+SHARED, APART = 0.7, 0.07
+"""What the original gives: |cos| of 0.7 to 0.9 in the base model, at most 0.07 after RL."""
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="OUT_ROOT of the study")
+    study = parser.parse_args().study
+    exp1, exp2 = (json.loads((study / "exp12_figures" / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    dumps = {tag: open_dumps({None: study / f"exp12_{tag}"})[None][0] for tag in exp1}
+    then = {tag: measured(replace(dump, bin=labels_by_line(dump))) for tag, dump in dumps.items()}
+    now = {tag: measured(dump) for tag, dump in dumps.items()}
+    moved = ", ".join(f"{np.mean(labels_by_line(d) != d.bin):.0%} of {tag}'s" for tag, d in dumps.items())
+    print(f"Read line by line, {moved} labels are another bucket's.\n")
+    print("| claim | the original | computed as it did | each label on its gradient | what that is worth | |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in [compression(exp1, then, now), *directions(exp1, then, now), *alignments(exp2, then, now)]:
+        print("| " + " | ".join(row) + " |")
+
+
+def labels_by_line(dump: Dump) -> np.ndarray:
+    """[n] the bucket that each gradient got where a rollout's labels stand by position, its gradients by bucket."""
+    by_position = np.lexsort((dump.pos, dump.sample_idx, dump.prompt))
+    by_bucket = np.lexsort((dump.pos, dump.bin, dump.sample_idx, dump.prompt))
+    labels = np.empty_like(dump.bin)
+    labels[by_bucket] = dump.bin[by_position]
+    return labels
+
+
+def measured(dump: Dump) -> dict[str, Any]:
+    """The top bucket's participation ratio, |cos| of its leading direction with the others', Exp 2's two means."""
+    tops = [bucket_of(dump, index).leading_directions(1)[1][:, 0].numpy() for index in range(TOP + 1)]
+    bucket = bucket_of(dump, TOP)
+    found = compare_groups(bucket, dump.correct[bucket.rows], len(dump.prompt_keys))
+    return {
+        "pr": participation_ratio(bucket.energies()),
+        "cosines": [abs(float(tops[TOP] @ other)) for other in tops[:TOP]],
+        "mean": float(np.mean(found.cosines)),
+        "control": float(np.mean(found.control_cosines)),
+    }
+
+
+def compression(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """RL leaves fewer directions in the bucket of highest entropy."""
+    base, trained = (exp1[tag]["per_bucket"][str(TOP)] for tag in ("base", "trained"))
+    at_equal_n = exp1["trained"]["compared_with"]["base"][str(TOP)]
+    intervals = " and ".join(
+        f"{spread(b['participation_ratio_ci95'], 0)} (ESS {b['ess']:.0f})" for b in (base, trained)
+    )
+    return [
+        "fewer directions in the top bucket after RL",
+        "PR 560 to 270",
+        f"{then['base']['pr']:.0f} to {then['trained']['pr']:.0f}",
+        f"{now['base']['pr']:.0f} to {now['trained']['pr']:.0f}",
+        f"{intervals}; of unit rows at equal n {at_equal_n['ratio']:.2f} × {spread(at_equal_n['ci95'], 2)}",
+        {"smaller": YES, "larger": NO}.get(at_equal_n["verdict"], CANT_TELL),
+    ]
+
+
+def directions(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
+    """Its leading direction is the other buckets' in the base model, and no longer after RL."""
+    rows = []
+    for tag, claim, original in [
+        ("base", "its leading direction is the other buckets' too", "0.7 to 0.9"),
+        ("trained", "and after RL it is not", "at most 0.07"),
+    ]:
+        repeats, null = exp1[tag]["cross_bucket_top1_repeats"], exp1[tag]["cross_bucket_null"]["top1_cosine"][TOP]
+        told = [i for i in range(TOP) if repeats[i] == repeats[TOP] == "yes"]
+        cosines = [exp1[tag]["cross_bucket_top1_cosine"][TOP][i] for i in told]
+        holds = min(cosines) >= SHARED if tag == "base" and told else bool(told) and max(cosines) <= APART
+        which = ", ".join(map(str, told)) if told else "none"
+        limits = [null[i]["ci95"] for i in range(TOP) if null[i]]
+        rows.append(
+            [
+                f"{tag}: {claim}",
+                original,
+                each(then[tag]["cosines"]),
+                each(now[tag]["cosines"]),
+                f"between halves it repeats: {repeats[TOP]}; so do both for {which}; of shuffled labels "
+                f"{min(lo for lo, _ in limits):.2f} to {max(hi for _, hi in limits):.2f}",
+                (YES if holds else NO) if told else CANT_TELL,
+            ]
+        )
+    return rows
+
+
+def alignments(exp2: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
+    """Correct and incorrect rollouts push in unrelated directions there."""
+    rows = []
+    for tag in ("base", "trained"):
+        found = exp2[tag]["alignment"]
+        verdict = {"orthogonal": YES, "aligned": NO, "opposed": NO}.get(found["verdict"], CANT_TELL)
+        rho = f"ρ {found['rho']:.2f} {spread(found['ci95'], 2)}" if found["ci95"] else "ρ has no interval"
+        rows.append(
+            [
+                f"{tag}: correct and incorrect rollouts push in unrelated directions",
+                "cosine near 0, control −0.010",
+                *(f"{m[tag]['mean']:.3f}, control {m[tag]['control']:.3f}" for m in (then, now)),
+                f"{rho}, p {found['p_value']:.2g}, {found['n_prompts']} prompts: {found['verdict']}",
+                verdict,
+            ]
+        )
+    return rows
+
+
+def spread(interval: list[float], digits: int) -> str:
+    """An interval in brackets."""
+    return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+
+
+def each(cosines: list[float]) -> str:
+    """|cos| with buckets 0, 1, 2, 3."""
+    return ", ".join(f"{c:.2f}" for c in cosines)
+
+
+if __name__ == "__main__":
+    main()
