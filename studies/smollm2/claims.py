@@ -3,9 +3,10 @@
 
     python studies/smollm2/claims.py out/smollm2
 
-Each is computed twice on the study's first target: as the original scripts did, which wrote a rollout's gradients bucket
-by bucket, their labels by position, and read the two line by line; and with each label on its own gradient. What the
-second is worth is read from the analyses' summaries: intervals, nulls, and whether a direction repeats between halves.
+Each is computed twice on the study's first target: as the original scripts did, which wrote a rollout's gradients
+bucket by bucket, their labels by position, and read the two line by line; and with each label on its own gradient.
+What the second is worth is read from the analyses' summaries: intervals, nulls, and whether a direction repeats
+between halves.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def compression(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any])
         "PR 560 to 270",
         f"{then['base']['pr']:.0f} to {then['trained']['pr']:.0f}",
         f"{now['base']['pr']:.0f} to {now['trained']['pr']:.0f}",
-        f"{intervals}; of unit rows at equal n {at_equal_n['ratio']:.2f} × {spread(at_equal_n['ci95'], 2)}",
+        f"{' and '.join(worth)}; of unit rows at equal n {at_equal_n['ratio']:.2f} × {spread(at_equal_n['ci95'], 2)}",
         {"smaller": YES, "larger": NO}.get(at_equal_n["verdict"], CANT_TELL),
     ]
 
