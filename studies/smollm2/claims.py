@@ -76,9 +76,7 @@ def compression(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any])
     """RL leaves fewer directions in the bucket of highest entropy."""
     base, trained = (exp1[tag]["per_bucket"][str(TOP)] for tag in ("base", "trained"))
     at_equal_n = exp1["trained"]["compared_with"]["base"][str(TOP)]
-    intervals = " and ".join(
-        f"{spread(b['participation_ratio_ci95'], 0)} (ESS {b['ess']:.0f})" for b in (base, trained)
-    )
+    worth = [f"{spread(bucket['participation_ratio_ci95'], 0)} (ESS {bucket['ess']:.0f})" for bucket in (base, trained)]
     return [
         "fewer directions in the top bucket after RL",
         "PR 560 to 270",
