@@ -3,7 +3,7 @@
 
 `study`: all of Exp 1, every interval, ceiling and null, for two dumps of 128 prompts × 8 rollouts × 5 buckets × 4
 positions of 8,960 numbers (20,480 rows each). One bucket of the second dump is smaller, so that every other bucket is
-cut down to its size in the comparison at equal n: the slowest case. Some three and a half minutes on one core.
+cut down to its size in the comparison at equal n: the slowest case. Some two minutes on two cores.
 On cores that are shared with other jobs set OPENBLAS_NUM_THREADS=1: threads that wait for each other cost more.
 
     python benchmarks/bench_spectrum.py study

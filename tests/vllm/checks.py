@@ -6,7 +6,9 @@ repetition penalty, which vLLM takes as its defaults. Plain requests obey that; 
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +35,8 @@ from gradprobe.rollouts.server import connect, request_seed, sample_completions 
 DATA = ROOT / "tests" / "data" / "rollouts"
 N_PROMPTS, N_SAMPLES, N_NEW = 32, 8, 64
 HOSTILE = {"do_sample": True, "top_k": 1, "top_p": 0.1, "repetition_penalty": 1.5}
+MEMORY = ("--gpu-memory-utilization", "0.3")
+"""On a CPU too: by default nine tenths of the machine's memory must be free."""
 START_SECONDS = 300
 # As docs/rollouts.md has it, with the demo for the model.
 OFFLINE = """
@@ -48,7 +52,7 @@ prompts = [{{"prompt_token_ids": tokenizer(p["prompt"], add_special_tokens=False
 full_softmax = SamplingParams(
     n=int(n_samples), max_tokens=int(n_new), temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0
 )
-llm = LLM(model, dtype="float32", generation_config=config, max_num_batched_tokens=16384)
+llm = LLM(model, dtype="float32", generation_config=config, gpu_memory_utilization=0.3, max_num_batched_tokens=16384)
 write_rollouts(file, problems, llm.generate(prompts, full_softmax))
 """
 
@@ -87,10 +91,10 @@ def served(python: str, model: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "demo"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", *MEMORY]
     begun = time.monotonic()
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
         try:
             while not is_up(port):
                 if process.poll() is not None or time.monotonic() - begun > START_SECONDS:
@@ -99,8 +103,8 @@ def served(python: str, model: Path, log: Path) -> Iterator[str]:
             print(f"vLLM serves after {time.monotonic() - begun:.0f} s", flush=True)
             yield f"http://127.0.0.1:{port}"
         finally:
-            process.terminate()
-            process.wait(60)
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too, which outlive it where it fails
+            process.wait()
 
 
 def is_up(port: int) -> bool:
