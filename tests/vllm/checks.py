@@ -126,7 +126,7 @@ def check_server(url: str, model: Path, work: Path) -> None:
     plain = [ask(url, prompt=prompt, max_tokens=N_NEW, seed=s)["choices"][0]["text"] for s in range(4)]
     check(len(set(plain)) == 1, "four plain requests with four seeds get one answer: the checkpoint's defaults rule")
     manifest = probed(work / "server", model, "--sampler", "openai", "--base-url", url)
-    gap = manifest["sampling"]["logprob_gap"]
+    gap = manifest["server_logprob_gap"]
     check(gap < 1e-5, f"log-probs of {N_PROMPTS * N_SAMPLES} rollouts there and here differ by {gap:.1e} nats a token")
     p = p_value_of_first_tokens(url, model, prompt)
     check(p > 1e-3, f"400 first tokens at temperature 4 against the full softmax: p {p:.2g}")
