@@ -31,7 +31,7 @@ DATA = HERE / "data" / "rollouts"
 DEMO = HERE.parent / "demo"
 VOCAB_SIZE, IM_END, END_OF_TEXT = 350, 349, 347
 OWN = list(iter_rollouts(DATA / "gradprobe.jsonl"))
-"""The six rollouts that `vllm.jsonl`, `vllm_server.jsonl` and `verl.jsonl` hold as well."""
+"""The six rollouts that `vllm.jsonl` and `verl.jsonl` hold as well."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_own_rollouts_keep_everything_but_the_scores(tokenizer):
 
 @pytest.mark.parametrize(
     ("file", "file_format"),
-    [("vllm.jsonl", "vllm"), ("vllm_server.jsonl", "openai"), ("verl.jsonl", "verl")],
+    [("vllm.jsonl", "vllm"), ("verl.jsonl", "verl")],
 )
 def test_shapes_with_the_data_set_give_its_indices(tokenizer, problems, file, file_format):
     found = read(DATA / file, tokenizer, problems=problems)
@@ -98,6 +98,18 @@ def test_shapes_with_the_data_set_give_its_indices(tokenizer, problems, file, fi
     assert ids_of(found) == expected
     with RunningVerifier(load_verifier("boxed")) as running:
         assert [r.correct for r in judged(found.rollouts, running)] == [r.correct for r in OWN]
+
+
+def test_what_vllms_server_answered(tokenizer, problems):
+    found = read(DATA / "vllm_server.jsonl", tokenizer, problems=problems)
+    assert found.report.format == "openai"
+    assert [(r.prompt_idx, r.sample_idx) for r in found.rollouts] == [(10 + i, k) for i in range(3) for k in range(2)]
+    lines = [json.loads(line) for line in (DATA / "vllm_server.jsonl").read_text().splitlines()]
+    choices = [choice for line in lines for choice in line["response"]["choices"]]
+    assert ids_of(found) == [(choice["prompt_token_ids"], choice["token_ids"]) for choice in choices]
+    assert [r.response for r in found.rollouts] == [
+        tokenizer.decode(c["token_ids"]).removesuffix("<|im_end|>") for c in choices
+    ]
 
 
 def test_own_and_foreign_rollouts_are_judged_alike(tokenizer):

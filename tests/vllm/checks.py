@@ -129,7 +129,7 @@ def check_server(url: str, model: Path, work: Path) -> None:
     gap = manifest["server_logprob_gap"]
     check(gap < 1e-5, f"log-probs of {N_PROMPTS * N_SAMPLES} rollouts there and here differ by {gap:.1e} nats a token")
     p = p_value_of_first_tokens(url, model, prompt)
-    check(p > 1e-3, f"400 first tokens at temperature 4 against the full softmax: p {p:.2g}")
+    check(p > 1e-3, f"400 first tokens at temperature 2 against the full softmax: p {p:.2g}")
 
 
 def check_offline(python: str, model: Path, work: Path) -> None:
@@ -166,8 +166,8 @@ def probed(output: Path, model: Path, *where_from: str) -> dict[str, Any]:
     return manifest
 
 
-def p_value_of_first_tokens(url: str, model: Path, prompt: str, temperature: float = 4.0, n: int = 400) -> float:
-    """χ² against the full softmax, in bins of at least 10 expected tokens."""
+def p_value_of_first_tokens(url: str, model: Path, prompt: str, temperature: float = 2.0, n: int = 400) -> float:
+    """χ² against the full softmax, in bins of at least 10 expected tokens; vLLM takes temperatures up to 2."""
     checkpoint = load_checkpoint(str(model), torch.device("cpu"), torch.float32)
     ids = checkpoint.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
