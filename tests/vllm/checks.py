@@ -52,8 +52,11 @@ prompts = [{{"prompt_token_ids": tokenizer(p["prompt"], add_special_tokens=False
 full_softmax = SamplingParams(
     n=int(n_samples), max_tokens=int(n_new), temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0
 )
-llm = LLM(model, dtype="float32", generation_config=config, gpu_memory_utilization=0.3, max_num_batched_tokens=16384)
-write_rollouts(file, problems, llm.generate(prompts, full_softmax))
+if __name__ == "__main__":
+    llm = LLM(
+        model, dtype="float32", generation_config=config, gpu_memory_utilization=0.3, max_num_batched_tokens=16384
+    )
+    write_rollouts(file, problems, llm.generate(prompts, full_softmax))
 """
 
 
