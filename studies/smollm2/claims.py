@@ -4,14 +4,15 @@
     python studies/smollm2/claims.py out/smollm2
 
 Each is computed twice on the study's first target: as the original scripts did, which wrote a rollout's gradients
-bucket by bucket, their labels by position, and read the two line by line; and with each label on its own gradient.
-What the second is worth is read from the analyses' summaries: intervals, nulls, and whether a direction repeats
-between halves.
+bucket by bucket in the order drawn, their labels by position, and read the two line by line; and with each label on
+its own gradient. What the second is worth is read from the analyses' summaries: intervals, nulls, and whether a
+direction repeats between halves.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
 from gradprobe.exp2.direction import compare_groups  # noqa: E402
 
 TOP = 4
+DRAWS = 10
+"""The original drew a bucket's positions in an order that no dump of ours has; so many such orders are tried."""
 YES, NO, CANT_TELL = "borne out", "not borne out", "can't tell"
 SHARED, APART = 0.7, 0.07
 """What the original gives: |cos| of 0.7 to 0.9 in the base model, at most 0.07 after RL."""
@@ -40,20 +43,29 @@ def main() -> None:
     study = parser.parse_args().study
     exp1, exp2 = (json.loads((study / "exp12_figures" / f"exp{i}_summary.json").read_text()) for i in (1, 2))
     dumps = {tag: open_dumps({None: study / f"exp12_{tag}"})[None][0] for tag in exp1}
-    then = {tag: measured(replace(dump, bin=labels_by_line(dump))) for tag, dump in dumps.items()}
+    rng = np.random.default_rng(0)
+    wrong = {
+        tag: [replace(d, bin=labels_by_line(d, rng.permutation(len(d.bin)))) for _ in range(DRAWS)]
+        for tag, d in dumps.items()
+    }
+    then = {tag: [measured(dump) for dump in mislabelled] for tag, mislabelled in wrong.items()}
     now = {tag: measured(dump) for tag, dump in dumps.items()}
-    moved = ", ".join(f"{np.mean(labels_by_line(d) != d.bin):.0%} of {tag}'s" for tag, d in dumps.items())
-    print(f"Read line by line, {moved} labels are another bucket's.\n")
+    moved = ", ".join(f"{np.mean(wrong[tag][0].bin != d.bin):.0%} of {tag}'s" for tag, d in dumps.items())
+    print(f"Read line by line, {moved} labels are another bucket's; ranges are over {DRAWS} orders of drawing.\n")
     print("| claim | the original | computed as it did | each label on its gradient | what that is worth | |")
     print("| --- | --- | --- | --- | --- | --- |")
     for row in [compression(exp1, then, now), *directions(exp1, then, now), *alignments(exp2, then, now)]:
         print("| " + " | ".join(row) + " |")
 
 
-def labels_by_line(dump: Dump) -> np.ndarray:
-    """[n] the bucket that each gradient got where a rollout's labels stand by position, its gradients by bucket."""
+def labels_by_line(dump: Dump, drawn: np.ndarray) -> np.ndarray:
+    """[n] the bucket that each gradient got where a rollout's labels stand by position, its gradients by bucket.
+
+    Args:
+        drawn: [n] numbers that say in which order the positions of a bucket were drawn; so their gradients stand.
+    """
     by_position = np.lexsort((dump.pos, dump.sample_idx, dump.prompt))
-    by_bucket = np.lexsort((dump.pos, dump.bin, dump.sample_idx, dump.prompt))
+    by_bucket = np.lexsort((drawn, dump.bin, dump.sample_idx, dump.prompt))
     labels = np.empty_like(dump.bin)
     labels[by_bucket] = dump.bin[by_position]
     return labels
@@ -72,22 +84,22 @@ def measured(dump: Dump) -> dict[str, Any]:
     }
 
 
-def compression(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def compression(exp1: dict[str, Any], then: dict[str, list[Any]], now: dict[str, Any]) -> list[str]:
     """RL leaves fewer directions in the bucket of highest entropy."""
     base, trained = (exp1[tag]["per_bucket"][str(TOP)] for tag in ("base", "trained"))
     at_equal_n = exp1["trained"]["compared_with"]["base"][str(TOP)]
     worth = [f"{spread(bucket['participation_ratio_ci95'], 0)} (ESS {bucket['ess']:.0f})" for bucket in (base, trained)]
     return [
         "fewer directions in the top bucket after RL",
-        "PR 560 to 270",
-        f"{then['base']['pr']:.0f} to {then['trained']['pr']:.0f}",
-        f"{now['base']['pr']:.0f} to {now['trained']['pr']:.0f}",
+        "PR 560, then 270",
+        f"{extent(m['pr'] for m in then['base'])}, then {extent(m['pr'] for m in then['trained'])}",
+        f"{now['base']['pr']:.1f}, then {now['trained']['pr']:.1f}",
         f"{' and '.join(worth)}; of unit rows at equal n {at_equal_n['ratio']:.2f} × {spread(at_equal_n['ci95'], 2)}",
         {"smaller": YES, "larger": NO}.get(at_equal_n["verdict"], CANT_TELL),
     ]
 
 
-def directions(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
+def directions(exp1: dict[str, Any], then: dict[str, list[Any]], now: dict[str, Any]) -> list[list[str]]:
     """Its leading direction is the other buckets' in the base model, and no longer after RL."""
     rows = []
     for tag, claim, original in [
@@ -104,8 +116,8 @@ def directions(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) 
             [
                 f"{tag}: {claim}",
                 original,
-                each(then[tag]["cosines"]),
-                each(now[tag]["cosines"]),
+                extent(c for m in then[tag] for c in m["cosines"]),
+                ", ".join(f"{c:.2f}" for c in now[tag]["cosines"]) + " with buckets 0 to 3",
                 f"between halves it repeats: {repeats[TOP]}; so do both for {which}; of shuffled labels "
                 f"{min(lo for lo, _ in limits):.2f} to {max(hi for _, hi in limits):.2f}",
                 (YES if holds else NO) if told else CANT_TELL,
@@ -114,7 +126,7 @@ def directions(exp1: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) 
     return rows
 
 
-def alignments(exp2: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) -> list[list[str]]:
+def alignments(exp2: dict[str, Any], then: dict[str, list[Any]], now: dict[str, Any]) -> list[list[str]]:
     """Correct and incorrect rollouts push in unrelated directions there."""
     rows = []
     for tag in ("base", "trained"):
@@ -125,7 +137,8 @@ def alignments(exp2: dict[str, Any], then: dict[str, Any], now: dict[str, Any]) 
             [
                 f"{tag}: correct and incorrect rollouts push in unrelated directions",
                 "cosine near 0, control −0.010",
-                *(f"{m[tag]['mean']:.3f}, control {m[tag]['control']:.3f}" for m in (then, now)),
+                f"{extent(m['mean'] for m in then[tag])}, control {extent(m['control'] for m in then[tag])}",
+                f"{now[tag]['mean']:.3f}, control {now[tag]['control']:.3f}",
                 f"{rho}, p {found['p_value']:.2g}, {found['n_prompts']} prompts: {found['verdict']}",
                 verdict,
             ]
@@ -138,9 +151,10 @@ def spread(interval: list[float], digits: int) -> str:
     return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
-def each(cosines: list[float]) -> str:
-    """|cos| with buckets 0, 1, 2, 3."""
-    return ", ".join(f"{c:.2f}" for c in cosines)
+def extent(values: Iterable[float]) -> str:
+    """The least and the largest."""
+    values = sorted(values)
+    return f"{values[0]:.2f} to {values[-1]:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The SmolLM2 study: files are what their script makes, held-out problems are held out, adapters are small."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,23 +10,41 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gradprobe.analysis.inputs import open_dumps
 from gradprobe.problems.boxed import last_boxed
 from gradprobe.problems.data_set import load_problems
 from gradprobe.problems.templates import fill, read_template
 
 STUDY = Path(__file__).parents[2] / "studies" / "smollm2"
 FILES = ("supervised.parquet", "training.parquet", "problems.parquet")
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 pytest.importorskip("pyarrow")
 
 
-@pytest.fixture(scope="module")
-def maker():
-    spec = importlib.util.spec_from_file_location("make_problems", STUDY / "make_problems.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, STUDY / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def maker():
+    yield from script("make_problems")
+
+
+@pytest.fixture(scope="module")
+def claims():
+    yield from script("claims")
+
+
+@pytest.mark.parametrize("shard", ["s0", "s1"])
+def test_labels_by_line_are_those_that_readers_of_the_original_saw(claims, shard):
+    (dump,) = open_dumps({None: GOLDEN / "aligned" / shard})[None]
+    lines = (GOLDEN / "scrambled" / shard / "meta.jsonl").read_text().splitlines()
+    assert claims.labels_by_line(dump, dump.row).tolist() == [json.loads(line)["bin"] for line in lines]
 
 
 @pytest.fixture(scope="module")
