@@ -4,6 +4,7 @@ import errno
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -213,7 +214,9 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     raise_if_any(_unreadable_files(directory, "adapter") if is_local else ())
     with faults_as_input(fault, READING_ERRORS):
         config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
-    with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)):  # the last where shapes are others
+    # RuntimeError where shapes are others; and peft asks transformers by a name that the latter is giving up.
+    with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         adapted = PeftModel.from_pretrained(
             model, adapter, config=config, use_safetensors=True, local_files_only=is_local
         )
