@@ -212,6 +212,8 @@ def serve(service: str, descriptor: str, parent: str, seconds: str) -> None:
                 token, _, question = line.partition(" ")
                 answer = answering(json.loads(question))
                 faulthandler.cancel_dump_traceback_later()
+                # What has answered may have changed this, and would then be ended by a question that comes late.
+                os.set_blocking(channel.fileno(), True)
                 say(token, answer)
 
 

@@ -50,7 +50,7 @@ HOSTILE = {
     "writes half a line": (FORGE.replace("LINE", "b'{'"), "through its channel"),
     "writes without end": (FORGE.replace("LINE", "b'x' * 10**7"), "answer is longer"),
     "writes what is nested": (FORGE.replace("LINE", r"b'[' * 60000 + b'\n'"), "through its channel"),
-    "reads the next question": (READ, None),
+    "reads the next question": (READ, True),
     "forges later, from a thread": (LATER.replace("LINE", TRUE), "through its channel"),
     "prints megabytes": ("    print('\\x1b[31mred' * 10**6); return True\n", True),
     "prints to the descriptors": (
