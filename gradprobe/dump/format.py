@@ -57,7 +57,7 @@ MANIFEST_KINDS = {
     **dict.fromkeys(("prompt_idxs", "prompts_due", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
     "prompt_hashes": list_of(is_prompt_hash, f"hashes of {HASH_DIGITS} hex digits").optional(),
     **dict.fromkeys(("checksums", "shard", "projection", "on_policy"), OBJECT.optional()),
-    **dict.fromkeys(("pooling", "bucket_by"), TEXT.optional()),
+    **dict.fromkeys(("adapter_path", "pooling", "bucket_by"), TEXT.optional()),
     **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
     **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), TEXT.optional()),
 }
@@ -218,6 +218,11 @@ def prompt_hashes_of(manifest: Mapping[str, Any]) -> dict[PromptKey, str] | None
 def is_pooled(manifest: Mapping[str, Any]) -> bool:
     """Whether a manifest is of a pooled dump."""
     return manifest.get(POOLING) == BUCKET
+
+
+def model_of(manifest: Mapping[str, Any]) -> str:
+    """Path or name of what was probed; of a model with an adapter, which others may share, that of the adapter."""
+    return manifest.get("adapter_path", manifest["model_path"])
 
 
 def target_name(manifest: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..analysis.text import MISSING, format_number, format_replication, format_table, format_with_interval
 from ..common.console import printable
-from ..dump.format import Dump, shown_projection, target_name
+from ..dump.format import Dump, model_of, shown_projection, target_name
 from .compression import DrawnNumber, drawn_number
 from .measure import REPLICATED, Comparison, Exp1, chance_outside_null, place_in_null
 
@@ -25,7 +25,7 @@ def summary_of(dump: Dump, result: Exp1, fingerprints: list[str]) -> dict[str, A
         "target": dump.manifest["target"],
         "row_idx": dump.manifest["row_idx"],
         "projection": shown_projection(dump.manifest),
-        "model": dump.manifest["model_path"],
+        "model": model_of(dump.manifest),
         "manifest_sha256": fingerprints,
         **numbers_of(result),
     }

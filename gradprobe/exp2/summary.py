@@ -9,7 +9,7 @@ from ..analysis.inputs import directory_name
 from ..analysis.replication import spread_of
 from ..analysis.text import format_number, format_p_value, format_replication, format_table, format_with_interval
 from ..common.console import printable
-from ..dump.format import Dump, shown_projection, target_name
+from ..dump.format import Dump, model_of, shown_projection, target_name
 from ..dump.on_policy import LARGEST_Z
 from .direction import (
     MIN_RARE_TOKENS,
@@ -75,7 +75,7 @@ def summary_of(dump: Dump, buckets: list[BucketDirections]) -> dict[str, Any]:
     top = buckets[-1]
     return {
         "run_dir": directory_name(dump.path),
-        "model": dump.manifest["model_path"],
+        "model": model_of(dump.manifest),
         "target": dump.manifest["target"],
         "row_idx": dump.manifest["row_idx"],
         "projection": shown_projection(dump.manifest),

@@ -8,7 +8,7 @@ from ..analysis.differences import study_of
 from ..analysis.replication import spread_of
 from ..analysis.text import format_number, format_replication, format_share, format_table, format_with_interval
 from ..common.console import printable
-from ..dump.format import Dump, shown_projection, target_name
+from ..dump.format import Dump, model_of, shown_projection, target_name
 from ..dump.on_policy import is_chosen_by_prefix
 from .measure import DumpSignal
 from .signal import CLAIMED_SHARE, SEEN, Exp3, reason_of
@@ -55,7 +55,7 @@ def summary_over_targets(
     for bucket, found in zip(numbers["per_bucket"].values(), of_first.on_policy_by_bucket, strict=True):
         bucket["on_policy"] = asdict(found)
     summary = {
-        "model": manifest["model_path"],
+        "model": model_of(manifest),
         "target": manifest["target"],
         "row_idx": manifest["row_idx"],
         "projection": shown_projection(manifest),

@@ -29,6 +29,7 @@ from ..analysis.inputs import target_name
 from ..analysis.summaries import seals_of
 from ..common.errors import InputError, reason_of
 from ..common.files import bytes_aside, read_bytes
+from ..dump.format import model_of
 
 DPI = 160
 STYLE = {
@@ -73,7 +74,7 @@ class Subject:
 
     Attributes:
         tag: the name given on the command line; None for a single untagged dump.
-        model: name or path of the model.
+        model: name or path of the model, or of its adapter.
         target: the weight and row, for example `model.layers.14.mlp.down_proj.weight[0]`.
         top_bucket: the number of the bucket of highest entropy.
     """
@@ -92,7 +93,7 @@ class Subject:
 
 def subjects_of(dumps: Mapping[str | None, Any]) -> list[Subject]:
     """What the figures call each dump: anything with a `manifest` and `bins`."""
-    return [Subject(tag, dump.manifest["model_path"], target_name(dump), dump.bins - 1) for tag, dump in dumps.items()]
+    return [Subject(tag, model_of(dump.manifest), target_name(dump), dump.bins - 1) for tag, dump in dumps.items()]
 
 
 def shortened(text: str, longest: int = MAX_NAME_LENGTH) -> str:

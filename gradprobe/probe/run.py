@@ -331,6 +331,7 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
     prompt_idxs = sorted(hashes)
     return {
         "model_path": settings.model_path,
+        **({"adapter_path": settings.adapter} if settings.adapter else {}),
         "num_prompts": len(prompt_idxs),
         "num_rollouts": len(rollouts),
         **plan.description,
