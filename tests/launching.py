@@ -116,8 +116,8 @@ def start_launcher(environment: Mapping[str, str], **settings: str) -> subproces
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # An ignored SIGINT, as background jobs of a shell inherit it, could not be trapped.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        # Ignored, as background jobs of a shell inherit SIGINT and those under nohup SIGHUP, they could not be trapped.
+        preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)],
     )
 
 

@@ -6,7 +6,7 @@
 #     RECORD=1 bash tests/vllm/run.sh     and writes what vLLM answered into tests/data/rollouts
 #
 # vLLM gets a virtual environment of its own (VLLM_PYTHON, if there is one already): a download of 133 MB beside torch,
-# 3.4 GB on the disk, a minute and a half. The checks take two minutes on two cores. Exit status 0: all of it held.
+# 3.4 GB on the disk, a minute and a half. The checks take three minutes on two cores. Exit status 0: all of it held.
 set -Eeuo pipefail
 
 project="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
