@@ -19,10 +19,10 @@ def random_rollouts(n: int, seed: int) -> tuple[list[list[int]], list[list[int]]
     return prompts, responses
 
 
-def engine_rows(model, targets, prompts, responses, positions, batch_tokens) -> dict[tuple, torch.Tensor]:
+def engine_rows(model, targets, prompts, responses, positions, batch_tokens, by_hand=True) -> dict[tuple, torch.Tensor]:
     """Rows by (target number, rollout, position)."""
     found = {}
-    engine = GradientEngine(model, targets)
+    engine = GradientEngine(model, targets, by_hand)
     for rollouts, ks, rows in engine.batches(prompts, responses, positions, batch_tokens):
         for n, (i, k) in enumerate(zip(rollouts, ks, strict=True)):
             for t in range(len(targets)):

@@ -278,7 +278,7 @@ def write_gradients(
         For each target, the gradients that no analysis can use.
     """
     starts = np.concatenate([[0], np.cumsum([of.n_gradients for of in chosen])])
-    rows_of_items = [range(starts[i] + ks.start, starts[i] + ks.stop) for i, ks in engine.work_items(chosen)]
+    rows_of_items = [range(starts[i], starts[i + 1]) for i in engine.rollouts_of(chosen)]
     item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
     growing = GrowingGradients(plan.directories, plan.row_dims, int(starts[-1]), rows_of_items, record)
     budget = Budget(growing.batch_tokens_kept or plan.batch_tokens)

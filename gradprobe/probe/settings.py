@@ -16,7 +16,7 @@ from .rules import ENTROPY
 DEFAULT_DATASET = Path(__file__).parents[2] / "demo" / "problems.jsonl"
 DEFAULT_VERIFIER = "boxed"
 SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}
-BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}
+BATCH_TOKENS = {"cuda": 16_384, "cpu": 2048}
 LEAST = {
     **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards"), 1),
     **dict.fromkeys(("batch_tokens", "sample_rows", "server_requests"), 1),

@@ -5,19 +5,24 @@ import pytest
 import torch
 from engine_runs import DOWN, TARGETS, engine_rows, random_rollouts
 from tiny import oracle_gradient, relative_error, tiny_model
+from transformers.models.qwen2 import modeling_qwen2
 
 from gradprobe.common.errors import InputError
-from gradprobe.gradients.engine import GradientEngine
-from gradprobe.gradients.suffix import Reach, leaner
+from gradprobe.gradients import engine as engine_module
+from gradprobe.gradients.blocks import blocks_of
 from gradprobe.gradients.targets import Target, expand_targets, full_name
 
+both_ways = pytest.mark.parametrize("by_hand", [True, False])
 
+
+@both_ways
+@pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_every_position_equals_the_oracle(dtype, tolerance):
+def test_every_position_equals_the_oracle(dtype, tolerance, by_hand):
     model = tiny_model(1, dtype)
     prompts, responses = random_rollouts(7, seed=2)
     positions = [np.arange(len(response)) for response in responses]
-    found = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=60)
+    found = engine_rows(model, TARGETS, prompts, responses, positions, 60, by_hand)
     assert len(found) == len(TARGETS) * sum(map(len, responses))
     for (t, i, p), gradient in found.items():
         at = len(prompts[i]) + p
@@ -39,51 +44,53 @@ def test_a_position_shifted_by_one_is_another_gradient():
             assert relative_error(row, shifted) > 0.05
 
 
-def test_the_prompt_s_positions_contribute():
-    """Leaving them out is the mistake that looks right: below the last block it gives another vector."""
-    model = tiny_model(1, torch.float64)
-    prompt, response = [5, 9, 200, 31], [7, 70, 17]
-    engine = GradientEngine(model, TARGETS[:1])
-    full = next(iter(engine.batches([prompt], [response], [np.array([2])], 60)))[2][0][0]
-    (tap,) = engine._taps.values()
-    inputs = []
-    tap.linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    contributions = []
-    original = engine._gradients
-    engine._gradients = lambda deltas: (contributions.append(deltas[0]), original(deltas))[1]
-    next(iter(engine.batches([prompt], [response], [np.array([2])], 60)))
-    without_prompt = (contributions[0][0, len(prompt) :, 0, None] * inputs[0][0, len(prompt) :]).sum(0)
-    assert relative_error(without_prompt, full) > 0.05
+@pytest.mark.parametrize("left_out", [slice(0, 4), slice(6, 7)], ids=["the prompt", "the last position"])
+def test_every_position_contributes(left_out, monkeypatch):
+    """Leaving some out is the mistake that looks right: below the last block it gives another vector."""
+    model, rollout = tiny_model(1), ([[5, 9, 200, 31]], [[7, 70, 17, 4]], [np.array([3])])
+    whole = engine_rows(model, TARGETS[:1], *rollout, 60)
+    summed = engine_module._summed
+
+    def without(delta, inputs, spans):
+        kept = delta.clone()
+        kept[left_out] = 0
+        return summed(kept, inputs, spans)
+
+    monkeypatch.setattr(engine_module, "_summed", without)
+    found = engine_rows(model, TARGETS[:1], *rollout, 60)
+    assert all(relative_error(found[key], whole[key]) > 0.05 for key in whole)
 
 
-def test_batching_and_padding_leave_no_trace():
+@both_ways
+def test_batching_and_padding_leave_no_trace(by_hand):
     model = tiny_model(4)
     prompts, responses = random_rollouts(16, seed=5)
     positions = [np.arange(0, len(response), 2) for response in responses]
-    alone = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=1)
-    together = engine_rows(model, TARGETS, prompts, responses, positions, batch_tokens=10_000)
+    alone = engine_rows(model, TARGETS, prompts, responses, positions, 1, by_hand)
+    together = engine_rows(model, TARGETS, prompts, responses, positions, 10_000, by_hand)
     assert alone.keys() == together.keys()
     assert max(relative_error(together[key], alone[key]) for key in alone) < 1e-5
 
 
-def test_padding_on_the_left_without_a_mask_would_show(monkeypatch):
+@both_ways
+def test_padding_on_the_left_without_a_mask_would_show(by_hand, monkeypatch):
     """Negative control: were the padding visible to a row's own tokens, the invariance above would fail."""
     model = tiny_model(4)
     prompts, responses = random_rollouts(16, seed=5)
     positions = [np.array([len(response) - 1]) for response in responses]
-    alone = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=1)
+    alone = engine_rows(model, TARGETS[:1], prompts, responses, positions, 1, by_hand)
 
     def pad_left(sequences, device, length=None):
         longest = max(map(len, sequences))
         return torch.tensor([[0] * (longest - len(s)) + s for s in sequences])
 
     monkeypatch.setattr("gradprobe.gradients.engine.pad_right", pad_left)
-    together = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=10_000)
+    together = engine_rows(model, TARGETS[:1], prompts, responses, positions, 10_000, by_hand)
     assert max(relative_error(together[key], alone[key]) for key in alone) > 0.05
 
 
 def test_a_feed_forward_block_that_mixes_positions_is_found_out(monkeypatch):
-    """The shortcut through the last block must not be taken where the block does not take each position by itself."""
+    """By hand the last block's runs at the chosen tokens alone."""
     model = tiny_model(1, torch.float64)
     block = model.model.layers[-1].mlp
     plain_forward = block.forward
@@ -101,31 +108,57 @@ def test_a_feed_forward_block_that_mixes_positions_is_found_out(monkeypatch):
         assert relative_error(row, oracle_gradient(model, tokens, at, weight, TARGETS[t].row_idx)) < 1e-10
 
 
-def test_a_backward_pass_that_ends_too_early_would_show(monkeypatch):
-    """Negative control: were the last position left out, the oracle would tell."""
-    model = tiny_model(1, torch.float64)
-    prompts, responses = random_rollouts(4, seed=2)
-    positions = [np.arange(len(response)) for response in responses]
-    expected = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=1)
-    for name in ("cut", "refill"):
-        whole = getattr(Reach, name)
-        early = lambda reach, *args, whole=whole: whole(Reach(reach.shape, reach.n - 1), *args)  # noqa: E731
-        monkeypatch.setattr(Reach, name, early)
-    found = engine_rows(model, TARGETS[:1], prompts, responses, positions, batch_tokens=1)
-    assert min(relative_error(found[key], expected[key]) for key in expected) > 0.05
+def mistake_norm(model, monkeypatch):
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: self.weight * x)
 
 
-@pytest.mark.usefixtures("float64_throughout")
-def test_what_is_taken_for_a_gated_block_or_a_norm_must_be_one(monkeypatch):
-    """Same names and weights, another function: such modules run as they are."""
-    blocks = list(tiny_model(1, torch.float64).model.layers)
-    taken = {type(module) for module in leaner(blocks, set(), Reach())}
-    assert {"Qwen2MLP", "Qwen2RMSNorm", "Linear"} == {kind.__name__ for kind in taken}
-    for block in blocks:
-        monkeypatch.setattr(block.mlp, "act_fn", torch.nn.GELU())
-        block.input_layernorm.variance_epsilon = block.post_attention_layernorm.variance_epsilon = 0.1
-        monkeypatch.setattr(type(block.input_layernorm), "forward", lambda self, x: self.weight * x)
-    assert {type(module) for module in leaner(blocks, set(), Reach())} == {torch.nn.Linear}
+def mistake_behind_the_last_norm(model, monkeypatch):
+    forward = type(model.model).forward
+
+    def doubled(self, **options):
+        output = forward(self, **options)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    monkeypatch.setattr(type(model.model), "forward", doubled)
+
+
+def mistake_activation(model, monkeypatch):
+    monkeypatch.setattr(model.model.layers[1].mlp, "act_fn", torch.nn.GELU())
+
+
+def mistake_residual(model, monkeypatch):
+    block = type(model.model.layers[0])
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, **options: forward(self, x, **options) + 0.1 * x)
+
+
+def mistake_rotary(model, monkeypatch):
+    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", lambda query, key, cos, sin: (query * cos, key * cos))
+
+
+def mistake_window(model, monkeypatch):
+    model.config.sliding_window = 5
+
+
+def mistake_attention(model, monkeypatch):
+    model.set_attn_implementation("eager")
+
+
+def mistake_adapter(model, monkeypatch):
+    linear = model.model.layers[2].self_attn.q_proj
+    model.model.layers[2].self_attn.q_proj = torch.nn.Sequential(linear)
+
+
+@pytest.mark.parametrize(
+    "mistake", [f for name, f in sorted(globals().items()) if name.startswith("mistake_")], ids=lambda f: f.__name__
+)
+def test_what_is_taken_for_a_block_of_this_kind_must_be_one(mistake, monkeypatch):
+    """Same names and weights, another function: such models are left to autograd."""
+    model = tiny_model(1)
+    assert len(blocks_of(model, 1, {})) == 2
+    mistake(model, monkeypatch)
+    assert blocks_of(model, 1, {}) is None
 
 
 def test_rollouts_without_positions_are_left_out():
@@ -167,22 +200,3 @@ def test_targets_from_words():
 def test_targets_the_model_does_not_have(layer, suffix, row, complaint):
     with pytest.raises(InputError, match=complaint):
         expand_targets(tiny_model(0), layer, suffix, row, seed=0)
-
-
-def test_memory_that_runs_out_in_the_trial_of_thinning_is_no_verdict_on_it(monkeypatch):
-    """Else the whole run would take the slow way: the trial is made again on the halved batch."""
-    model = tiny_model(1)
-    engine = GradientEngine(model, TARGETS[:1])
-    block, tries = model.model.layers[-1].mlp, []
-
-    def forward(hidden, original=block.forward):
-        tries.append(len(hidden))
-        if len(hidden) > 1:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return original(hidden)
-
-    monkeypatch.setattr(block, "forward", forward)
-    found = list(engine.batches([[1], [2]], [[3, 4], [5, 6]], [np.array([0, 1])] * 2, 100))
-    assert sum(len(members) for members, _, _ in found) == 4
-    assert max(tries) == 2
-    assert engine._can_thin

@@ -190,9 +190,7 @@ def saved_bytes(model: torch.nn.Module, layer: int) -> tuple[int, int]:
 
     kept: list[torch.Tensor] = []
     linear = layer_list(model)[1][layer].mlp.down_proj
-    engine = GradientEngine(model, [Target(layer, DOWN, 3)])
-    engine._can_thin = False
-    next(iter(engine.batches([[5]], [[7]], [np.array([0])], 100)))  # its modules are tried out once
+    engine = GradientEngine(model, [Target(layer, DOWN, 3)], by_hand=False)
     handle = linear.register_forward_pre_hook(lambda module, args: until_target.append(sum(seen.values())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         (_, _, (rows,)) = next(iter(engine.batches(prompts, responses, [np.array([2])] * 2, 100)))
