@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     add("--batch-tokens", type=int, help="default: the probe's own")
-    add("--sample-rows", type=int, default=256)
+    add("--sample-rows", type=int, default=512)
     add("--skip-plain", action="store_true", help="only ours")
     add("--skip-scaling", action="store_true", help="leave out the tables over sizes and over targets")
     args = parser.parse_args(argv)

@@ -32,13 +32,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from bench_probe import matmul_rate, peak_memory, reset_peak_memory  # noqa: E402
 
 from gradprobe.dump.records import Position, Rollout, write_records  # noqa: E402
+from gradprobe.gradients.blocks import OUTPUT, Block, Saved  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Projection, Target, expand_projected  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
@@ -56,8 +57,7 @@ from gradprobe.rollouts.score import score_responses  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
 POSITIONS_PER_ROLLOUT = 20
-POSITIONS_PER_ITEM = 10
-SAMPLE_ROWS = 256
+SAMPLE_ROWS = 512
 BF16, FLOAT32 = 2, 4
 LENGTHS = (1024, 4096, 16_384)
 GB = 1e9
@@ -71,10 +71,10 @@ class Attention:
     backward: float
 
 
-FUSED_CAUSAL = Attention(2, 5)
-"""Half of the two products forward; back, these are computed again beside four of their size, by half each."""
-EAGER = Attention(4, 8)
-"""All of the two products forward and of the four back: what the counter sees of unfused attention."""
+FUSED_CAUSAL = Attention(2, 7)
+"""Half of the two products forward; back, these anew, and again beside four of their size, by half each."""
+NOT_COUNTED = Attention(0, 0)
+"""The counter sees linear maps alone."""
 
 
 @dataclass(frozen=True)
@@ -176,45 +176,34 @@ def cache_bytes_per_token(shape: Shape, size: int) -> int:
 
 
 def saved_bytes_per_token(shape: Shape, size: int) -> int:
-    """What autograd keeps of one layer for one token; `size` is the bytes of a number in the model's dtype.
+    """What is kept of one layer for one token; `size` is the bytes of a number in the model's dtype.
 
     Two norms keep their unit vector and one float32 factor; Qwen3's norms of queries and keys likewise; attention keeps
-    queries, keys, values, its output and the float32 log-sum of every head; the feed-forward block two
-    vectors of its width. Linear maps with frozen weights keep nothing.
+    queries, keys and values; the feed-forward block two vectors of its width.
     """
     norms = 2 * (size * shape.hidden + 4)
     qk_norms = size * (shape.q + shape.kv) + 4 * (shape.heads + shape.kv_heads) if shape.has_qk_norm else 0
-    attention = 2 * size * (shape.q + shape.kv) + 4 * shape.heads
+    attention = size * (shape.q + 2 * shape.kv)
     return norms + qk_norms + attention + 2 * size * shape.ffn
 
 
-def saved_bytes(shape: Shape, size: int, tokens: int, length: int, n_above: int, n_chosen: int) -> int:
-    """What autograd keeps of the layers above the target.
+def saved_bytes(shape: Shape, size: int, tokens: int, n_above: int, n_chosen: int) -> int:
+    """What is kept of the layers above the target.
 
     Args:
-        tokens: padded tokens of the batch.
-        length: of the longest sequence.
+        tokens: of the batch.
         n_above: layers above the target's.
-        n_chosen: positions of all sequences: the last layer's feed-forward block runs there only.
+        n_chosen: positions of all sequences: behind its attention the last layer runs there only.
     """
     whole_layers = n_above * tokens * saved_bytes_per_token(shape, size)
-    left_out = 2 * size * shape.ffn * (tokens - n_chosen)
-    last_norm = 4 * tokens * (shape.hidden + 1)  # as autograd has it: the input in float32
-    rotary = 2 * size * length * shape.head_dim
-    return whole_layers - left_out + last_norm + rotary
+    left_out = (2 * size * shape.ffn + size * shape.hidden + 4) * (tokens - n_chosen)
+    rotary = 2 * size * tokens * shape.head_dim
+    return whole_layers - left_out + rotary
 
 
-def network_bytes(shape: Shape, size: int, tokens: int, length: int, n_chosen: int, projection: Projection) -> int:
-    """What a projection of all linear weights keeps: every layer's graph, and of each linear map P, its zero and Q x.
-
-    Autograd keeps of the lowest layer what lies above its first linear maps: all but the norm in front of them. Blocks
-    whose linear maps are all targets keep three vectors of their width.
-    """
-    kept = saved_bytes(shape, size, tokens, length, shape.layers, n_chosen) - tokens * (size * shape.hidden + 4)
-    outputs = shape.q + 2 * shape.kv + 2 * shape.hidden + 2 * shape.ffn  # of a layer's seven linear maps
-    kept += shape.layers * 4 * projection.rows * outputs
-    kept += size * shape.ffn * ((shape.layers - 1) * tokens + n_chosen)
-    return kept + 7 * shape.layers * tokens * 4 * (projection.rows + projection.cols)
+def network_bytes(shape: Shape, size: int, tokens: int, n_chosen: int, projection: Projection) -> int:
+    """What a projection of all linear weights keeps: of every layer, and of each linear map's inputs Q x, float32."""
+    return saved_bytes(shape, size, tokens, shape.layers, n_chosen) + 7 * shape.layers * tokens * 4 * projection.cols
 
 
 def head_bytes(shape: Shape, n_chosen: int) -> int:
@@ -222,17 +211,17 @@ def head_bytes(shape: Shape, n_chosen: int) -> int:
     return 3 * 4 * shape.vocab * min(n_chosen, LOGITS_PER_BLOCK // shape.vocab)
 
 
-def backward_bytes(shape: Shape, size: int, tokens: int) -> int:
-    """What a backward pass needs for a moment: three gradients in the feed-forward block, float32 ones in its norm."""
-    return tokens * (3 * size * shape.ffn + 4 * 4 * shape.hidden)
+def backward_bytes(shape: Shape, size: int, rows: int) -> int:
+    """What a backward pass needs for a moment: two gradients of the feed-forward block's width, two of the model's."""
+    return rows * size * (2 * shape.ffn + 2 * shape.hidden)
 
 
-def peak_bytes(shape: Shape, size: int, tokens: int, length: int, n_chosen: int) -> int:
+def peak_bytes(shape: Shape, size: int, tokens: int, n_chosen: int) -> int:
     """Beside the weights, while differentiating on the middle layer: what is kept, and the larger of two moments."""
     n_above = shape.layers - 1 - shape.middle
-    kept = saved_bytes(shape, size, tokens, length, n_above, n_chosen)
+    kept = saved_bytes(shape, size, tokens, n_above, n_chosen)
     kept += tokens * size * shape.ffn  # the target's inputs
-    kept += 2 * tokens * size * shape.hidden  # last hidden states, and the gradient that comes down on them
+    kept += tokens * size * shape.hidden  # hidden states
     return kept + max(head_bytes(shape, n_chosen), backward_bytes(shape, size, tokens))
 
 
@@ -250,30 +239,23 @@ def item_flops(
     """One sequence, differentiated at some positions: forward once, the layers above the target back for each.
 
     Args:
-        reached: how many tokens stand up to each position: so far linear maps are run back, attention everywhere.
+        reached: how many tokens stand up to each position: so far it goes back.
         layer: the lowest target's.
         n_rows: targets.
     """
     n_above, n = shape.layers - 1 - layer, len(reached)
-    forward = forward_flops(shape, length, attention) - 2 * shape.mlp_weights * (length - n)
-    in_last_block = 2 * shape.mlp_weights * n * n  # which runs at the chosen positions only, either way
-    linear_maps = 2 * (n_above * shape.layer_weights - shape.mlp_weights) * sum(reached) + in_last_block
-    products = n_above * attention.backward * length**2 * shape.q
-    head = 4 * shape.hidden * shape.vocab
-    rows = 2 * n_rows * shape.ffn * length
-    return forward + linear_maps + n * (products + head + rows)
-
-
-def rollout_items(prompt: int, response: int) -> list[tuple[int, list[int]]]:
-    """(length, tokens up to each position) of each run of a rollout whose positions are spread evenly."""
-    reached = [prompt + response * (k + 1) // POSITIONS_PER_ROLLOUT for k in range(POSITIONS_PER_ROLLOUT)]
-    runs = [reached[k : k + POSITIONS_PER_ITEM] for k in range(0, POSITIONS_PER_ROLLOUT, POSITIONS_PER_ITEM)]
-    return [(run[-1], run) for run in runs]
+    behind_attention = shape.mlp_weights + shape.hidden * shape.q  # in the last layer, at the chosen positions only
+    forward = forward_flops(shape, length, attention) - 2 * behind_attention * (length - n)
+    linear_maps = 2 * (n_above * shape.layer_weights - behind_attention) * sum(reached) + 2 * behind_attention * n
+    products = n_above * attention.backward * shape.q * sum(t * t for t in reached)
+    head = 4 * shape.hidden * shape.vocab * n
+    return forward + linear_maps + products + head + 2 * n_rows * shape.ffn * sum(reached)
 
 
 def gradient_flops(shape: Shape, prompt: int, response: int, layer: int, n_rows: int) -> float:
-    """All of one rollout's gradients."""
-    return sum(item_flops(shape, length, run, layer, n_rows) for length, run in rollout_items(prompt, response))
+    """All of one rollout's gradients, at positions spread evenly."""
+    reached = [prompt + response * (k + 1) // POSITIONS_PER_ROLLOUT for k in range(POSITIONS_PER_ROLLOUT)]
+    return item_flops(shape, reached[-1], reached, layer, n_rows)
 
 
 def scoring_flops(shape: Shape, prompt: int, response: int) -> float:
@@ -359,7 +341,7 @@ def rows_at_once(study: Study, memory: float) -> int:
 def cards_needed(study: Study, card: Card) -> int:
     """The fewest cards that hold the weights and one sequence's gradients, and eight rollouts while sampling."""
     length = study.prompt + study.response
-    alone = BF16 * study.shape.n_weights() + peak_bytes(study.shape, BF16, length, length, POSITIONS_PER_ITEM)
+    alone = BF16 * study.shape.n_weights() + peak_bytes(study.shape, BF16, length, POSITIONS_PER_ROLLOUT)
     n_cards = math.ceil(alone / card.usable)
     while rows_at_once(study, n_cards * card.usable) < 8:
         n_cards += 1
@@ -375,6 +357,19 @@ class OperationCount(TorchDispatchMode):
         """Count, and do as asked."""
         self.n += not function.is_view
         return function(*args, **(kwargs or {}))
+
+
+class ProductCount(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, in place or not; attention's are none to torch."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and do as asked."""
+        name, found = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
+        if name in ("mm", "addmm", "addmm_", "bmm"):
+            self.flops += 2 * found.numel() * args[-2].shape[-1]
+        return found
 
 
 @cache
@@ -502,8 +497,8 @@ def print_memory() -> None:
     for shape in SHAPES:
         weights = BF16 * shape.n_weights()
         for length in LENGTHS:
-            one = peak_bytes(shape, BF16, length, length, POSITIONS_PER_ITEM)
-            two = peak_bytes(shape, BF16, 2 * length, length, 2 * POSITIONS_PER_ITEM)
+            one = peak_bytes(shape, BF16, length, POSITIONS_PER_ROLLOUT)
+            two = peak_bytes(shape, BF16, 2 * length, 2 * POSITIONS_PER_ROLLOUT)
             cache = cache_bytes_per_token(shape, BF16) * length
             prompt = 128
             flops = gradient_flops(shape, prompt, length - prompt, shape.middle, 1) / POSITIONS_PER_ROLLOUT
@@ -515,7 +510,7 @@ def print_memory() -> None:
                     figure(weights / GB),
                     figure(cache / GB),
                     figure((two - one) / GB),
-                    figure(head_bytes(shape, POSITIONS_PER_ITEM) / GB),
+                    figure(head_bytes(shape, POSITIONS_PER_ROLLOUT) / GB),
                     figure((weights + one) / GB),
                     figure(flops / 1e12),
                     *[f"{n_sequences:,} / {n_rollouts:,}" for n_sequences, n_rollouts in fits],
@@ -534,7 +529,7 @@ def print_memory() -> None:
 def largest_batch(shape: Shape, length: int, card: Card) -> int:
     """Sequences in one gradient pass."""
     n, room = 0, card.usable - BF16 * shape.n_weights()
-    while peak_bytes(shape, BF16, (n + 1) * length, length, (n + 1) * POSITIONS_PER_ITEM) <= room:
+    while peak_bytes(shape, BF16, (n + 1) * length, (n + 1) * POSITIONS_PER_ROLLOUT) <= room:
         n += 1
     return n
 
@@ -590,27 +585,31 @@ def differentiate(engine: GradientEngine, ids: list[list[int]], n_positions: int
 
 
 def warm_engine(shape: Shape, model: nn.Module, targets: list[Target]) -> GradientEngine:
-    """An engine that has found out about the last layer's shortcut."""
+    """An engine that has tried its blocks out."""
     engine = GradientEngine(model, targets)
     differentiate(engine, random_ids(shape, 1, 16), 2)()
     return engine
 
 
-def measured_saved_bytes(model: nn.Module, work: Callable[[], None]) -> int:
-    """Bytes that autograd keeps while `work` runs, weights and the head's own left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def measured_saved_bytes(work: Callable[[], None]) -> int:
+    """Bytes that blocks keep while `work` runs, weights left out."""
     kept: dict[int, torch.Tensor] = {}
-    in_head = [False]
+    forward = Block.forward
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights and not in_head[0]:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()  # held, so that no address comes twice
-        return tensor
+    def kept_of(x: Any) -> Iterable[torch.Tensor]:
+        if isinstance(x, torch.Tensor):
+            return [x]
+        parts = x if isinstance(x, list | tuple) else vars(x).values()
+        return [tensor for part in parts for tensor in kept_of(part)]
 
-    handle = model.lm_head.register_forward_pre_hook(lambda *_: in_head.__setitem__(0, True))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def noting(self: Block, *args: Any) -> tuple[torch.Tensor, Saved]:
+        x, saved = forward(self, *args)
+        if set(self.taps) != {OUTPUT}:
+            kept.update((t.untyped_storage().data_ptr(), t) for t in kept_of(saved) if not isinstance(t, nn.Parameter))
+        return x, saved
+
+    with mock.patch.object(Block, "forward", noting):
         work()
-    handle.remove()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -629,39 +628,39 @@ def measure_peak(shape: Shape, n: int, length: int, device_name: str) -> dict[st
     before = peak_memory(device)
     work()
     peak = peak_memory(device) - before
-    saved = measured_saved_bytes(model, work)
-    predicted_saved = saved_bytes(shape, size, shortest, length - 1, n_above, n * n_positions)
-    predicted_peak = peak_bytes(shape, size, tokens, length, n * n_positions)
+    saved = measured_saved_bytes(work)
+    predicted_saved = saved_bytes(shape, size, shortest, n_above, n * n_positions)
+    predicted_peak = peak_bytes(shape, size, tokens, n * n_positions)
     return {"saved": saved, "predicted_saved": predicted_saved, "peak": peak, "predicted_peak": predicted_peak}
 
 
 def measure_flops(shape: Shape, length: int) -> tuple[float, float]:
     """FLOPs of one sequence with two positions and three targets: counted, and on paper."""
-    model = shape.model("cpu", torch.float32, "eager")
+    model = shape.model("cpu", torch.float32)
     engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, row) for row in range(3)])
-    with FlopCounterMode(display=False) as counter:
+    with ProductCount() as count:
         differentiate(engine, random_ids(shape, 1, length), 2)()
     reached = [(length - 2) // 2 + 1, length - 1]
-    return counter.get_total_flops(), item_flops(shape, length - 1, reached, shape.middle, 3, EAGER)
+    return count.flops, item_flops(shape, length - 1, reached, shape.middle, 3, NOT_COUNTED)
 
 
 def measure_kept(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, int]:
-    """Bytes that autograd keeps of one sequence with two positions: measured, and on paper."""
+    """Bytes kept of one sequence with two positions: measured, and on paper."""
     model = shape.model("cpu", dtype)
     engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, 0)])
-    kept = measured_saved_bytes(model, differentiate(engine, random_ids(shape, 1, length), 2))
+    kept = measured_saved_bytes(differentiate(engine, random_ids(shape, 1, length), 2))
     n_above = shape.layers - 1 - shape.middle
-    return kept, saved_bytes(shape, dtype.itemsize, length - 1, length - 1, n_above, 2)
+    return kept, saved_bytes(shape, dtype.itemsize, length - 1, n_above, 2)
 
 
 def measure_network(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, int]:
     """Bytes kept for a 16 × 16 projection of all linear weights, one sequence: measured, and on paper."""
     model, projection = shape.model("cpu", dtype), Projection(16, 16, 0)
     engine = warm_engine(shape, model, expand_projected(model, "all", "all-linear", projection))
-    kept = measured_saved_bytes(model, differentiate(engine, random_ids(shape, 1, length), 2))
+    kept = measured_saved_bytes(differentiate(engine, random_ids(shape, 1, length), 2))
     n_tokens = length - 1
-    taps = 7 * shape.layers * n_tokens * 4 * (projection.rows + projection.cols)  # held by the engine, not autograd
-    return kept + taps, network_bytes(shape, dtype.itemsize, n_tokens, n_tokens, 2, projection)
+    inputs = 7 * shape.layers * n_tokens * 4 * projection.cols  # held by the engine, not by blocks
+    return kept + inputs, network_bytes(shape, dtype.itemsize, n_tokens, 2, projection)
 
 
 def print_check(device: torch.device, is_quick: bool = False) -> None:

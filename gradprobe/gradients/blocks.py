@@ -21,6 +21,7 @@ DIFFERS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyE
 """What running a module of another kind as if it were a block of this one may raise."""
 TRIAL_TOKENS = 8
 QKV = ("q_proj", "k_proj", "v_proj")
+OUTPUT = "mlp.down_proj.weight"
 LINEARS = {"self_attn": (*QKV, "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -181,8 +182,11 @@ class Block:
         keep(["mlp.down_proj"], y, is_thin)
         return x + self._mlp.down_proj(y), Saved(before_attention, of_heads, qkv, rotary, before_mlp, to_up, to_gate)
 
-    def backward(self, run: Pass, saved: Saved, is_last: bool = False) -> Iterator[tuple[Tap, torch.Tensor]]:
+    def backward(self, run: Pass, saved: Saved | None, is_last: bool = False) -> Iterator[tuple[Tap, torch.Tensor]]:
         """Take `run.upstream` from this block's output to its input.
+
+        Args:
+            saved: None will do for the tap of `OUTPUT` alone.
 
         Yields:
             On the way each tap with what it wants, [rows, wanted].
@@ -362,4 +366,4 @@ def _tried_out(block: Block, module: nn.Module, x: torch.Tensor, kwargs: dict[st
 
 
 def _are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).norm() <= 20 * torch.finfo(expected.dtype).eps * expected.norm())
+    return bool((found - expected).norm() <= 8 * torch.finfo(expected.dtype).eps * expected.norm())

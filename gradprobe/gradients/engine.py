@@ -21,7 +21,7 @@ from torch import nn
 from ..model.batches import Budget, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
 from ..model.placement import input_device, is_spread
-from .blocks import Block, Pass, Span, blocks_of, rotary_of, run_below
+from .blocks import OUTPUT, Block, Pass, Span, blocks_of, rotary_of, run_below
 from .chosen import Chosen
 from .targets import AnyTarget, ProjectedTarget, Target, Weight, full_name, linears_of, signs
 
@@ -205,7 +205,9 @@ class GradientEngine:
         tape = []
         for block, thin in zip(self._blocks, is_last, strict=True):
             x, saved = block.forward(x, sequences, rotary, torch.tensor(at, device=x.device) if thin else None)
-            tape.append((block, saved, thin))
+            # Of the lowest block the feed-forward block's output alone may be asked for, which needs nothing of it.
+            is_needed = block is not self._blocks[0] or set(block.taps) != {OUTPUT}
+            tape.append((block, saved if is_needed else None, thin))
         ids = torch.tensor([token for g in gradients for token in g.ids], device=x.device)
         upstream = self._head_gradients(x, ids, self.model.base_model.norm)
         n_before = 0

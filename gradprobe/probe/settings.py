@@ -84,7 +84,7 @@ class ProbeSettings:
     dtype: str = "auto"
     attention: str = "auto"
     batch_tokens: int | None = None
-    sample_rows: int = 256
+    sample_rows: int = 512
     min_mixed_prompts: int | None = None
     sample_only: bool = False
     check_only: bool = False
