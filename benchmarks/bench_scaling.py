@@ -332,9 +332,9 @@ STUDIES = (
 
 
 def rows_at_once(study: Study, memory: float) -> int:
-    """Rollouts whose keys and values fit beside the weights; one layer's are copied while they grow."""
+    """Rollouts whose keys and values fit beside the weights."""
     shape, length = study.shape, study.prompt + study.response
-    per_rollout = cache_bytes_per_token(shape, BF16) * length * (1 + 1 / shape.layers)
+    per_rollout = cache_bytes_per_token(shape, BF16) * length
     return min(SAMPLE_ROWS, int((memory - BF16 * shape.n_weights()) // per_rollout))
 
 
@@ -390,12 +390,11 @@ def operations_per_step(shape: Shape) -> int:
 def decoding_seconds(shape: Shape, card: Card, n_rows: int, prompt: int, response: int, size: int = BF16) -> float:
     """One batch. A step takes as long as the slowest of three.
 
-    All weights are read, and the batch's keys and values three times over (a grown copy is written, then read); the
-    arithmetic is done; the operations are started.
+    All weights and the batch's keys and values are read; the arithmetic is done; the operations are started.
     """
     average = prompt + response / 2
     weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
-    n_bytes = size * weights + 3 * n_rows * average * cache_bytes_per_token(shape, size)
+    n_bytes = size * weights + n_rows * average * cache_bytes_per_token(shape, size)
     flops = n_rows * (2 * weights + 4 * average * shape.q * shape.layers)
     return response * max(
         n_bytes / (card.share_decoding * card.bandwidth),
@@ -433,8 +432,9 @@ def record_bytes() -> tuple[float, float, float]:
     ids = rng.integers(QWEN_1_5B.vocab, size=n).tolist()
     numbers = rng.random((2, n), dtype=np.float32).tolist()
     prompt = Rollout(0, 0, "", ids, [], [], [], "", "", True)
-    rollout = Rollout(0, 0, "", [], ids, *numbers, "word" * n, "", True)
-    lines = [Position(i, 100, 4, 512, 3, numbers[0][i], False, ids[i], numbers[1][i]) for i in range(n)]
+    texts = {"tail_mass": numbers[0], "token_texts": ["word"] * n}
+    rollout = Rollout(0, 0, "", [], ids, *numbers, "word" * n, "", True, **texts)
+    lines = [Position(i, 100, 4, 512, 3, numbers[0][i], False, ids[i], numbers[1][i], numbers[0][i]) for i in range(n)]
     sizes = []
     with tempfile.TemporaryDirectory() as directory:
         for records in ([prompt], [rollout], lines):

@@ -366,4 +366,5 @@ def _tried_out(block: Block, module: nn.Module, x: torch.Tensor, kwargs: dict[st
 
 
 def _are_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).norm() <= 8 * torch.finfo(expected.dtype).eps * expected.norm())
+    # Rounding differs by up to 5 eps in float32 (width 4,096) and 1 in bfloat16: 54 and 3 are let pass.
+    return bool((found - expected).norm() <= torch.finfo(expected.dtype).eps ** 0.75 * expected.norm())
