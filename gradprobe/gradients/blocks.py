@@ -340,12 +340,10 @@ def blocks_of(model: nn.Module, layer: int, taps: dict[tuple[int, str], Tap]) ->
 
 def _looks_right(module: nn.Module) -> bool:
     """Whether the parts are there, linear maps are plain (not packed, wrapped by adapters, or run by others)."""
-    parts = [module, *(getattr(module, name, None) for name in LINEARS)]
-    linears = [
-        getattr(part, name, None) for part, names in zip(parts[1:], LINEARS.values(), strict=True) for name in names
-    ]
+    parts = {name: getattr(module, name, None) for name in LINEARS}
+    linears = [getattr(parts[part], name, None) for part, names in LINEARS.items() for name in names]
     is_plain = all(type(linear) is nn.Linear and type(linear.weight) is nn.Parameter for linear in linears)
-    return is_plain and not any("forward" in vars(part) for part in (*parts, *linears))
+    return is_plain and not any("forward" in vars(part) for part in (module, *parts.values(), *linears))
 
 
 def _tried_out(block: Block, module: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> tuple[torch.Tensor, bool]:

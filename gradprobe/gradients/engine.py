@@ -29,7 +29,7 @@ SLACK = 0.15
 """Gradients of a rollout share their rows' length where the shorter ones reach so much less far at most."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _RowTap:
     """A linear map of whose outputs some rows are wanted; its inputs are kept as they are."""
 
@@ -50,7 +50,7 @@ class _RowTap:
         return output.index_add(-1, torch.tensor(self.wanted, device=output.device), self.zero)
 
 
-@dataclass
+@dataclass(eq=False)
 class _ProjectedTap:
     """A linear map of whose outputs' gradient P δ is wanted; of its inputs Q x is kept."""
 
@@ -172,8 +172,10 @@ class GradientEngine:
                     positions = chosen[i].positions[chosen[i].gradient == k].tolist()
                     at, ids = [len(prompts[i]) + p - 1 for p in positions], [responses[i][p] for p in positions]
                     gradients.append(_Gradient(number, k, at, ids))
-            way = self._by_autograd if self._blocks is None else self._by_hand
-            return way([inputs[j] for j in batch], gradients, budget.tokens)
+            of_batch = [inputs[j] for j in batch]
+            if self._blocks is None:
+                return self._by_autograd(of_batch, gradients)
+            return self._by_hand(of_batch, gradients, budget.tokens)
 
         for batch, (found, gradients) in run_in_batches([len(x) for x in inputs], budget, run, done):
             members = np.array([rollouts[batch[g.rollout]] for g in found])
@@ -201,17 +203,17 @@ class GradientEngine:
         sequences = [slice(end - len(x), end) for x, end in zip(inputs, ends, strict=True)]
         at = [sequences[g.rollout].start + place for g in gradients for place in g.at]
         x = torch.cat([padded[i, : len(ids)] for i, ids in enumerate(inputs)])
-        rotary, is_last = rotary_of(kwargs, sequences), [block is self._blocks[-1] for block in self._blocks]
+        rotary, lowest, last = rotary_of(kwargs, sequences), self._blocks[0], self._blocks[-1]
         tape = []
-        for block, thin in zip(self._blocks, is_last, strict=True):
-            x, saved = block.forward(x, sequences, rotary, torch.tensor(at, device=x.device) if thin else None)
+        for block in self._blocks:
+            x, saved = block.forward(x, sequences, rotary, torch.tensor(at, device=x.device) if block is last else None)
             # Of the lowest block the feed-forward block's output alone may be asked for, which needs nothing of it.
-            is_needed = block is not self._blocks[0] or set(block.taps) != {OUTPUT}
-            tape.append((block, saved if is_needed else None, thin))
+            is_needed = block is not lowest or set(block.taps) != {OUTPUT}
+            tape.append((block, saved if is_needed else None))
         ids = torch.tensor([token for g in gradients for token in g.ids], device=x.device)
         upstream = self._head_gradients(x, ids, self.model.base_model.norm)
         n_before = 0
-        found: dict[int, list[torch.Tensor]] = {id(tap): [] for tap in self._taps.values()}
+        found: dict[_Tap, list[torch.Tensor]] = {tap: [] for tap in self._taps.values()}
         for spans, of_pass in _passes(gradients, sequences, most_rows):
             n_tokens = sum(len(g.at) for g in of_pass)
             starts = [span.start + j * span.n for span in spans for j in range(span.k)]
@@ -221,21 +223,20 @@ class GradientEngine:
                 upstream[n_before : n_before + n_tokens].clone(), spans, chosen, torch.tensor(places, device=x.device)
             )
             n_before += n_tokens
-            for block, saved, thin in reversed(tape):
-                n_left = len(block.taps) if block is self._blocks[0] else -1
-                for tap, delta in block.backward(run, saved, thin):
-                    found[id(tap)].append(_summed(delta, tap.inputs, spans))
-                    n_left -= 1
-                    if n_left == 0:
-                        break  # nothing below is a target
+            for block, saved in reversed(tape):
+                deltas = block.backward(run, saved, is_last=block is last)
+                if block is lowest:  # below the last of its taps nothing is a target
+                    deltas = itertools.islice(deltas, len(block.taps))
+                for tap, delta in deltas:
+                    found[tap].append(_summed(delta, tap.inputs, spans))
         for tap in self._taps.values():
             tap.inputs = None
-        return gradients, self._of_targets([torch.cat(found[id(tap)]) for tap in self._taps.values()])
+        return gradients, self._of_targets([torch.cat(collected) for collected in found.values()])
 
     # ---- any decoder ----------------------------------------------------------------------------------------
 
     def _by_autograd(
-        self, inputs: list[list[int]], gradients: list[_Gradient], most_rows: int
+        self, inputs: list[list[int]], gradients: list[_Gradient]
     ) -> tuple[list[_Gradient], list[torch.Tensor]]:
         """One forward pass; then backward pass k serves the k-th gradient of every rollout in the batch."""
         gradients = sorted(gradients, key=lambda g: g.k)

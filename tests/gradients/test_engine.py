@@ -89,17 +89,18 @@ def test_padding_on_the_left_without_a_mask_would_show(by_hand, monkeypatch):
     assert max(relative_error(together[key], alone[key]) for key in alone) > 0.05
 
 
+@pytest.mark.usefixtures("float64_throughout")
 def test_a_feed_forward_block_that_mixes_positions_is_found_out(monkeypatch):
     """By hand the last block's runs at the chosen tokens alone."""
     model = tiny_model(1, torch.float64)
-    block = model.model.layers[-1].mlp
-    plain_forward = block.forward
+    kind = type(model.model.layers[-1].mlp)
+    plain_forward = kind.forward
 
-    def mixing(hidden):
+    def mixing(self, hidden):
         steps = torch.arange(1, hidden.shape[1] + 1, dtype=hidden.dtype)[:, None]
-        return plain_forward(hidden) + hidden.cumsum(1) / steps
+        return plain_forward(self, hidden) + hidden.cumsum(1) / steps
 
-    monkeypatch.setattr(block, "forward", mixing)
+    monkeypatch.setattr(kind, "forward", mixing)
     prompts, responses = random_rollouts(4, seed=2)
     positions = [np.array([len(response) - 1]) for response in responses]
     for (t, i, p), row in engine_rows(model, TARGETS, prompts, responses, positions, 60).items():
