@@ -54,6 +54,9 @@ FAMILIES = {
 }
 
 
+FINAL_NORMS = ("norm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "final_layernorm")
+
+
 def tiny_of_family(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
     """A frozen random model of `family`."""
     classes, options, _ = FAMILIES[family]
@@ -66,3 +69,17 @@ def tiny_of_family(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype).eval().requires_grad_(False)
+
+
+SPREAD_OF_LOGITS = 45.0
+
+
+def certain_of_family(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """The same with a factor behind its final norm: it is as good as certain of most of its words."""
+    model = tiny_of_family(family, torch.float64)
+    if getattr(model.config, "final_logit_softcapping", None):
+        model.config.final_logit_softcapping = 200.0  # else no word can be certain
+    spread = model(input_ids=torch.arange(3, VOCAB_SIZE)[None]).logits.std()
+    norm = next(m for name in FINAL_NORMS if (m := getattr(model.base_model, name, None)) is not None)
+    norm.register_forward_hook(lambda module, args, output: output * (SPREAD_OF_LOGITS / float(spread)))
+    return model.to(dtype)

@@ -66,6 +66,12 @@ def tiny_checkpoint(directory: Path, seed: int) -> Path:
     return directory
 
 
+def plain_log_prob(logits: torch.Tensor, token: int) -> torch.Tensor:
+    """log π of one word, [vocab] -> scalar; through the others, since float64 too rounds what is next to 1."""
+    others = torch.cat([logits[:token], logits[token + 1 :]])
+    return -torch.log1p(torch.exp(others - logits[token]).sum())
+
+
 def oracle_gradient(model: torch.nn.Module, tokens: list[int], at: int, weight: str, row: int) -> torch.Tensor:
     """∇ of log π(tokens[at] | tokens before it) on one row of one weight, by the full weight's gradient.
 
@@ -74,8 +80,7 @@ def oracle_gradient(model: torch.nn.Module, tokens: list[int], at: int, weight: 
     parameter = dict(model.named_parameters())[weight]
     parameter.requires_grad_(True)
     logits = model(input_ids=torch.tensor([tokens])).logits[0, at - 1]
-    log_prob = torch.log_softmax(logits, dim=-1)[tokens[at]]
-    gradient = torch.autograd.grad(log_prob, parameter)[0][row]
+    gradient = torch.autograd.grad(plain_log_prob(logits, tokens[at]), parameter)[0][row]
     parameter.requires_grad_(False)
     return gradient
 

@@ -21,6 +21,7 @@ from torch import nn
 from ..model.batches import Budget, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
 from ..model.placement import input_device, is_spread
+from ..model.softmax import Softmax
 from .blocks import OUTPUT, Block, Pass, Span, blocks_of, rotary_of, run_below
 from .chosen import Chosen
 from .targets import AnyTarget, ProjectedTarget, Target, Weight, full_name, linears_of, signs
@@ -279,9 +280,9 @@ class GradientEngine:
         for start in range(0, len(states), step):
             leaf = states[start : start + step].detach().requires_grad_()
             with torch.enable_grad():
-                log_probs = torch.log_softmax(head_logits(self.model, norm(leaf) if norm else leaf), dim=-1)
-                picked = log_probs.gather(-1, ids[start : start + step, None]).sum()
-            blocks.append(torch.autograd.grad(picked, leaf)[0])
+                logits = head_logits(self.model, norm(leaf) if norm else leaf)
+            upstream = Softmax(logits.detach()).logit_gradient(ids[start : start + step])
+            blocks.append(torch.autograd.grad(logits, leaf, upstream)[0])
         return torch.cat(blocks)
 
     def _of_targets(self, found: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from ..model.batches import Budget, pad_left, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
 from ..model.placement import input_device
+from ..model.softmax import Softmax
 
 WORTH_SHARING = 0.8
 """A prompt is shared where that leaves at most so much of the tokens; else its second pass would cost more."""
@@ -126,16 +127,6 @@ def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> T
 
 def score_block(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[n, vocab], [n] -> what `TokenScores` holds, on the CPU."""
-    log_probs = torch.log_softmax(logits, dim=-1)
-    probs = log_probs.exp()
-    logprobs = log_probs.gather(-1, token_ids[:, None])[:, 0]
-    # clamped: -0.0 or a rounding below it is no entropy
-    entropies = -(probs * log_probs).sum(-1).clamp_(max=0)
-    # ‖onehot - π‖² = (1 - π_y)² + Σ_k≠y π_k², and 1 - π_y = Σ_k≠y π_k: no difference of nearly equal numbers.
-    not_drawn = probs.scatter_(-1, token_ids[:, None], 0.0)
-    logit_norms = (not_drawn.sum(-1) ** 2 + (not_drawn * not_drawn).sum(-1)).sqrt()
-    # What the others weigh relative to the likeliest word, w: their share of all is w / (1 + w), with no 1 - max in it.
-    top = logits.max(dim=-1, keepdim=True)
-    relative = (logits - top.values).exp().scatter_(-1, top.indices, 0.0)
-    others = relative.sum(dim=-1, dtype=torch.float64)
-    return entropies.cpu(), logprobs.cpu(), (others / (1 + others)).cpu(), logit_norms.cpu()
+    dtype, softmax = logits.dtype, Softmax(logits)
+    scores = softmax.entropy.to(dtype), softmax.log_prob(token_ids).to(dtype), softmax.tail_mass
+    return *(x.cpu() for x in scores), softmax.logit_norm(token_ids).to(dtype).cpu()

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
-from tiny import relative_error
+from architectures import FAMILIES, VOCAB_SIZE, certain_of_family, tiny_of_family
+from engine_runs import engine_rows
+from tiny import plain_log_prob, relative_error
 from transformers.pytorch_utils import Conv1D
 
 from gradprobe.gradients.engine import GradientEngine
@@ -22,8 +23,8 @@ def plain_row_gradient(model, tokens: list[int], at: int, layer: int, suffix: st
     """The oracle, for any decoder: the full weight's gradient, its row picked afterwards."""
     linear = linear_weights(layer_list(model)[1][layer])[suffix]
     linear.weight.requires_grad_(True)
-    log_probs = torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0, at - 1], -1)
-    gradient = torch.autograd.grad(log_probs[tokens[at]], linear.weight)[0]
+    log_prob = plain_log_prob(model(input_ids=torch.tensor([tokens])).logits[0, at - 1], tokens[at])
+    gradient = torch.autograd.grad(log_prob, linear.weight)[0]
     linear.weight.requires_grad_(False)
     return gradient[:, row] if isinstance(linear, Conv1D) else gradient[row]
 
@@ -55,6 +56,45 @@ def test_every_row_equals_the_oracle(family):
                 n_rows += 1
     assert n_rows == len(targets) * sum(map(len, responses))
     assert (engine._blocks is not None) == (family in BY_HAND)
+
+
+def likeliest_responses(model, prompts: list[list[int]], n: int) -> list[list[int]]:
+    responses = [[] for _ in prompts]
+    for prompt, response in zip(prompts, responses, strict=True):
+        for _ in range(n):
+            response.append(int(model(input_ids=torch.tensor([prompt + response])).logits[0, -1].argmax()))
+    return responses
+
+
+@families
+@pytest.mark.usefixtures("float64_throughout")
+def test_rows_of_certain_tokens_equal_the_oracle(family):
+    """Where 1 − π is far below float32's rounding of π: rows, pooled and projected, each from its own 1 − π."""
+    model = certain_of_family(family)
+    prompts = rollouts_of(5)[0]
+    responses = likeliest_responses(model, prompts, 7)
+    positions = [np.arange(7)] * 5
+    scores = {i: s for batch in score_responses(model, prompts, responses, 70) for i, s in batch.items()}
+    tails = np.concatenate([scores[i].tail_mass for i in range(5)])
+    assert tails.min() < 1e-12
+    assert np.mean(tails < 1e-6) > 0.2
+    suffix = FAMILIES[family][2][0]
+    expected = {
+        (0, i, p): plain_row_gradient(model, prompts[i] + responses[i], len(prompts[i]) + p, 1, suffix, 3)
+        for i in range(5)
+        for p in range(7)
+    }
+    for dtype, median, most in ((torch.float64, 1e-11, 1e-10), (torch.float32, 1e-5, 1e-3)):
+        narrow = certain_of_family(family, dtype)
+        for by_hand in (True, False):
+            found = engine_rows(narrow, [Target(1, suffix, 3)], prompts, responses, positions, 70, by_hand)
+            errors = [relative_error(found[key].double(), row) for key, row in expected.items()]
+            assert np.median(errors) < median
+            assert max(errors) < most
+        for batch in score_responses(narrow, prompts, responses, 70):
+            for i, of_rollout in batch.items():
+                for mine, exact in zip(of_rollout, scores[i], strict=True):
+                    np.testing.assert_allclose(mine, exact, rtol=most)
 
 
 @families
