@@ -29,3 +29,12 @@ def engine_rows(model, targets, prompts, responses, positions, batch_tokens, by_
                 assert (t, i, positions[i][k]) not in found
                 found[t, i, positions[i][k]] = rows[t][n]
     return found
+
+
+def likeliest_responses(model, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """Of each prompt the n words that the model takes for the likeliest, one after another."""
+    responses = [[] for _ in prompts]
+    for prompt, response in zip(prompts, responses, strict=True):
+        for _ in range(n):
+            response.append(int(model(input_ids=torch.tensor([prompt + response])).logits[0, -1].argmax()))
+    return responses

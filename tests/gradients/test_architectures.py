@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import FAMILIES, VOCAB_SIZE, certain_of_family, tiny_of_family
-from engine_runs import engine_rows
+from engine_runs import engine_rows, likeliest_responses
 from tiny import plain_log_prob, relative_error
 from transformers.pytorch_utils import Conv1D
 
@@ -56,14 +56,6 @@ def test_every_row_equals_the_oracle(family):
                 n_rows += 1
     assert n_rows == len(targets) * sum(map(len, responses))
     assert (engine._blocks is not None) == (family in BY_HAND)
-
-
-def likeliest_responses(model, prompts: list[list[int]], n: int) -> list[list[int]]:
-    responses = [[] for _ in prompts]
-    for prompt, response in zip(prompts, responses, strict=True):
-        for _ in range(n):
-            response.append(int(model(input_ids=torch.tensor([prompt + response])).logits[0, -1].argmax()))
-    return responses
 
 
 @families

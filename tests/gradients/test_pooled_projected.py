@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from architectures import FAMILIES, tiny_of_family
-from engine_runs import random_rollouts
-from tiny import relative_error, tiny_model
+from architectures import FAMILIES, certain_of_family, tiny_of_family
+from engine_runs import likeliest_responses, random_rollouts
+from tiny import plain_log_prob, relative_error, tiny_model
 from transformers.pytorch_utils import Conv1D
 
 from gradprobe.common.errors import InputError
@@ -21,6 +21,7 @@ from gradprobe.gradients.targets import (
     linears_of,
     signs,
 )
+from gradprobe.rollouts.score import score_responses
 
 DOWN = "mlp.down_proj.weight"
 N_BUCKETS = 3
@@ -48,9 +49,9 @@ def whole_gradient(model, weight, tokens: list[int], first: int, positions: np.n
     """∇ Σ log π at `positions` of the response with respect to the whole weight, [out, in], by autograd."""
     linear = linears_of(model, [Target(*weight, 0)])[weight]
     linear.weight.requires_grad_(True)
-    log_probs = torch.log_softmax(model(input_ids=torch.tensor([tokens])).logits[0], -1)
-    at = torch.tensor(positions + first)
-    gradient = torch.autograd.grad(log_probs[at - 1, torch.tensor(tokens)[at]].sum(), linear.weight)[0]
+    logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    log_prob = sum(plain_log_prob(logits[at - 1], tokens[at]) for at in positions + first)
+    gradient = torch.autograd.grad(log_prob, linear.weight)[0]
     linear.weight.requires_grad_(False)
     return gradient.T if isinstance(linear, Conv1D) else gradient
 
@@ -73,6 +74,15 @@ def test_a_pooled_gradient_is_the_sum_of_its_tokens(family):
                     assert relative_error(of_target[i, k], total) < limit
 
 
+def projected_by_autograd(model, target, tokens: list[int], first: int, positions: np.ndarray) -> torch.Tensor:
+    """P ∇_W Qᵀ of every weight of `target`, side by side."""
+    parts = []
+    for weight, linear in linears_of(model, [target]).items():
+        left, right = (torch.from_numpy(s).double() for s in signs(target.projection, full_name(model, weight), linear))
+        parts.append((left @ whole_gradient(model, weight, tokens, first, positions) @ right.T).flatten())
+    return torch.cat(parts)
+
+
 @pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_projected_gradient_is_the_whole_weights_projected(family):
@@ -81,17 +91,30 @@ def test_a_projected_gradient_is_the_whole_weights_projected(family):
     (target,) = expand_projected(model, "all", "all-linear", Projection(3, 2, seed=5))
     (found,) = gradients_of(model, [target], prompts, responses, list(map(Chosen.pooled, buckets)))
     assert target.row_dim(model) == 6 * len(target.weights)
-    linears = linears_of(model, [target])
     for (i, k), gradient in found.items():
         positions = np.flatnonzero(buckets[i] == np.unique(buckets[i])[k])
-        parts = []
-        for weight, linear in linears.items():
-            left, right = (
-                torch.from_numpy(s).double() for s in signs(target.projection, full_name(model, weight), linear)
-            )
-            whole = whole_gradient(model, weight, prompts[i] + responses[i], len(prompts[i]), positions)
-            parts.append((left @ whole @ right.T).flatten())
-        assert relative_error(gradient, torch.cat(parts)) < 1e-10
+        expected = projected_by_autograd(model, target, prompts[i] + responses[i], len(prompts[i]), positions)
+        assert relative_error(gradient, expected) < 1e-10
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pooled_and_projected_gradients_of_certain_tokens(family):
+    """Buckets of tokens with 1 − π below 1e-6, whose gradients float32 would lose in the rounding of π."""
+    model = certain_of_family(family)
+    prompts = rollouts_in_buckets(6)[0][:3]
+    responses = likeliest_responses(model, prompts, 6)
+    scores = {i: of for batch in score_responses(model, prompts, responses, 90) for i, of in batch.items()}
+    buckets = [np.searchsorted([1e-9, 1e-6], scores[i].tail_mass) for i in range(3)]
+    assert sum(map(len, buckets)) > sum(np.count_nonzero(b == 2) for b in buckets) > 0
+    (target,) = expand_projected(model, "1", "all-linear", Projection(3, 2, seed=5))
+    for dtype, limit in ((torch.float64, 1e-10), (torch.float32, 1e-3)):
+        narrow = certain_of_family(family, dtype)
+        (found,) = gradients_of(narrow, [target], prompts, responses, list(map(Chosen.pooled, buckets)))
+        for (i, k), gradient in found.items():
+            positions = np.flatnonzero(buckets[i] == np.unique(buckets[i])[k])
+            expected = projected_by_autograd(model, target, prompts[i] + responses[i], len(prompts[i]), positions)
+            assert relative_error(gradient.double(), expected) < limit
 
 
 def test_inner_products_keep_their_expectation_over_seeds():
