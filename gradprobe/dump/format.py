@@ -41,7 +41,10 @@ MANIFEST = "manifest.json"
 ROLLOUTS = "rollouts.jsonl"
 SETTINGS = "settings.json"
 RECORD = "progress.jsonl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Since 2, gradients of tokens of which the model is certain are exact; before, rounding ate them."""
+CERTAIN_TAIL_MASS, CERTAIN_ENTROPY = 1e-6, 1.5e-5
+"""Below this tail mass, of which so much entropy (nats) speaks too, a gradient before version 2 is mostly rounding."""
 EDGE_TOLERANCE = 1e-6
 
 MANIFEST_KINDS = {
@@ -204,7 +207,7 @@ def load_dump(path: Path) -> Dump:
     repeated = _repeated_tokens(dump)
     is_ours = find_rollouts(path) is not None  # the original did not promise to dump a token once
     raise_if_any([*_bucket_problems(dump), *_count_problems(dump), *(repeated if is_ours else [])])
-    return replace(dump, warnings=(*warnings, *repeated))
+    return replace(dump, warnings=(*warnings, *repeated, *_eaten_by_rounding(dump)))
 
 
 def prompt_hashes_of(manifest: Mapping[str, Any]) -> dict[PromptKey, str] | None:
@@ -445,6 +448,18 @@ def _count_problems(dump: Dump) -> list[str]:
         if count > dump.manifest.get(key, count)
     ]
     return first_few(problems)
+
+
+def _eaten_by_rounding(dump: Dump) -> list[str]:
+    """What must be said of gradients that were taken from 1 − π as a difference."""
+    if dump.manifest.get("format_version", 0) >= FORMAT_VERSION:
+        return []
+    is_known = dump.tail_mass is not None
+    n = np.count_nonzero(dump.tail_mass < CERTAIN_TAIL_MASS if is_known else dump.entropy < CERTAIN_ENTROPY)
+    return [
+        f"{dump.path}: {n} of {len(dump.row)} rows are of tokens of which the model was certain (1 − π below "
+        f"{CERTAIN_TAIL_MASS:g}), whose gradients an earlier version lost to rounding; probe its rollouts again"
+    ] if n else []
 
 
 def _meta_faults(record: dict[str, Any], kinds: Mapping[str, Kind], n_rows: int, bins: int) -> Iterator[str]:

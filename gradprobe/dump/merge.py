@@ -332,7 +332,8 @@ def merged_manifest(shards: list[Dump], spaces: list[int | None], edges: dict[st
         **merged_prompts(manifests, spaces),
         **edges,
         **merged_faulty_rows(shards),
-        "format_version": contract.FORMAT_VERSION,
+        # What one shard's gradients lack the merged dump's lack too.
+        "format_version": min(manifest.get("format_version", 1) for manifest in manifests),
         "shards": [shard.path.name for shard in shards],
         "shard_seeds": [manifest.get("seed") for manifest in manifests],
         "shard_seconds": [manifest.get("seconds") for manifest in manifests],

@@ -165,3 +165,19 @@ def test_nan_never_reaches_a_json_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "out.json", {"x": float("nan")})
     assert not (tmp_path / "out.json").exists()
+
+
+def test_rows_that_an_earlier_version_lost_to_rounding_are_said(dump_dir):
+    """Of a token with 1 − π of 1e-8; its tail mass tells it, or where none is known its entropy."""
+    for key, value in (("tail_mass", 1e-8), ("entropy", 2e-7)):
+        records = [{**json.loads(line), "tail_mass": 0.1} for line in (dump_dir / "meta.jsonl").open()]
+        place = next(i for i, r in enumerate(records) if r["bin"] == 0)
+        records[place][key] = value
+        if key == "entropy":
+            records = [{k: v for k, v in record.items() if k != "tail_mass"} for record in records]
+        (dump_dir / "meta.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        warning = load_dump(dump_dir).warnings[-1]
+        assert f"1 of {len(records)} rows are of tokens of which the model was certain" in warning
+    manifest = json.loads((dump_dir / "manifest.json").read_text())
+    (dump_dir / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    assert not any("certain" in warning for warning in load_dump(dump_dir).warnings)

@@ -211,3 +211,15 @@ def test_targets_from_words():
 def test_targets_the_model_does_not_have(layer, suffix, row, complaint):
     with pytest.raises(InputError, match=complaint):
         expand_targets(tiny_model(0), layer, suffix, row, seed=0)
+
+
+def test_a_row_that_underflows_is_zero_and_no_noise():
+    """So it counts among the manifest's zero rows, which analyses leave out."""
+    model = tiny_model(1)
+    sharp = model.model.norm.register_forward_hook(lambda module, args, output: 1000 * output)
+    prompt, word = [5, 6], int(model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].argmax())
+    (row,) = engine_rows(model, TARGETS[:1], [prompt], [[word]], [np.array([0])], 100).values()
+    assert not row.any()
+    sharp.remove()
+    (row,) = engine_rows(model, TARGETS[:1], [prompt], [[word]], [np.array([0])], 100).values()
+    assert row.any()
