@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from ..common.errors import InputError, first_of, raise_if_any, reason_of
 from ..common.files import read_json, refuse_other_kinds
 from .batches import is_out_of_memory
+from .decoder import decoder_of
 from .placement import Placement, input_device
 from .soundness import faults_of_config, faults_of_files, faults_of_size, faults_of_weights, weights_left_out
 
@@ -153,6 +154,7 @@ def load_checkpoint(
 
 def _try_out(source: CheckpointSource, model: nn.Module) -> None:
     """Raise `InputError` where the model can't be run: what a config says may load, and yet not fit together."""
+    decoder_of(model)
     ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
     with faults_as_input(f"`model_path` {source.path}: can't be run", READING_ERRORS), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
@@ -184,12 +186,13 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
     """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost.
 
     Raises:
-        InputError: there is no such checkpoint, or no causal language model in it.
+        InputError: there is no such checkpoint, or no causal language model in it, or not one that can be served.
     """
     _refuse_unsound(source)
     with _blaming(source, READING_ERRORS), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.path, **source.options)
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    decoder_of(skeleton)  # refuses what we can't serve
     directory = Path(source.path)
     if directory.is_dir():
         raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults_of_size(directory, skeleton))
