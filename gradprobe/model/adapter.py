@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ..common.errors import InputError, first_of, raise_if_any
-from .source import BASE, READING_ERRORS, WEIGHTS_ERRORS, faults_as_input, unreadable_files
+from .source import BASE, READING_ERRORS, WEIGHTS_ERRORS, checkpoints_inside, faults_as_input, unreadable_files
 
 log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +32,9 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     directory = Path(adapter)
     is_local = directory.exists()
     if is_local and not (directory / WEIGHTS).is_file():
-        raise InputError(f"`adapter` {adapter}: no {WEIGHTS} in it; other formats are not read")
+        inside = checkpoints_inside(directory)
+        what_to_do = f"name one of those inside: {first_of(inside)}" if inside else "other formats are not read"
+        raise InputError(f"`adapter` {adapter}: no {WEIGHTS} in it; {what_to_do}")
     fault = f"`adapter` {adapter}: can't be merged"
     raise_if_any(unreadable_files(directory, "adapter") if is_local else ())
     with faults_as_input(fault, READING_ERRORS):

@@ -101,6 +101,8 @@ def load_checkpoint(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     tokenizer = load_tokenizer(source)
+    if source.tokenizer_place[0] == "adapter":
+        log.info(f"`adapter` {source.adapter}: its own tokenizer is taken, with its end token and chat template")
     options = _where_weights_go(source, device, placement) | source.options
     with blaming(source, WEIGHTS_ERRORS), _without_load_report():
         model, found = AutoModelForCausalLM.from_pretrained(

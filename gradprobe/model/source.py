@@ -79,7 +79,7 @@ class CheckpointSource:
         return "model_path", self.path
 
 
-def has_tokenizer(path: str, parameter: str) -> bool:
+def has_tokenizer(path: str, parameter: str, revision: str | None = None) -> bool:
     """Whether a directory, or a name on the Hub, brings a tokenizer.
 
     Raises:
@@ -89,7 +89,7 @@ def has_tokenizer(path: str, parameter: str) -> bool:
         return any((Path(path) / name).is_file() for name in OF_A_TOKENIZER)
     with faults_as_input(f"`{parameter}` {path}: no such directory, and as a name on the Hub", WEIGHTS_ERRORS):
         try:
-            hf_hub_download(path, TOKENIZER_CONFIG)
+            hf_hub_download(path, TOKENIZER_CONFIG, revision=revision)
         except LocalEntryNotFoundError:  # out of reach, which tells nothing
             raise
         except EntryNotFoundError:
@@ -154,11 +154,11 @@ def _other_than_a_checkpoint(directory: Path, path: str) -> Iterator[str]:
     if (directory / ADAPTER_CONFIG).is_file() and not has_whole_weights(directory):
         base = read_json(directory / ADAPTER_CONFIG).get(BASE) or "which it does not name"
         yield f"`model_path` {path}: is an adapter; give it as `adapter`, and as `model_path` its base, {base}"
-    elif not (directory / CONFIG).is_file() and (inside := _checkpoints_inside(directory)):
+    elif not (directory / CONFIG).is_file() and (inside := checkpoints_inside(directory)):
         yield f"`model_path` {path}: no config.json in it; name one of the checkpoints inside: {first_of(inside)}"
 
 
-def _checkpoints_inside(directory: Path) -> list[str]:
+def checkpoints_inside(directory: Path) -> list[str]:
     """Names of folders with a checkpoint or an adapter, `checkpoint-20` before `checkpoint-100`."""
     found = [file.parent.name for name in (CONFIG, ADAPTER_CONFIG) for file in directory.glob(f"*/{name}")]
     return sorted(set(found), key=lambda name: (len(name), name))

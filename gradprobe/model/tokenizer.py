@@ -1,6 +1,5 @@
 """The tokenizer of a checkpoint: its own, the one that its adapter was trained with, or one that is named."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from .source import (
     unreadable_files,
 )
 
-log = logging.getLogger(__name__)
 SHOWN_TOKENS = 5
 
 
 def load_tokenizer(source: CheckpointSource) -> Any:
-    """The tokenizer that goes with a checkpoint; where it is not the checkpoint's own, that is said.
+    """The tokenizer that goes with a checkpoint: named, or its adapter's own, or its own.
 
     Raises:
         InputError: there is none, or it has no vocabulary, or its ids mean something else than the checkpoint's.
@@ -34,8 +32,6 @@ def load_tokenizer(source: CheckpointSource) -> Any:
         return _own(source)
     tokenizer = _read(source, parameter, path)
     _refuse_other_ids(source, tokenizer, f"`{parameter}` {path}: its tokenizer")
-    if parameter == "adapter":
-        log.info(f"`adapter` {path}: its own tokenizer is taken, with its end token and chat template")
     return tokenizer
 
 
@@ -71,7 +67,7 @@ def _refuse_other_ids(source: CheckpointSource, tokenizer: Any, whose: str) -> N
     Added tokens may be more or fewer, as trainers name spare ids; no token may have another id.
     """
     ids, own, own_ids = tokenizer.get_vocab(), None, {}
-    if not Path(source.path).exists() or has_tokenizer(source.path, "model_path"):
+    if has_tokenizer(source.path, "model_path", source.revision):
         own = _own(source)
         own_ids = own.get_vocab()
     with blaming(source, READING_ERRORS):

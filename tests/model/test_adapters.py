@@ -12,6 +12,7 @@ import torch
 import transformers.integrations.peft
 import transformers.models.auto.auto_factory
 from faults.test_bad_input import edit_json
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import IM_END, VOCAB_SIZE, tiny_checkpoint, tiny_model
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
@@ -159,6 +160,23 @@ def test_the_tokenizer_that_an_adapter_brings_is_taken_and_said(checkpoint_dir, 
     named = CheckpointSource(str(checkpoint_dir), adapter=str(adapter), tokenizer=str(checkpoint_dir))
     assert load_tokenizer(named).chat_template is None
     assert checkpoint_identity(named, model) == identity_before
+
+
+def test_an_adapter_on_the_hub_brings_its_tokenizer_too(monkeypatch):
+    source, asked = CheckpointSource("org/base", adapter="org/adapter"), []
+    answers = [None, EntryNotFoundError("none there"), LocalEntryNotFoundError("no network")]
+
+    def download(*asked_for: str, revision: str | None) -> None:
+        asked.append(asked_for)
+        if error := answers[len(asked) - 1]:
+            raise error
+
+    monkeypatch.setattr("gradprobe.model.source.hf_hub_download", download)
+    assert source.tokenizer_place == ("adapter", "org/adapter")
+    assert source.tokenizer_place == ("model_path", "org/base")
+    with pytest.raises(InputError, match="`adapter` org/adapter: no such directory, and .* the Hub: no network"):
+        _ = source.tokenizer_place
+    assert asked == [("org/adapter", "tokenizer_config.json")] * 3
 
 
 @pytest.mark.parametrize("parameter", ["adapter", "tokenizer"])

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gradprobe.common.errors import InputError
-from gradprobe.model.checkpoint import CheckpointSource, load_skeleton
+from gradprobe.model.checkpoint import CheckpointSource, load_checkpoint, load_skeleton
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -38,11 +40,13 @@ def test_a_folder_of_checkpoints_says_which_lie_inside(adapter, checkpoint_dir, 
     shutil.copytree(checkpoint_dir, tmp_path / "run" / "checkpoint-20")
     shutil.copytree(adapter, tmp_path / "run" / "checkpoint-9")
     (tmp_path / "run" / "logs").mkdir()
-    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    (tmp_path / "run" / "trainer_state.json").write_text("{}")
     with pytest.raises(InputError) as caught:
         load_skeleton(CheckpointSource(str(tmp_path / "run")))
     inside = "name one of the checkpoints inside: checkpoint-9, checkpoint-20, checkpoint-100"
     assert str(caught.value) == f"`model_path` {tmp_path / 'run'}: no config.json in it; {inside}"
+    with pytest.raises(InputError, match=r"`adapter` .*: no adapter_model.safetensors in it; .* inside: checkpoint-9,"):
+        load_checkpoint(CheckpointSource(str(checkpoint_dir), adapter=str(tmp_path / "run")), CPU, torch.float32)
 
 
 def in_front(prefix: str) -> Callable[[str], str]:
