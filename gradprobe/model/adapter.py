@@ -42,17 +42,17 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     its_base = getattr(config, BASE)
     if its_base and not _are_alike(its_base, base):
         log.warning(f"`adapter` {adapter}: was trained on {its_base}, and is merged into {base}; is that the same?")
-    # RuntimeError where shapes are others; and peft asks transformers by a name that the latter is giving up.
-    with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)), warnings.catch_warnings():
+    # RuntimeError where shapes are others. What peft warns of is refused below, or a name that transformers gives up.
+    kinds, options = (*WEIGHTS_ERRORS, RuntimeError), {"use_safetensors": True, "local_files_only": is_local}
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(
-            model, adapter, config=config, use_safetensors=True, local_files_only=is_local
-        )
-        is_change = hasattr(adapted, "merge_and_unload")
-        # Once more, for what it says: weights that found no place are passed over above.
-        found = adapted.load_adapter(adapter, "default", use_safetensors=True, local_files_only=is_local)
-    if not is_change:
-        raise InputError(f"{fault}: is of type {config.peft_type.value}, which is no change of weights")
+        with faults_as_input(fault, kinds):
+            adapted = PeftModel.from_pretrained(model, adapter, config=config, **options)
+        if not hasattr(adapted, "merge_and_unload"):
+            raise InputError(f"{fault}: is of type {config.peft_type.value}, which is no change of weights")
+        with faults_as_input(fault, kinds):
+            # Once more, for what it says: weights that found no place are passed over above.
+            found = adapted.load_adapter(adapter, "default", **options)
     if found.unexpected_keys:
         names = first_of(found.unexpected_keys, SHOWN_WEIGHTS)
         raise InputError(f"{fault}: has weights of which the model has no part: {names}")
@@ -60,7 +60,7 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
         names = first_of(found.missing_keys, SHOWN_WEIGHTS)
         raise InputError(f"{fault}: lacks weights for parts of the model: {names}")
     _untie(adapted.get_base_model())
-    with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)):
+    with faults_as_input(fault, kinds):
         return adapted.merge_and_unload()
 
 
