@@ -69,8 +69,10 @@ def _untie(model: nn.Module) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
     embedding, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
-    if embedding.weight is head.weight and any(isinstance(end, BaseTunerLayer) for end in ends):
+    if head is not None and embedding.weight is head.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = False
 

@@ -15,7 +15,14 @@ from faults.test_bad_input import edit_json
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import AdaptionPromptConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import IM_END, TINY, VOCAB_SIZE, tiny_checkpoint, tiny_model
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+)
 
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import CheckpointSource, load_checkpoint, load_tokenizer
