@@ -54,6 +54,12 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     add(
         "--adapter", metavar="A", help="PEFT adapter (LoRA), merged into the weights: a directory, or a name on the Hub"
     )
+    add(
+        "--tokenizer",
+        metavar="T",
+        help="tokenizer with the same ids as the checkpoint's: a directory, or a name on the Hub (default: the "
+        "adapter's own, if it brings one, else the checkpoint's)",
+    )
     add("--trust-remote-code", action="store_true", help="let code that comes with the checkpoint run (default: never)")
     add("--output-dir", required=True, type=Path, metavar="D", help="directory of the new dump")
     add(
@@ -100,6 +106,12 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
     )
     add("--chat-template", action="store_true", help="put the problem into the tokenizer's own chat template")
     add("--system-prompt", metavar="TEXT", help="system message of the chat template (default: the template's own)")
+    add(
+        "--continue-final-message",
+        action="store_true",
+        help="go on with the assistant's message that a problem's messages end in, a prefilled one; without it such a "
+        "data set is refused: sets for supervised training hold the solution there",
+    )
     add = parser.add_argument_group("sampling (not with --rollouts)").add_argument
     add("--num-prompts", type=int, metavar="N", help="prompts of the whole study, over all shards (default: 64)")
     add("--num-samples", type=int, metavar="N", help="rollouts per prompt (default: 8)")

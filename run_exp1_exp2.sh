@@ -135,7 +135,7 @@ pooling_command() { # tag -> the array `command`: Exp 3's probe, but not of what
 }
 
 keep_probe_args() { # -> kept_args: those of probe_args that say which model, which weights and how to compute
-    local with_value="--revision --adapter --device-map --max-memory --offload-dir --attention --batch-tokens"
+    local with_value="--revision --adapter --tokenizer --device-map --max-memory --offload-dir --attention --batch-tokens"
     local alone="--trust-remote-code --overwrite --quiet --verbose -q -v" word is_value_kept=0
     with_value+=" --seed --device --dtype --min-mixed-prompts" # which win over SEED, DEVICE and so on
     if [[ -z "$EXP3_LAYER" ]]; then with_value+=" --layer"; fi

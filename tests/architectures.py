@@ -43,6 +43,16 @@ FAMILIES = {
     ),
     "olmo2": ("Olmo2", {}, ["mlp.down_proj.weight", "self_attn.q_proj.weight"]),
     "phi3_fused": ("Phi3", {}, ["mlp.gate_up_proj.weight", "self_attn.qkv_proj.weight", "mlp.down_proj.weight"]),
+    "opt": (
+        "OPT",
+        {"ffn_dim": 24, "word_embed_proj_dim": 16},
+        ["self_attn.q_proj.weight", "self_attn.out_proj.weight"],
+    ),
+    "llama4_text": (
+        "Llama4Text:Llama4ForCausalLM",
+        {"head_dim": 8, "intermediate_size_mlp": 24, "moe_layers": []},
+        ["feed_forward.down_proj.weight", "self_attn.q_proj.weight"],
+    ),
     "gpt_neox": ("GPTNeoX", {}, ["mlp.dense_4h_to_h.weight", "attention.query_key_value.weight"]),
     "gpt2_conv1d": ("GPT2:GPT2LMHeadModel", {"n_inner": 24}, ["mlp.c_proj.weight", "attn.c_attn.weight"]),
     "falcon": (

@@ -151,6 +151,7 @@ def _excess(found: Mapping[str, Any] | None) -> str:
 SETTINGS = (
     "model_path",
     "adapter_path",
+    "tokenizer_path",
     "target",
     "row_idx",
     "num_prompts",
@@ -276,7 +277,7 @@ def left_out_table(exp2: Mapping[str, Any], manifests: Mapping[str, Any]) -> Tab
 
 
 def _setting_named(key: str, value: Any) -> str:
-    return model_name(value) if key in ("model_path", "adapter_path") else _setting(value)
+    return model_name(value) if key.endswith("_path") else _setting(value)
 
 
 def _setting(value: Any) -> str:

@@ -1,40 +1,38 @@
 """A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
 
-import errno
 import logging
-import re
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, first_of, raise_if_any, reason_of
-from ..common.files import read_json, refuse_other_kinds
-from .batches import is_out_of_memory
+from ..common.errors import InputError, first_of, raise_if_any
+from .adapter import with_adapter
+from .decoder import decoder_of
 from .placement import Placement, input_device
-from .soundness import faults_of_config, faults_of_files, faults_of_size, faults_of_weights, weights_left_out
+from .soundness import faults_of_names, faults_of_size, faults_of_weights, weights_left_out
+from .source import (
+    ADAPTER_CONFIG,
+    READING_ERRORS,
+    WEIGHTS_ERRORS,
+    CheckpointSource,
+    blaming,
+    faults_as_input,
+    refuse_unsound,
+)
+from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
-WEIGHTS_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
-"""What loaders raise on weights that are torn or missing, and on libraries that a checkpoint or an attention needs."""
-READING_ERRORS = (
-    *WEIGHTS_ERRORS,
-    *(StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
-)
-"""What transformers raises besides on a tokenizer's or a configuration's JSON that says something impossible."""
-HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-READ_OF_A_CHECKPOINT = (".json", ".safetensors", ".jinja", ".model", ".txt")
+NO_ADAPTERS = {"adapter_kwargs": {"subfolder": "no adapter is looked for"}}
+"""With peft, transformers puts an adapter whose files lie beside whole weights on top of them: it looks elsewhere."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -77,30 +75,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-@dataclass(frozen=True)
-class CheckpointSource:
-    """Which checkpoint: `model_path` and what goes with it.
-
-    Attributes:
-        path: a local directory, or a name on the Hub.
-        revision: branch, tag or commit of a name on the Hub; None for its default branch.
-        adapter: a PEFT adapter (LoRA) merged into the weights: a local directory, or a name on the Hub.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-    """
-
-    path: str
-    revision: str | None = None
-    adapter: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What every loader of transformers is told."""
-        is_local = Path(self.path).exists()
-        options = {"local_files_only": is_local, "trust_remote_code": self.trust_remote_code}
-        return options if self.revision is None else options | {"revision": self.revision}
-
-
 def load_checkpoint(
     source: CheckpointSource | str,
     device: torch.device,
@@ -127,8 +101,10 @@ def load_checkpoint(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     tokenizer = load_tokenizer(source)
+    if source.tokenizer_place[0] == "adapter":
+        log.info(f"`adapter` {source.adapter}: its own tokenizer is taken, with its end token and chat template")
     options = _where_weights_go(source, device, placement) | source.options
-    with _blaming(source, WEIGHTS_ERRORS), _without_load_report():
+    with blaming(source, WEIGHTS_ERRORS), _without_load_report():
         model, found = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype if source.adapter is None else torch.float32,
@@ -136,13 +112,17 @@ def load_checkpoint(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            **NO_ADAPTERS,
             **options,
         )
     raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults_of_weights(model, found))
     if left_out := weights_left_out(model, found):
         log.warning(f"`model_path` {source.path}: weights of no part of the model are left out: {first_of(left_out)}")
+    if (Path(source.path) / ADAPTER_CONFIG).is_file():
+        what = "holds whole weights and an adapter beside them, which is left out"
+        log.warning(f"`model_path` {source.path}: {what}; where it is no part of them yet, name it by `adapter`")
     if source.adapter is not None:
-        model = _with_adapter(model, source.adapter).to(dtype)
+        model = with_adapter(model, source.adapter, source.path).to(dtype)
     if placement is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
@@ -153,6 +133,7 @@ def load_checkpoint(
 
 def _try_out(source: CheckpointSource, model: nn.Module) -> None:
     """Raise `InputError` where the model can't be run: what a config says may load, and yet not fit together."""
+    decoder_of(model)
     ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
     with faults_as_input(f"`model_path` {source.path}: can't be run", READING_ERRORS), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
@@ -166,33 +147,21 @@ def _where_weights_go(source: CheckpointSource, device: torch.device, placement:
     return {"device_map": {"": device}} if is_direct else {}
 
 
-def load_tokenizer(source: CheckpointSource) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        InputError: there is none, or it has no vocabulary.
-    """
-    _refuse_unsound(source)
-    with _blaming(source, READING_ERRORS):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.options)
-    if len(tokenizer) <= len(tokenizer.added_tokens_encoder):
-        raise InputError(f"`model_path` {source.path}: its tokenizer has no vocabulary (tokenizer.json is missing?)")
-    return tokenizer
-
-
 def load_skeleton(source: CheckpointSource) -> nn.Module:
     """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost.
 
     Raises:
-        InputError: there is no such checkpoint, or no causal language model in it.
+        InputError: there is no such checkpoint, or no causal language model in it, or not one that can be served.
     """
-    _refuse_unsound(source)
-    with _blaming(source, READING_ERRORS), torch.device("meta"):
+    refuse_unsound(source)
+    with blaming(source, READING_ERRORS), torch.device("meta"):
         config = AutoConfig.from_pretrained(source.path, **source.options)
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    decoder_of(skeleton)  # refuses what we can't serve
     directory = Path(source.path)
     if directory.is_dir():
-        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults_of_size(directory, skeleton))
+        faults = (*faults_of_size(directory, skeleton), *faults_of_names(directory, skeleton))
+        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults)
     with suppress(OSError):  # many checkpoints have none
         skeleton.generation_config = GenerationConfig.from_pretrained(
             source.path, **{key: value for key, value in source.options.items() if key != "trust_remote_code"}
@@ -200,39 +169,11 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
     return skeleton
 
 
-def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    """The model with a PEFT adapter's change of its weights added to them."""
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise InputError(f"`adapter` {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
-    directory = Path(adapter)
-    is_local = directory.exists()
-    if is_local and not (directory / "adapter_model.safetensors").is_file():
-        raise InputError(f"`adapter` {adapter}: no adapter_model.safetensors in it; other formats are not read")
-    fault = f"`adapter` {adapter}: can't be merged"
-    raise_if_any(_unreadable_files(directory, "adapter") if is_local else ())
-    with faults_as_input(fault, READING_ERRORS):
-        config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
-    # RuntimeError where shapes are others; and peft asks transformers by a name that the latter is giving up.
-    with faults_as_input(fault, (*WEIGHTS_ERRORS, RuntimeError)), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted = PeftModel.from_pretrained(
-            model, adapter, config=config, use_safetensors=True, local_files_only=is_local
-        )
-        return adapted.merge_and_unload()
-
-
 def resolve_attention(name: str, model: nn.Module) -> str:
     """`auto` is `sdpa` where the architecture has it, else (Gemma 2) `eager`."""
     if name == "auto":
         return "sdpa" if type(model)._supports_sdpa else "eager"
     return name
-
-
-def _blaming(source: CheckpointSource, kinds: tuple[type[Exception], ...]) -> AbstractContextManager[None]:
-    where = source.path if Path(source.path).exists() else f"{source.path}: no such directory, and as a name on the Hub"
-    return faults_as_input(f"`model_path` {where}: can't be loaded", kinds)
 
 
 @contextmanager
@@ -247,62 +188,6 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-@contextmanager
-def faults_as_input(what: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Exceptions of `kinds` that another library raises here are the input's fault; memory that runs out is not.
-
-    Nothing of ours is to be called inside: its bugs would pass for bad input.
-    """
-    try:
-        yield
-    except kinds as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
-            raise
-        raise InputError(f"{what}: {reason_of(error)}") from error
-
-
-def _refuse_unsound(source: CheckpointSource) -> None:
-    """Raise `InputError` where a look at files and config tells that it is no checkpoint of ours."""
-    _refuse_incomplete(source)
-    with _blaming(source, READING_ERRORS):
-        config, _ = PreTrainedConfig.get_config_dict(source.path, **source.options)
-    raise_if_any(f"`model_path` {source.path}: can't be loaded: config.json: {f}" for f in faults_of_config(config))
-
-
-def _refuse_incomplete(source: CheckpointSource) -> None:
-    """Raise `InputError` where a look at the directory tells that it is no checkpoint of ours."""
-    path = source.path
-    directory = Path(path)
-    if not directory.exists():
-        if not HUB_NAME.fullmatch(path):
-            raise InputError(f"`model_path` {path}: no such directory")
-        return
-    if source.revision is not None:
-        raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {path} is a directory")
-    if not directory.is_dir():
-        raise InputError(f"`model_path` {path}: is a file; a checkpoint is a directory")
-    faults = list(_unreadable_files(directory, "model_path"))
-    if not (directory / "config.json").is_file():
-        faults.append(f"`model_path` {path}: no config.json in it")
-    if not any(directory.glob("*.safetensors")):
-        faults.append(f"`model_path` {path}: no *.safetensors in it; other formats, which can hold code, are not read")
-    raise_if_any(faults)
-    raise_if_any(f"`model_path` {path}: {fault}" for fault in faults_of_files(directory))
-    generation_config = directory / "generation_config.json"
-    if generation_config.is_file():
-        read_json(generation_config)  # transformers passes over a broken one, and so over end-of-sequence ids
-
-
-def _unreadable_files(directory: Path, parameter: str) -> Iterator[str]:
-    """What is no file among a checkpoint's: the libraries that read it would wait for it, or look away."""
-    for file in sorted(directory.iterdir()):
-        if file.suffix in READ_OF_A_CHECKPOINT:
-            try:
-                refuse_other_kinds(file)
-            except OSError as error:
-                yield f"`{parameter}` {file}: {error.strerror}"
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

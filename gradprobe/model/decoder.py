@@ -1,11 +1,13 @@
 """A model's layers and linear weights, and its two halves: decoder and head."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
@@ -47,6 +49,25 @@ def n_inputs(linear: nn.Module) -> int:
     return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module whose hidden states the model hands to its head.
+
+    That is its base model; but OPT and the decoders of Bart and its kin go past theirs, which is a shell, and Llama 4
+    gives its text model the prefix of the model around it.
+
+    Raises:
+        InputError: it is a decoder of Bart's kind, which counts positions by itself: from the padding on.
+    """
+    base = model.base_model
+    base = model.model if base is model and hasattr(model, "model") else base
+    inner = getattr(base, "decoder", None)
+    if not isinstance(inner, PreTrainedModel):
+        return base
+    if "position_ids" not in inspect.signature(type(inner).forward).parameters:
+        raise InputError(f"{type(model).__name__}: {type(inner).__name__} takes no position ids, as padding needs them")
+    return inner
+
+
 def decoder_hidden(model: nn.Module, input_ids: torch.Tensor, **behind: Any) -> torch.Tensor:
     """The decoder's last hidden states, final norm included.
 
@@ -59,7 +80,7 @@ def decoder_hidden(model: nn.Module, input_ids: torch.Tensor, **behind: Any) -> 
     Returns:
         [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
     """
-    output = model.base_model(input_ids=input_ids, use_cache="past_key_values" in behind, **behind)
+    output = decoder_of(model)(input_ids=input_ids, use_cache="past_key_values" in behind, **behind)
     return output.last_hidden_state.to(input_ids.device)
 
 
@@ -95,7 +116,7 @@ class _DecoderOutput(BaseModelOutputWithPast):
 
 @contextmanager
 def _decoder_returning(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    attributes = vars(model.base_model)
+    attributes = vars(decoder_of(model))
     of_its_own = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate puts one there
     attributes["forward"] = lambda *args, **kwargs: _DecoderOutput(last_hidden_state=hidden)
     try:

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..common.errors import InputError
 from ..common.files import sha256_of
-from .checkpoint import CheckpointSource
+from .adapter import WEIGHTS as ADAPTER_WEIGHTS
+from .source import CheckpointSource
 
 WEIGHTS = ("config.json", "*.safetensors")
 ADAPTER = ("adapter_config.json", "*.safetensors")
@@ -26,18 +27,21 @@ def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str,
     """What a checkpoint is: hashes of a local one's files, the commit of one from the Hub.
 
     `weights_sha256` is over the configuration and the weights, `tokenizer_sha256` over the tokenizer's files and chat
-    templates, `code_sha256` over code that may run; with an adapter `adapter`, its hash, or its name on the Hub.
+    templates, wherever they are read from (`tokenizer` is one's name on the Hub, where it is not the checkpoint's),
+    `code_sha256` over code that may run; with an adapter `adapter`, its hash, or its name on the Hub.
     """
     directory = Path(source.path)
     if directory.is_dir():
-        identity = {
-            "weights_sha256": sha256_of(*_matching(directory, WEIGHTS)),
-            "tokenizer_sha256": _sha256_by_name(directory, TOKENIZER),
-        }
-        if source.trust_remote_code and _matching(directory, CODE):
-            identity["code_sha256"] = _sha256_by_name(directory, CODE)
+        identity = {"weights_sha256": sha256_of(*_whole_weights(directory))}
     else:
         identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
+    parameter, tokenizer = source.tokenizer_place
+    if Path(tokenizer).is_dir():
+        identity["tokenizer_sha256"] = _sha256_by_name(Path(tokenizer), TOKENIZER)
+    elif parameter != "model_path":
+        identity["tokenizer"] = tokenizer
+    if directory.is_dir() and source.trust_remote_code and _matching(directory, CODE):
+        identity["code_sha256"] = _sha256_by_name(directory, CODE)
     if source.adapter is None:
         return identity
     adapter = Path(source.adapter)
@@ -47,10 +51,13 @@ def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str,
 
 def file_states(source: CheckpointSource) -> FileStates:
     """Name, size, inode and times of every local file that an identity is made of: cheap, and other after a write."""
-    places = [(Path(source.path), (*WEIGHTS, *TOKENIZER, *CODE, "generation_config.json"))]
-    if source.adapter is not None:
-        places.append((Path(source.adapter), ADAPTER))
-    files = (file for directory, patterns in places if directory.is_dir() for file in _matching(directory, patterns))
+    places = [
+        (source.path, (*WEIGHTS, *CODE, "generation_config.json")),
+        (source.adapter, ADAPTER),
+        (source.tokenizer_place[1], TOKENIZER),
+    ]
+    found = (_matching(Path(path), patterns) for path, patterns in places if path is not None and Path(path).is_dir())
+    files = dict.fromkeys(file for of_place in found for file in of_place)
     return [(str(f), s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for f in files for s in (f.stat(),)]
 
 
@@ -78,6 +85,11 @@ def hardware_of(device: torch.device) -> str:
 def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Files, each once, in the order of the patterns and of their names."""
     return list(dict.fromkeys(f for pattern in patterns for f in sorted(directory.glob(pattern)) if f.is_file()))
+
+
+def _whole_weights(directory: Path) -> list[Path]:
+    """Without those of an adapter that lies beside them, which are left out."""
+    return [file for file in _matching(directory, WEIGHTS) if file.name != ADAPTER_WEIGHTS]
 
 
 def _sha256_by_name(directory: Path, patterns: tuple[str, ...]) -> str:

@@ -20,6 +20,18 @@ from ..common.files import read_json
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN_WEIGHTS = 3
 MOST_LAYERS, MOST_EXPERTS, MOST_LABELS, MOST_WIDTH = 1000, 1 << 14, 1 << 20, 1 << 31
+AT_ANY_DEPTH = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+OUTERMOST = {
+    "module": "DistributedDataParallel or DeepSpeed",
+    "policy": "a trainer that keeps others beside its policy",
+    "pretrained_model": "TRL's model with a value head",
+    "base_model": "PEFT",
+}
+"""What trainers wrap a model in, by the name that it leaves in those of the weights."""
 MOST_WEIGHTS_PER_BYTE = 8
 """Of what a config describes, for each byte of the files: one bit a weight is the least that anybody stores."""
 INTEGERS = re.compile("[IU][0-9]+|BOOL")
@@ -66,6 +78,11 @@ def faults_of_config(config: Any) -> Iterator[str]:
     for name, inner in config.items():
         if name.endswith("_config") and isinstance(inner, dict):
             yield from (f"{name}: {fault}" for fault in faults_of_config(inner))
+
+
+def has_whole_weights(directory: Path) -> bool:
+    """Whether a directory has the files that a model's weights are loaded from."""
+    return (directory / WEIGHTS).exists() or (directory / INDEX).exists()
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -115,6 +132,27 @@ def faults_of_size(directory: Path, skeleton: nn.Module) -> Iterator[str]:
     n_bytes = sum(file.stat().st_size for file in files)
     if files and n_described > MOST_WEIGHTS_PER_BYTE * n_bytes:
         yield f"its config (hidden_size, ...) describes {n_described} weights, its files have {n_bytes} bytes"
+
+
+def faults_of_names(directory: Path, skeleton: nn.Module) -> Iterator[str]:
+    """Weights that were saved together with something around the model, whose name stands in all of theirs."""
+    of_the_model = {name for name, _ in skeleton.named_children()}
+    found: dict[str, str] = {}
+    for file in weight_files(directory):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 it is no mapping
+                parts = name.split(".")
+                around = [part for part in parts if part in AT_ANY_DEPTH]
+                if parts[0] in OUTERMOST and parts[0] not in of_the_model:
+                    around.append(parts[0])
+                for part in around:
+                    found.setdefault(part, name)
+    if found:
+        whose = " and ".join(f"'{part}.' of {(AT_ANY_DEPTH | OUTERMOST)[part]}" for part in found)
+        yield (
+            f"its weights were saved inside a wrapper, with {whose} in their names ({next(iter(found.values()))}); "
+            "save the model that is inside, or take that out of the names"
+        )
 
 
 def faults_of_weights(model: nn.Module, found: Mapping[str, Any]) -> Iterator[str]:

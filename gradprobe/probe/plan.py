@@ -294,7 +294,14 @@ def read_problems(settings: ProbeSettings, tokenizer: Any) -> ProblemSet:
     answer_key = settings.answer_key or (ENTRY if settings.verifier == GYM_VERIFIER else None)
     problem_set = load_problems(settings.dataset, settings.problem_key, answer_key, settings.id_key)
     template = None if settings.prompt_template is None else read_template(settings.prompt_template)
-    problem_set = render_prompts(problem_set, template, settings.chat_template, settings.system_prompt, tokenizer)
+    problem_set = render_prompts(
+        problem_set,
+        template,
+        settings.chat_template,
+        settings.system_prompt,
+        tokenizer,
+        settings.continue_final_message,
+    )
     log.info(problem_set.summary)
     for note in problem_set.notes:
         log.info(f"note: {note}")

@@ -332,6 +332,7 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
     return {
         "model_path": settings.model_path,
         **({"adapter_path": settings.adapter} if settings.adapter else {}),
+        **({} if (place := settings.checkpoint.tokenizer_place)[0] == "model_path" else {"tokenizer_path": place[1]}),
         "num_prompts": len(prompt_idxs),
         "num_rollouts": len(rollouts),
         **plan.description,

@@ -42,6 +42,7 @@ class ProbeSettings:
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
+    tokenizer: str | None = None
     dataset: str | None = None
     problem_key: str | None = None
     answer_key: str | None = None
@@ -49,6 +50,7 @@ class ProbeSettings:
     prompt_template: str | None = None
     chat_template: bool = False
     system_prompt: str | None = None
+    continue_final_message: bool = False
     num_prompts: int | None = None
     num_samples: int | None = None
     max_new_tokens: int | None = None
@@ -98,7 +100,7 @@ class ProbeSettings:
     @property
     def checkpoint(self) -> CheckpointSource:
         """Which checkpoint is probed."""
-        return CheckpointSource(self.model_path, self.revision, self.adapter, self.trust_remote_code)
+        return CheckpointSource(self.model_path, self.revision, self.adapter, self.trust_remote_code, self.tokenizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by its name, paths as text."""
@@ -156,6 +158,8 @@ class ProbeSettings:
                 faults.append(f"`{name}` {value}: must be above 0")
         if self.system_prompt is not None and not self.chat_template:
             faults.append("`system_prompt`: only a chat template has a place for it; add `chat_template`")
+        if self.continue_final_message and not self.chat_template:
+            faults.append("`continue_final_message`: says something of `chat_template` only")
         return faults
 
     def _faults_of_placement(self) -> list[str]:

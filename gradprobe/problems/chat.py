@@ -47,10 +47,13 @@ class ChatTemplate:
         if SURROGATE.search(self.text):
             raise InputError("`chat_template`: the tokenizer's holds half a surrogate pair, which is no character")
         tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
-        self._given = {"chat_template": self.text, "add_generation_prompt": True, **tokens}
+        self._given = {"chat_template": self.text, **tokens}
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], is_begun: bool = False) -> str:
         """The prompt that ends where the model's answer begins, as `apply_chat_template` makes it.
+
+        Args:
+            is_begun: the last message is the beginning of the answer, which is to go on.
 
         Raises:
             ChatRefusal: the template raises on these messages, or makes nothing, or no text, of them.
@@ -60,7 +63,9 @@ class ChatTemplate:
         answer = child.greeting
         if "error" not in answer:
             try:
-                answer = child.ask(self._given | {"conversations": [list(map(dict, messages))]}, SECONDS_PER_PROMPT)
+                where = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
+                conversations = {"conversations": [list(map(dict, messages))]}
+                answer = child.ask(self._given | where | conversations, SECONDS_PER_PROMPT)
             except (TypeError, ValueError, RecursionError) as error:
                 raise ChatRefusal(f"the messages make no JSON: {one_line(str(error))}") from error
         if "error" in answer:

@@ -13,6 +13,7 @@ from .data_set import Problem, ProblemSet
 
 PLACEHOLDER = "{problem}"
 PREVIEW_CHARACTERS = 600
+ASSISTANT = "assistant"
 
 
 def read_template(given: str) -> str:
@@ -44,19 +45,23 @@ def render_prompts(
     chat: bool = False,
     system_prompt: str | None = None,
     tokenizer: Any = None,
+    continue_final_message: bool = False,
 ) -> ProblemSet:
     """The problems with their prompts rendered, and how, in `rendering`; without any of it they are left as they are.
 
     `template` is text with `{problem}`, every one of which becomes the problem's text; other braces stay. With
     `chat` the outcome is the user's message in `tokenizer`'s own chat template, after `system_prompt` if there is
-    one, and ends where the model's answer begins. Lists of messages are rendered by the chat template alone.
+    one, and ends where the model's answer begins. Lists of messages are rendered by the chat template alone. Where
+    they end in one of the assistant, that is the answer's beginning if `continue_final_message` says so; else it is
+    taken for a solution, which leaves nothing to sample.
 
     `rendering` holds all that goes into the prompts, and a hash of all of them: a chat template may well print
     today's date.
 
     Raises:
-        InputError: lists of messages without `chat` or with `template`, a system prompt without `chat` or twice, a
-            tokenizer without a chat template, or with one that refuses a problem or takes too much time or room.
+        InputError: lists of messages without `chat` or with `template`, or that end in a solution, nothing that could
+            be continued, a system prompt without `chat` or twice, a tokenizer without a chat template, or with one
+            that refuses a problem or takes too much time or room.
     """
     if template is not None and PLACEHOLDER not in template:
         raise InputError(f"`prompt_template`: no {PLACEHOLDER} in it")
@@ -73,8 +78,19 @@ def render_prompts(
             f"`prompt_template`: prompts of {problem_set.source} are lists of chat messages "
             f"(problem '{in_messages.id}'); leave it out, or name another field with `problem_key`"
         )
+    begun = next((problem for problem in problem_set.problems if _is_begun(problem)), None)
+    if begun and not continue_final_message:
+        raise InputError(
+            f"`dataset` {problem_set.source}: messages end in one of the role {ASSISTANT} (problem '{begun.id}'); "
+            "leave it out of them if it is a solution; if it is an answer's beginning, add `continue_final_message`"
+        )
+    if continue_final_message and not begun:
+        raise InputError(
+            f"`continue_final_message`: no prompt of {problem_set.source} ends in an {ASSISTANT}'s message"
+        )
     if template is None and not chat:
-        return problem_set
+        notes = () if tokenizer is None else _without_specials([p.prompt for p in problem_set.problems], tokenizer)
+        return replace(problem_set, notes=(*problem_set.notes, *notes)) if notes else problem_set
 
     rendering: dict[str, Any] = {"prompt_template": template}
     notes: list[str] = []
@@ -88,6 +104,10 @@ def render_prompts(
             _in_chat(problem, prompt, system_prompt, chat_template)
             for problem, prompt in zip(problem_set.problems, prompts, strict=True)
         ]
+        if continue_final_message:
+            rendering["continue_final_message"] = True
+    elif tokenizer is not None:
+        notes = _without_specials(prompts, tokenizer)
     rendering["prompts_sha256"] = _sha256(json.dumps(prompts))
     problems = [
         replace(problem, prompt=prompt, messages=())
@@ -123,9 +143,25 @@ def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, chat_temp
         given = (("system", system_prompt), *given)
     messages = [{"role": role, "content": content} for role, content in given]
     try:
-        return chat_template.render(messages)
+        return chat_template.render(messages, _is_begun(problem))
     except ChatRefusal as error:
         raise InputError(f"`chat_template`: the tokenizer's refuses problem '{problem.id}' ({error})") from error
+
+
+def _is_begun(problem: Problem) -> bool:
+    return bool(problem.messages) and problem.messages[-1][0] == ASSISTANT
+
+
+def _without_specials(prompts: list[str], tokenizer: Any) -> list[str]:
+    """What is to be said where a tokenizer would put special tokens around a text, as that of Gemma or Llama does."""
+    special = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
+    n_without = sum(not prompt.startswith(special[0]) for prompt in prompts) if special else 0
+    if not n_without:
+        return []
+    return [
+        f"{n_without} prompts are text, tokenised without the special tokens that this tokenizer would add "
+        f"({' '.join(special)}); where the model is to see them, say so: `prompt_template` '{special[0]}{PLACEHOLDER}'"
+    ]
 
 
 def _notes(problems: list[Problem], prompts: list[str], tokenizer: Any, chat_template: str) -> list[str]:

@@ -122,6 +122,9 @@ def cases(table: dict[str, tuple]) -> pytest.MarkDecorator:
 PROBE_FLAGS = {
     "no such model": ("--model-path TMP/nowhere", "--model-path TMP/nowhere", "no such directory"),
     "a model that is a file": ("--model-path TMP/file", "--model-path TMP/file", "is a file"),
+    "no such tokenizer": ("--tokenizer TMP/nowhere", "--tokenizer TMP/nowhere", "no such directory"),
+    "a tokenizer that is a file": ("--tokenizer TMP/file", "--tokenizer TMP/file", "no tokenizer in it"),
+    "a message to go on with": ("--continue-final-message", "--continue-final-message", "--chat-template"),
     "no such data set": ("--dataset TMP/nowhere.jsonl", "--dataset TMP/nowhere.jsonl", "No such file"),
     "no such layer": ("--layer 3", "--layer", "3"),
     "a negative layer": ("--layer -1", "--layer", "-1"),
@@ -265,15 +268,22 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def edit_weights(checkpoint: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+def edit_weights(
+    checkpoint: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None], prefix: str = ""
+) -> None:
     changed = {name: change(name, weight) for name, weight in load_file(checkpoint / "model.safetensors").items()}
-    kept = {name: weight for name, weight in changed.items() if weight is not None}
+    kept = {prefix + name: weight for name, weight in changed.items() if weight is not None}
     save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
 
 
 def of_down_proj(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
     name = "model.layers.1.mlp.down_proj.weight"
     return lambda path: edit_weights(path, lambda key, weight: change(weight) if key == name else weight)
+
+
+def adapter_alone(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "Org/Base"}')
 
 
 def pickled_weights(checkpoint: Path) -> None:
@@ -329,7 +339,14 @@ CHECKPOINTS = {
     "a weight of another shape": (
         of_down_proj(lambda weight: weight[:5].clone()), "TMP/model", "other shapes", "layers.1.mlp.down_proj",
     ),
-    "no tokenizer": (lambda path: [file.unlink() for file in path.glob("token*")], "TMP/model", "no vocabulary"),
+    "no tokenizer": (lambda path: [file.unlink() for file in path.glob("token*")], "TMP/model", "--tokenizer"),
+    "tokenizer without vocabulary": (
+        lambda path: (path / "tokenizer.json").unlink(), "TMP/model", "no vocabulary",
+    ),
+    "an adapter": (adapter_alone, "--model-path", "is an adapter; give it as --adapter", "its base, Org/Base"),
+    "weights of a compiled model": (
+        lambda path: edit_weights(path, lambda key, weight: weight, "_orig_mod."), "TMP/model", "_orig_mod", "compile",
+    ),
     "tokenizer not JSON": (lambda path: (path / "tokenizer.json").write_text("{"), "TMP/model", "can't be loaded"),
     "tokenizer of nothing": (lambda path: (path / "tokenizer.json").write_text("{}"), "TMP/model", "can't be loaded"),
     "generation config not JSON": (

@@ -117,6 +117,8 @@ SETTINGS = [
     Change("adapter", "model.adapter", "model_identity", "--adapter adapter"),
     Change("adapter", SAME, SAME, "--adapter moved", act=moved("adapter", "moved"), scenario="adapted"),
     Change("trust_remote_code", SAME, SAME, "--trust-remote-code"),
+    Change("tokenizer", SAME, SAME, "--tokenizer model"),
+    Change("tokenizer", "model.tokenizer_sha256", "model_identity", "--tokenizer other_tokenizer"),
     Change("dataset", "dataset.sha256", "dataset is", "--dataset more.jsonl"),
     Change("dataset", SAME, SAME, "--dataset moved.jsonl", act=moved("problems.jsonl", "moved.jsonl")),
     Change("problem_key", "dataset.columns", "dataset is", "--problem-key meta.text"),
@@ -129,6 +131,13 @@ SETTINGS = [
     ),
     Change("chat_template", "prompts", "prompts is", "--chat-template"),
     Change("system_prompt", "prompts", "prompts is", "--system-prompt long", scenario="chat"),
+    Change(
+        "continue_final_message",
+        "--continue-final-message: no prompt of",
+        None,
+        "--continue-final-message",
+        scenario="chat",
+    ),
     Change("num_prompts", "sampling.num_prompts_of_study", "sampling is", "--num-prompts 6"),
     Change("num_samples", "num_samples_per_prompt", "num_samples_per_prompt is", "--num-samples 3"),
     Change("max_new_tokens", "max_new_tokens", "max_new_tokens is", "--max-new-tokens 9"),
@@ -331,6 +340,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, probe: Callable[..., int]) -
         tokenizer = AutoTokenizer.from_pretrained(root / name)
         tokenizer.chat_template = CHAT
         tokenizer.save_pretrained(root / name)
+    tokenizer.chat_template = CHAT + "!"
+    tokenizer.save_pretrained(root / "other_tokenizer")
     lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(root / "model"), lora).save_pretrained(root / "adapter")
     with pytest.MonkeyPatch.context() as patch:

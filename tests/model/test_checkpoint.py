@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.test_bad_input import edit_json
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForCausalLM
 
 from gradprobe.common.errors import InputError
 from gradprobe.model import checkpoint
@@ -87,3 +87,13 @@ def test_tokenizers_that_are_none_are_bad_input(checkpoint_dir, tmp_path, conten
     (model / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match="can't be loaded"):
         load_tokenizer(CheckpointSource(str(model)))
+
+
+def test_a_decoder_that_counts_positions_by_itself_is_refused_before_anything_is_sampled(checkpoint_dir, tmp_path):
+    model = Path(shutil.copytree(checkpoint_dir, tmp_path / "model"))
+    sizes = {"vocab_size": 260, "d_model": 16, "decoder_ffn_dim": 24, "decoder_layers": 3, "encoder_layers": 3}
+    heads = {"decoder_attention_heads": 4, "encoder_attention_heads": 4}
+    BartForCausalLM(BartConfig(**sizes, **heads, max_position_embeddings=64)).save_pretrained(model)
+    for load in (load_skeleton, lambda source: load_checkpoint(source, CPU, torch.float32)):
+        with pytest.raises(InputError, match="BartForCausalLM: BartDecoder takes no position ids"):
+            load(CheckpointSource(str(model)))

@@ -254,3 +254,22 @@ def test_torchrun_gives_the_shards_that_flags_give(tmp_path, checkpoint_dir, pro
         assert probe(tmp_path / f"flags{i}", *arguments, "--shard-index", i, "--num-shards", 2) == 0
         for name in ("grads.npy", "meta.jsonl", "rollouts.jsonl"):
             assert (tmp_path / f"out_s{i}" / name).read_bytes() == (tmp_path / f"flags{i}" / name).read_bytes()
+
+
+def test_responses_end_where_the_tokenizer_of_the_adapter_says(tmp_path, checkpoint_dir, problems_file):
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapter, tokenizer = tmp_path / "adapter", AutoTokenizer.from_pretrained(checkpoint_dir)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint_dir), config).save_pretrained(adapter)
+    probed = ["--model-path", checkpoint_dir, "--adapter", adapter, "--dataset", problems_file, "--num-prompts", 4]
+    assert probe(tmp_path / "before", *probed, *SMALL) == 0
+    drawn = [rollout.response_ids for rollout in iter_rollouts(tmp_path / "before" / "rollouts.jsonl")]
+    end = next(ids[1] for ids in drawn if len(ids) > 3 and ids[1] < 256)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(adapter)
+    assert probe(tmp_path / "after", *probed, *SMALL) == 0
+    after = [rollout.response_ids for rollout in iter_rollouts(tmp_path / "after" / "rollouts.jsonl")]
+    assert sum(end in ids for ids in after) > 0
+    assert not any(end in ids[:-1] for ids in after)
+    manifests = [manifest_of(tmp_path / name) for name in ("before", "after")]
+    assert [end in manifest["end_ids"] for manifest in manifests] == [False, True]
+    assert [manifest.get("tokenizer_path") for manifest in manifests] == [None, str(adapter)]

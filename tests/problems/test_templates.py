@@ -1,10 +1,13 @@
 """Problems into prompts: templates by hand and the tokenizer's own."""
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from gradprobe.common.errors import InputError
@@ -110,6 +113,62 @@ def test_a_second_system_message_is_an_error(tokenizer, tmp_path):
 def test_a_system_prompt_needs_the_chat_template():
     with pytest.raises(InputError, match="`system_prompt`: .*add `chat_template`"):
         render_prompts(load_problems(DATA / "plain.jsonl"), system_prompt="s")
+
+
+def in_messages(file: Path, *roles_and_contents: tuple[str, str]) -> Path:
+    messages = [{"role": role, "content": content} for role, content in roles_and_contents]
+    lines = [[*messages[:-1]], messages] if messages[-1]["role"] == "assistant" else [messages]
+    file.write_text("".join(json.dumps({"prompt": line, "answer": 1}) + "\n" for line in lines))
+    return file
+
+
+def test_a_message_of_the_assistant_at_the_end_is_refused_or_gone_on_with(tokenizer, tmp_path):
+    file = in_messages(tmp_path / "a.jsonl", ("user", "1+2?"), ("assistant", "Let me see: 1 "))
+    problem_set = load_problems(file)
+    complaint = r"`dataset` .*: messages end in one of the role assistant \(problem '1'\); .*`continue_final_message`"
+    with pytest.raises(InputError, match=complaint):
+        render_prompts(problem_set, chat=True, tokenizer=tokenizer)
+    rendered = render_prompts(problem_set, chat=True, tokenizer=tokenizer, continue_final_message=True)
+    opened = "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts_of(rendered) == [opened, opened + "Let me see: 1 "]
+    for problem, prompt in zip(problem_set.problems, prompts_of(rendered), strict=True):
+        messages = [{"role": role, "content": content} for role, content in problem.messages]
+        is_begun = messages[-1]["role"] == "assistant"
+        options = {"continue_final_message": is_begun, "add_generation_prompt": not is_begun}
+        assert prompt == tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def test_nothing_to_go_on_with_is_an_error(tokenizer, tmp_path):
+    for file in (in_messages(tmp_path / "a.jsonl", ("user", "?")), DATA / "plain.jsonl"):
+        with pytest.raises(InputError, match="`continue_final_message`: no prompt of .* ends in an assistant's"):
+            render_prompts(load_problems(file), chat=True, tokenizer=tokenizer, continue_final_message=True)
+
+
+def adding_bos(tokenizer):
+    """One that puts a token before every text, as Gemma's and Llama's do."""
+    adding = copy.deepcopy(tokenizer)
+    adding.add_special_tokens({"bos_token": "<|im_start|>"})
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", adding.bos_token_id)]
+    )
+    assert adding("")["input_ids"] == [adding.bos_token_id]
+    return adding
+
+
+def test_plain_prompts_that_get_no_special_tokens_are_noted(tokenizer):
+    problem_set, bare = load_problems(DATA / "plain.jsonl"), "tokenised without the special tokens"
+    rendered = render_prompts(problem_set, tokenizer=adding_bos(tokenizer))
+    assert prompts_of(rendered) == prompts_of(problem_set)
+    (note,) = rendered.notes
+    assert note.startswith("2 prompts are text, tokenised without the special tokens that this tokenizer would add ")
+    assert "`prompt_template` '<|im_start|>{problem}'" in note
+    assert bare in render_prompts(problem_set, "Q: {problem}", tokenizer=adding_bos(tokenizer)).notes[0]
+    for way in (
+        {"tokenizer": tokenizer},
+        {"template": "<|im_start|>{problem}", "tokenizer": adding_bos(tokenizer)},
+        {"chat": True, "tokenizer": adding_bos(tokenizer)},
+    ):
+        assert not any(bare in said for said in render_prompts(problem_set, **way).notes)
 
 
 @pytest.mark.parametrize(

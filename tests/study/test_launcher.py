@@ -116,8 +116,8 @@ def test_exp3_has_a_weight_and_layer_of_its_own(environment):
 
 
 def test_exp3_loads_the_same_model_and_asks_nothing_of_prompts_and_sampling(environment):
-    kept = "--revision v2 --adapter a --trust-remote-code --device-map auto --max-memory=0=70GiB --offload-dir off "
-    kept += "--device auto --attention eager --batch-tokens 512 --dtype float32 --layer 3 -q"
+    kept = "--revision v2 --adapter a --tokenizer t --trust-remote-code --device-map auto --max-memory=0=70GiB "
+    kept += "--offload-dir off --device auto --attention eager --batch-tokens 512 --dtype float32 --layer 3 -q"
     dropped = "--problem-key --answer-key=b --sampler openai --base-url http://x --verifier-seconds 3 --row-idx 7 "
     dropped += "--correct-from reward --entropy-edges e --num-samples 4 --bins 3 --sample-rows 8 --temperature 2"
     settings = {"CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be brief.", "PROMPT_TEMPLATE": "{problem}"}

@@ -1,0 +1,84 @@
+"""An adapter (PEFT, LoRA) merged into the weights of the model that it was trained on."""
+
+import logging
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from ..common.errors import InputError, first_of, raise_if_any
+from .source import BASE, READING_ERRORS, WEIGHTS_ERRORS, checkpoints_inside, faults_as_input, unreadable_files
+
+log = logging.getLogger(__name__)
+WEIGHTS = "adapter_model.safetensors"
+SHOWN_WEIGHTS = 3
+
+
+def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
+    """The model with a PEFT adapter's change of its weights added to them.
+
+    Args:
+        adapter: a local directory, or a name on the Hub.
+        base: where `model` comes from; an adapter that names another base is said.
+
+    Raises:
+        InputError: peft is not installed, or there is no such adapter, or it fits another model, or is no change of
+            weights (prompt tuning).
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise InputError(f"`adapter` {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
+    directory = Path(adapter)
+    is_local = directory.exists()
+    if is_local and not (directory / WEIGHTS).is_file():
+        inside = checkpoints_inside(directory)
+        what_to_do = f"name one of those inside: {first_of(inside)}" if inside else "other formats are not read"
+        raise InputError(f"`adapter` {adapter}: no {WEIGHTS} in it; {what_to_do}")
+    fault = f"`adapter` {adapter}: can't be merged"
+    raise_if_any(unreadable_files(directory, "adapter") if is_local else ())
+    with faults_as_input(fault, READING_ERRORS):
+        config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
+    its_base = getattr(config, BASE)
+    if its_base and not _are_alike(its_base, base):
+        log.warning(f"`adapter` {adapter}: was trained on {its_base}, and is merged into {base}; is that the same?")
+    # RuntimeError where shapes are others. What peft warns of is refused below, or a name that transformers gives up.
+    kinds, options = (*WEIGHTS_ERRORS, RuntimeError), {"use_safetensors": True, "local_files_only": is_local}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with faults_as_input(fault, kinds):
+            adapted = PeftModel.from_pretrained(model, adapter, config=config, **options)
+        if not hasattr(adapted, "merge_and_unload"):
+            raise InputError(f"{fault}: is of type {config.peft_type.value}, which is no change of weights")
+        with faults_as_input(fault, kinds):
+            # Once more, for what it says: weights that found no place are passed over above.
+            found = adapted.load_adapter(adapter, "default", **options)
+    if found.unexpected_keys:
+        names = first_of(found.unexpected_keys, SHOWN_WEIGHTS)
+        raise InputError(f"{fault}: has weights of which the model has no part: {names}")
+    if found.missing_keys:
+        names = first_of(found.missing_keys, SHOWN_WEIGHTS)
+        raise InputError(f"{fault}: lacks weights for parts of the model: {names}")
+    _untie(adapted.get_base_model())
+    with faults_as_input(fault, kinds):
+        return adapted.merge_and_unload()
+
+
+def _untie(model: nn.Module) -> None:
+    """Where embedding and head share their weight, and one of them has an adapter, each gets a weight of its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    embedding, head = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    if head is not None and embedding.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = False
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Whether paths or names on the Hub may mean the same model: the last part of one is a part of the other."""
+    whole = (Path(path).resolve() if Path(path).exists() else Path(path) for path in (one, other))
+    parts = [[part.rpartition("--")[2].lower() for part in path.parts] for path in whole]
+    return parts[0][-1] in parts[1] or parts[1][-1] in parts[0]
