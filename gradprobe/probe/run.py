@@ -73,7 +73,6 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     with watch.phase("load"):
         checkpoint = load_checkpoint(settings.checkpoint, plan.device, plan.dtype, plan.attention, plan.placement)
         refuse_changed_model(plan, checkpoint)
-    with watch.phase("check"):
         is_sampled = settings.rollouts is None and settings.sampler == "own"
         refuse_unfit(checkpoint.model, settings.model_path, plan.targets, is_sampled)
     record_file = settings.output_dir / contract.RECORD
