@@ -354,9 +354,8 @@ def blocks_of(model: nn.Module, layer: int, taps: dict[tuple[int, str], Tap]) ->
 
 def _are_known_settings(config: Any) -> bool:
     """Whether what a config says of attention is no more than what the blocks do."""
-    rotary, layers = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None) or ()
-    is_full = getattr(config, "sliding_window", None) is None and set(layers) <= {"full_attention"}
-    return config._attn_implementation == "sdpa" and is_full and set(rotary) <= ROTARY_SETTINGS
+    rotary, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "sliding_window", None)
+    return config._attn_implementation == "sdpa" and window is None and set(rotary) <= ROTARY_SETTINGS
 
 
 def _looks_right(module: nn.Module) -> bool:

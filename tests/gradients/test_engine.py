@@ -166,14 +166,9 @@ def another_setting(model, monkeypatch):
     model.config.rope_parameters["llama_4_scaling_beta"] = 0.1
 
 
-def another_kind_of_layer(model, monkeypatch):
-    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-
-
 OTHERS = [
     another_scale_at_late_positions,
     another_setting,
-    another_kind_of_layer,
     another_norm,
     another_behind_the_last_norm,
     another_activation,
