@@ -61,6 +61,34 @@ FAMILIES = {
         ["mlp.dense_4h_to_h.weight", "self_attention.query_key_value.weight"],
     ),
     "starcoder2": ("Starcoder2", WINDOW, ["mlp.c_proj.weight", "self_attn.k_proj.weight"]),
+    "ministral3_late_scale": (
+        "Ministral3",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 9,  # behind the first few that blocks by hand are tried on
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+        ["mlp.down_proj.weight", "self_attn.q_proj.weight"],
+    ),
+    "gemma3n_runs_maps_twice": (
+        "Gemma3nText:Gemma3nForCausalLM",
+        {
+            **WINDOW,
+            "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "altup_num_inputs": 4,
+            "laurel_rank": 4,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+        ["mlp.down_proj.weight", "altup.modality_router.weight", "per_layer_projection.weight"],
+    ),
 }
 
 

@@ -15,11 +15,17 @@ from torch import nn
 from torch.nn import functional
 
 from ..model.batches import is_out_of_memory
-from ..model.decoder import decoder_hidden, layer_list
+from ..model.decoder import context_length, decoder_hidden, layer_list
 
 DIFFERS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 """What running a module of another kind as if it were a block of this one may raise."""
 TRIAL_TOKENS = 8
+ROTARY_SETTINGS = {
+    *("rope_type", "type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate"),
+    *("attention_factor", "mscale", "mscale_all_dim", "short_factor", "long_factor"),
+}
+"""What says how cosine and sine are made, with which blocks are called. Anything else may change attention itself."""
 QKV = ("q_proj", "k_proj", "v_proj")
 OUTPUT = "mlp.down_proj.weight"
 LINEARS = {"self_attn": (*QKV, "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -283,8 +289,14 @@ class _ReachedError(Exception):
     """The first block that is run by hand has its input."""
 
 
-def run_below(model: nn.Module, layer: int, input_ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What `layer` of the decoder is called with: hidden states, [batch, length, hidden], and its other arguments."""
+def run_below(
+    model: nn.Module, layer: int, input_ids: torch.Tensor, **positions: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What `layer` of the decoder is called with: hidden states, [batch, length, hidden], and its other arguments.
+
+    Args:
+        positions: `position_ids`, where they don't begin at 0.
+    """
     reached: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def stop(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -293,7 +305,7 @@ def run_below(model: nn.Module, layer: int, input_ids: torch.Tensor) -> tuple[to
 
     handle = layer_list(model)[1][layer].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.base_model(input_ids=input_ids, use_cache=False)
+        model.base_model(input_ids=input_ids, use_cache=False, **positions)
     except _ReachedError:
         pass
     finally:
@@ -312,30 +324,38 @@ def rotary_of(kwargs: dict[str, Any], sequences: list[slice]) -> tuple[torch.Ten
 def blocks_of(model: nn.Module, layer: int, taps: dict[tuple[int, str], Tap]) -> list[Block] | None:
     """The decoder's blocks from `layer` on, or None where they, or what follows them, are of another kind.
 
-    Whether blocks that look right are what they seem is tried out on a few tokens, in both directions.
+    Whether blocks that look right are what they seem is tried out on a few tokens, in both directions, at the first
+    positions and at the last that the model has.
     """
     modules = list(layer_list(model)[1][layer:])
-    config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or getattr(config, "sliding_window", None) is not None:
-        return None
-    if not all(map(_looks_right, modules)):
+    if not (_are_known_settings(model.config.get_text_config()) and all(map(_looks_right, modules))):
         return None
     ids = torch.arange(TRIAL_TOKENS, device=model.device)[None]
+    starts = {0, max(0, (context_length(model) or 0) - TRIAL_TOKENS)}
     try:
         blocks = [Block(module) for module in modules]
-        x, kwargs = run_below(model, layer, ids)
-        for block, module in zip(blocks, modules, strict=True):
-            x, is_equal = _tried_out(block, module, x, kwargs)
-            if not is_equal:
+        for start in starts:
+            positions = {"position_ids": start + torch.arange(TRIAL_TOKENS, device=model.device)[None]}
+            x, kwargs = run_below(model, layer, ids, **positions)
+            for block, module in zip(blocks, modules, strict=True):
+                x, is_equal = _tried_out(block, module, x, kwargs)
+                if not is_equal:
+                    return None
+            if not _are_close(model.base_model.norm(x), decoder_hidden(model, ids, **positions)):
                 return None
-        is_equal = _are_close(model.base_model.norm(x), decoder_hidden(model, ids))
     except DIFFERS as error:
         if is_out_of_memory(error):
             raise
         return None
     for (number, name), tap in taps.items():
         blocks[number - layer].taps[name] = tap
-    return blocks if is_equal else None
+    return blocks
+
+
+def _are_known_settings(config: Any) -> bool:
+    """Whether what a config says of attention is no more than what the blocks do."""
+    rotary, window = getattr(config, "rope_parameters", None) or {}, getattr(config, "sliding_window", None)
+    return config._attn_implementation == "sdpa" and window is None and set(rotary) <= ROTARY_SETTINGS
 
 
 def _looks_right(module: nn.Module) -> bool:

@@ -6,7 +6,8 @@ differentiated with respect to y, of which a few rows (weight rows), or P δ for
 weights), are multiplied with the saved inputs. No weight gradient is formed, and nothing is kept of what is below the
 lowest target.
 
-Blocks of Llama's kind are run by hand (`blocks`). Any other decoder is run by autograd, with a zero tensor added to y.
+Blocks of Llama's kind are run by hand (`blocks`). Any other decoder is run by autograd, with a zero tensor added to y;
+where one forward pass calls a map several times, δ ⊗ x is summed over its calls.
 """
 
 import itertools
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from ..model.batches import Budget, pad_right, run_in_batches
-from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
+from ..model.decoder import decoder_hidden, head_logits, n_inputs, positions_per_head_block
 from ..model.placement import input_device, is_spread
 from ..model.softmax import Softmax
 from .blocks import OUTPUT, Block, Pass, Span, blocks_of, rotary_of, run_below
@@ -32,23 +33,28 @@ SLACK = 0.15
 
 @dataclass(eq=False)
 class _RowTap:
-    """A linear map of whose outputs some rows are wanted; its inputs are kept as they are."""
+    """A linear map of whose outputs some rows are wanted; its inputs are kept as they are, call by call."""
 
     linear: nn.Module
     wanted: list[int]
-    inputs: torch.Tensor | None = None  # [..., in]
-    zero: torch.Tensor | None = None  # [batch, length, rows]
+    inputs: list[torch.Tensor] = field(default_factory=list)  # [..., in] of every call in a forward pass
+    zeros: list[torch.Tensor] = field(default_factory=list)  # [batch, length, rows]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a gradient."""
+        return len(self.wanted), n_inputs(self.linear)
 
     def keep(self, inputs: torch.Tensor) -> None:
-        self.inputs = inputs
+        self.inputs.append(inputs)
 
     def of(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient[..., self.wanted]
 
     def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         self.keep(args[0].detach().to(output.device))  # elsewhere only where weights are spread over devices
-        self.zero = output.new_zeros(*output.shape[:-1], len(self.wanted), requires_grad=True)
-        return output.index_add(-1, torch.tensor(self.wanted, device=output.device), self.zero)
+        self.zeros.append(output.new_zeros(*output.shape[:-1], len(self.wanted), requires_grad=True))
+        return output.index_add(-1, torch.tensor(self.wanted, device=output.device), self.zeros[-1])
 
 
 @dataclass(eq=False)
@@ -58,13 +64,18 @@ class _ProjectedTap:
     linear: nn.Module
     out_signs: np.ndarray  # P, [K, out]
     in_signs: np.ndarray  # Q, [L, in]
-    inputs: torch.Tensor | None = None  # [..., L]
-    zero: torch.Tensor | None = None  # [batch, length, K]
+    inputs: list[torch.Tensor] = field(default_factory=list)  # [..., L] of every call in a forward pass
+    zeros: list[torch.Tensor] = field(default_factory=list)  # [batch, length, K]
     _moved: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a gradient."""
+        return len(self.out_signs), len(self.in_signs)
 
     def keep(self, inputs: torch.Tensor) -> None:
         _, in_signs = self._signs(inputs)
-        self.inputs = inputs.to(in_signs.dtype) @ in_signs.T
+        self.inputs.append(inputs.to(in_signs.dtype) @ in_signs.T)
 
     def of(self, gradient: torch.Tensor) -> torch.Tensor:
         out_signs, _ = self._signs(gradient)
@@ -73,8 +84,8 @@ class _ProjectedTap:
     def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         self.keep(args[0].detach().to(output.device))
         out_signs, _ = self._signs(output)
-        self.zero = out_signs.new_zeros(*output.shape[:-1], len(out_signs), requires_grad=True)
-        return output + (self.zero @ out_signs).to(output.dtype)
+        self.zeros.append(out_signs.new_zeros(*output.shape[:-1], len(out_signs), requires_grad=True))
+        return output + (self.zeros[-1] @ out_signs).to(output.dtype)
 
     def _signs(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """P and Q where `like` is, float32 at least."""
@@ -206,6 +217,7 @@ class GradientEngine:
         x = torch.cat([padded[i, : len(ids)] for i, ids in enumerate(inputs)])
         rotary, lowest, last = rotary_of(kwargs, sequences), self._blocks[0], self._blocks[-1]
         tape = []
+        self._forget()
         for block in self._blocks:
             x, saved = block.forward(x, sequences, rotary, torch.tensor(at, device=x.device) if block is last else None)
             # Of the lowest block the feed-forward block's output alone may be asked for, which needs nothing of it.
@@ -229,9 +241,8 @@ class GradientEngine:
                 if block is lowest:  # below the last of its taps nothing is a target
                     deltas = itertools.islice(deltas, len(block.taps))
                 for tap, delta in deltas:
-                    found[tap].append(_summed(delta, tap.inputs, spans))
-        for tap in self._taps.values():
-            tap.inputs = None
+                    found[tap].append(_summed(delta, tap.inputs[0], spans))
+        self._forget()
         return gradients, self._of_targets([torch.cat(collected) for collected in found.values()])
 
     # ---- any decoder ----------------------------------------------------------------------------------------
@@ -241,13 +252,14 @@ class GradientEngine:
     ) -> tuple[list[_Gradient], list[torch.Tensor]]:
         """One forward pass; then backward pass k serves the k-th gradient of every rollout in the batch."""
         gradients = sorted(gradients, key=lambda g: g.k)
+        self._forget()
         with _hooked(self._taps.values()):
             hidden = decoder_hidden(self.model, pad_right(inputs, input_device(self.model)))  # [batch, length, hidden]
         rollouts = torch.tensor([g.rollout for g in gradients for _ in g.at])
         at = torch.tensor([place for g in gradients for place in g.at])
         ids = torch.tensor([token for g in gradients for token in g.ids], device=hidden.device)
         head_gradients = self._head_gradients(hidden.detach()[rollouts, at], ids)
-        zeros = [tap.zero for tap in self._taps.values()]
+        zeros = [zero for tap in self._taps.values() for zero in tap.zeros]
         n_before = 0
         found: list[list[torch.Tensor]] = [[] for _ in self._taps]
         for k, group in itertools.groupby(gradients, key=lambda g: g.k):
@@ -256,14 +268,23 @@ class GradientEngine:
             n_before = tokens.stop
             upstream = torch.zeros_like(hidden)
             upstream[rollouts[tokens], at[tokens]] = head_gradients[tokens]
-            deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k < gradients[-1].k)
+            again = k < gradients[-1].k
+            # A call on which nothing hangs has zeros for its gradient, and so has a map that is not called.
+            deltas = iter(torch.autograd.grad(hidden, zeros, upstream, again, materialize_grads=True) if zeros else ())
             members = [g.rollout for g in of_pass]
-            for collected, delta, tap in zip(found, deltas, self._taps.values(), strict=True):
-                dtype = torch.promote_types(delta.dtype, torch.float32)
-                collected.append((delta.to(dtype).transpose(1, 2) @ tap.inputs.to(dtype))[members])
-        for tap in self._taps.values():
-            tap.inputs = tap.zero = None
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            for collected, tap in zip(found, self._taps.values(), strict=True):
+                total = hidden.new_zeros(len(hidden), *tap.shape, dtype=dtype)
+                for inputs, delta in zip(tap.inputs, deltas, strict=False):
+                    total = total.to(delta.device).baddbmm(delta.to(dtype).transpose(1, 2), inputs.to(dtype))
+                collected.append(total[members])
+        self._forget()
         return gradients, self._of_targets([torch.cat(collected) for collected in found])
+
+    def _forget(self) -> None:
+        for tap in self._taps.values():
+            tap.inputs.clear()
+            tap.zeros.clear()
 
     def _head_gradients(self, states: torch.Tensor, ids: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """∂ log π / ∂ (what comes out of the decoder, before `norm` if it is given) of every chosen token.

@@ -36,6 +36,7 @@ from ..rollouts.server import mean_logprob_gap
 from ..rollouts.sources import SampledRollouts, Source, judged
 from .output import FaultyRows, GrowingGradients, GrowingRollouts
 from .plan import Plan, fitted_edges, pooling_of
+from .self_check import refuse_unfit
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
     with watch.phase("load"):
         checkpoint = load_checkpoint(settings.checkpoint, plan.device, plan.dtype, plan.attention, plan.placement)
         refuse_changed_model(plan, checkpoint)
+        is_sampled = settings.rollouts is None and settings.sampler == "own"
+        refuse_unfit(checkpoint.model, settings.model_path, plan.targets, is_sampled)
     record_file = settings.output_dir / contract.RECORD
     with closing(Record(record_file)) as record:
         rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)

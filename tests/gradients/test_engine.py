@@ -151,7 +151,24 @@ def another_adapter(model, monkeypatch):
     model.model.layers[2].self_attn.q_proj = torch.nn.Sequential(linear)
 
 
+def another_scale_at_late_positions(model, monkeypatch):
+    """As Ministral 3's of its queries, and no setting tells of it."""
+    plain = modeling_qwen2.Qwen2Attention.forward
+
+    def scaled(self, hidden_states, position_ids, **options):
+        output, weights = plain(self, hidden_states, position_ids=position_ids, **options)
+        return output * (1 + (position_ids >= 32)[..., None].to(output)), weights
+
+    monkeypatch.setattr(modeling_qwen2.Qwen2Attention, "forward", scaled)
+
+
+def another_setting(model, monkeypatch):
+    model.config.rope_parameters["llama_4_scaling_beta"] = 0.1
+
+
 OTHERS = [
+    another_scale_at_late_positions,
+    another_setting,
     another_norm,
     another_behind_the_last_norm,
     another_activation,
