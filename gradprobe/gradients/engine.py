@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.errors import InputError, first_of
 from ..model.batches import Budget, pad_right, run_in_batches
-from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
+from ..model.decoder import decoder_hidden, head_logits, n_inputs, n_output_rows, positions_per_head_block
+from ..model.past import refuse_lengths
 from ..model.placement import input_device, is_spread
 from .blocks import OUTPUT, Block, Pass, Span, blocks_of, rotary_of, run_below
 from .chosen import Chosen
@@ -114,7 +116,8 @@ class GradientEngine:
         by_hand: False leaves every model to autograd.
 
     Raises:
-        InputError: a layer, weight or row that the model does not have.
+        InputError: a layer, weight or row that the model does not have; from `batches`, a weight that is not run as a
+            linear map over all tokens.
     """
 
     model: nn.Module
@@ -122,6 +125,7 @@ class GradientEngine:
     by_hand: bool = True
     _taps: dict[Weight, _Tap] = field(init=False)
     _blocks: list[Block] | None = field(init=False, default=None)
+    _truly_idle: set[Weight] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self._taps = {}
@@ -161,6 +165,7 @@ class GradientEngine:
         budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
         # Tokens behind the last chosen position contribute nothing; log π of the token at q comes out of q - 1.
         inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(chosen[i].positions[-1])] for i in rollouts]
+        refuse_lengths(self.model, max(map(len, inputs)), "`rollouts`")
         if self.by_hand and self._blocks is None and not is_spread(self.model):
             self._blocks = blocks_of(self.model, self._lowest, self._taps)
 
@@ -240,8 +245,10 @@ class GradientEngine:
     ) -> tuple[list[_Gradient], list[torch.Tensor]]:
         """One forward pass; then backward pass k serves the k-th gradient of every rollout in the batch."""
         gradients = sorted(gradients, key=lambda g: g.k)
+        input_ids = pad_right(inputs, input_device(self.model))
         with _hooked(self._taps.values()):
-            hidden = decoder_hidden(self.model, pad_right(inputs, input_device(self.model)))  # [batch, length, hidden]
+            hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
+        self._fill_idle(hidden, input_ids)
         rollouts = torch.tensor([g.rollout for g in gradients for _ in g.at])
         at = torch.tensor([place for g in gradients for place in g.at])
         ids = torch.tensor([token for g in gradients for token in g.ids], device=hidden.device)
@@ -255,14 +262,65 @@ class GradientEngine:
             n_before = tokens.stop
             upstream = torch.zeros_like(hidden)
             upstream[rollouts[tokens], at[tokens]] = head_gradients[tokens]
-            deltas = torch.autograd.grad(hidden, zeros, upstream, retain_graph=k < gradients[-1].k)
+            # What log π does not hang on smoothly, as a map that only ranks tokens, has a gradient of zeros.
+            again = k < gradients[-1].k
+            deltas = (
+                torch.autograd.grad(hidden, zeros, upstream, again, materialize_grads=True)
+                if hidden.requires_grad
+                else map(torch.zeros_like, zeros)
+            )
             members = [g.rollout for g in of_pass]
-            for collected, delta, tap in zip(found, deltas, self._taps.values(), strict=True):
+            for collected, delta, (weight, tap) in zip(found, deltas, self._taps.items(), strict=True):
                 dtype = torch.promote_types(delta.dtype, torch.float32)
-                collected.append((delta.to(dtype).transpose(1, 2) @ tap.inputs.to(dtype))[members])
+                delta, x = (self._by_rollout(part.to(dtype), hidden, weight) for part in (delta, tap.inputs))
+                collected.append((delta.transpose(1, 2) @ x)[members])
         for tap in self._taps.values():
             tap.inputs = tap.zero = None
         return gradients, self._of_targets([torch.cat(collected) for collected in found])
+
+    def _by_rollout(self, x: torch.Tensor, hidden: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """[batch, places, width] of what a linear map took or gave: of all tokens in order, in whatever shape.
+
+        A router's or a shared expert's is [batch · length, width], a latent attention's has heads. The map of one
+        expert among others sees some tokens alone, of which nothing tells whose they are.
+        """
+        n_rows, length = hidden.shape[:2]
+        if x[..., 0].numel() % (n_rows * length):
+            raise InputError(
+                f"`param_suffix` {weight[1]}: layer {weight[0]} runs it on {x[..., 0].numel()} tokens of a batch of "
+                f"{n_rows} x {length}: it can't be a target"
+            )
+        return x.reshape(n_rows, -1, x.shape[-1])
+
+    def _fill_idle(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> None:
+        """Zeros for maps that this pass called not at all, as an expert's that no token was sent to.
+
+        Raises:
+            InputError: the model uses such a map's weight without calling the map.
+        """
+        idle = {weight: tap for weight, tap in self._taps.items() if tap.zero is None}
+        used = self._bypassed([weight for weight in idle if weight not in self._truly_idle], input_ids)
+        if used:
+            names = first_of([f"{suffix} (layer {layer})" for layer, suffix in used])
+            raise InputError(f"`param_suffix`: the model uses {names} without calling the map: name other weights")
+        self._truly_idle |= idle.keys()
+        for tap in idle.values():
+            tap.keep(hidden.new_zeros(*hidden.shape[:2], n_inputs(tap.linear)))
+            rows = tap.of(hidden.new_zeros(*hidden.shape[:2], n_output_rows(tap.linear)))
+            tap.zero = torch.zeros_like(rows, requires_grad=True)
+
+    def _bypassed(self, weights: list[Weight], input_ids: torch.Tensor) -> list[Weight]:
+        """Of maps that are not called, those on whose weight the hidden states hang all the same."""
+        if not weights:
+            return []
+        parameters = [self._taps[weight].linear.weight.requires_grad_() for weight in weights]
+        try:
+            hidden = decoder_hidden(self.model, input_ids[:1])
+            gradients = torch.autograd.grad(hidden.sum(), parameters, allow_unused=True) if hidden.requires_grad else ()
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        return [weight for weight, gradient in zip(weights, gradients, strict=False) if gradient is not None]
 
     def _head_gradients(self, states: torch.Tensor, ids: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
         """∂ log π / ∂ (what comes out of the decoder, before `norm` if it is given) of every chosen token.
@@ -328,9 +386,18 @@ def _summed(delta: torch.Tensor, inputs: torch.Tensor, spans: list[Span]) -> tor
     return torch.cat([span.rows(delta).transpose(1, 2) @ inputs[span.tokens] for span in spans])
 
 
+def _refuse_other_maps(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    shape = args[0].shape[-1], output.shape[-1]
+    if shape != (n_inputs(module), n_output_rows(module)):
+        raise InputError(
+            f"`param_suffix`: a {type(module).__name__} of {n_inputs(module)} x {n_output_rows(module)} is run on "
+            f"{shape[0]} numbers and gives {shape[1]}: no linear map that can be a target; name others"
+        )
+
+
 @contextmanager
 def _hooked(taps: Iterable[_Tap]) -> Iterator[None]:
-    handles = [tap.linear.register_forward_hook(tap.hook) for tap in taps]
+    handles = [tap.linear.register_forward_hook(hook) for tap in taps for hook in (_refuse_other_maps, tap.hook)]
     try:
         yield
     finally:
