@@ -248,7 +248,7 @@ class GradientEngine:
         input_ids = pad_right(inputs, input_device(self.model))
         with _hooked(self._taps.values()):
             hidden = decoder_hidden(self.model, input_ids)  # [batch, length, hidden]
-        self._fill_idle(hidden, input_ids)
+        hidden = self._fill_idle(hidden, input_ids)
         rollouts = torch.tensor([g.rollout for g in gradients for _ in g.at])
         at = torch.tensor([place for g in gradients for place in g.at])
         ids = torch.tensor([token for g in gradients for token in g.ids], device=hidden.device)
@@ -264,11 +264,7 @@ class GradientEngine:
             upstream[rollouts[tokens], at[tokens]] = head_gradients[tokens]
             # What log π does not hang on smoothly, as a map that only ranks tokens, has a gradient of zeros.
             again = k < gradients[-1].k
-            deltas = (
-                torch.autograd.grad(hidden, zeros, upstream, again, materialize_grads=True)
-                if hidden.requires_grad
-                else map(torch.zeros_like, zeros)
-            )
+            deltas = torch.autograd.grad(hidden, zeros, upstream, again, materialize_grads=True)
             members = [g.rollout for g in of_pass]
             for collected, delta, (weight, tap) in zip(found, deltas, self._taps.items(), strict=True):
                 dtype = torch.promote_types(delta.dtype, torch.float32)
@@ -292,11 +288,11 @@ class GradientEngine:
             )
         return x.reshape(n_rows, -1, x.shape[-1])
 
-    def _fill_idle(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> None:
-        """Zeros for maps that this pass called not at all, as an expert's that no token was sent to.
+    def _fill_idle(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states, with zeros for maps that this pass called not at all, as an expert's without tokens.
 
         Raises:
-            InputError: the model uses such a map's weight without calling the map.
+            InputError: the model uses such a map's weight without calling the map, or nothing can be differentiated.
         """
         idle = {weight: tap for weight, tap in self._taps.items() if tap.zero is None}
         used = self._bypassed([weight for weight in idle if weight not in self._truly_idle], input_ids)
@@ -308,6 +304,11 @@ class GradientEngine:
             tap.keep(hidden.new_zeros(*hidden.shape[:2], n_inputs(tap.linear)))
             rows = tap.of(hidden.new_zeros(*hidden.shape[:2], n_output_rows(tap.linear)))
             tap.zero = torch.zeros_like(rows, requires_grad=True)
+        if len(idle) == len(self._taps):
+            return hidden.detach().requires_grad_()
+        if not hidden.requires_grad:
+            raise InputError(f"{type(self.model).__name__}: its forward pass lets no gradient through")
+        return hidden
 
     def _bypassed(self, weights: list[Weight], input_ids: torch.Tensor) -> list[Weight]:
         """Of maps that are not called, those on whose weight the hidden states hang all the same."""

@@ -112,3 +112,21 @@ def test_a_linear_map_of_another_shape_than_its_weight_s_is_refused():
     mlp.forward = lambda x: plain(mlp.grouped(x).flatten(2))
     with pytest.raises(InputError, match="`param_suffix`: a Grouped of 16 x 16 is run on 16 .* 8"):
         rows_of(model, "mlp.grouped.weight")
+
+
+@pytest.mark.parametrize(
+    ("kind", "odd", "options"),
+    [
+        ("Llama4:Llama4ForCausalLM", "feed_forward.router.weight", {"head_dim": 4, "num_local_experts": 2}),
+        ("Phimoe:PhimoeForCausalLM", "mlp.router.weight", {"num_local_experts": 2}),
+    ],
+)
+def test_what_a_model_derives_from_a_linear_map_and_is_none_is_no_target(kind, odd, options):
+    config, _, name = kind.partition(":")
+    config = getattr(transformers, f"{config}TextConfig", None) or getattr(transformers, f"{config}Config")
+    model = getattr(transformers, name)(config(**{**COMMON, **options}))
+    (target,) = expand_projected(model, "1", "all-linear", Projection(2, 2, 0))
+    assert odd in [name for name, _ in layer_list(model)[1][1].named_parameters()]
+    assert odd not in [name for _, name in target.weights]
+    assert odd in target.left_out(model)["names"]
+    assert "self_attn.q_proj.weight" in [name for _, name in target.weights]
