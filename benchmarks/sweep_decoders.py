@@ -114,6 +114,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "phi3 (longrope)": {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
     "phi3 (longrope unreached)": {"original_max_position_embeddings": 26, "rope_parameters": LONGROPE},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local"] * 4},
+    "xlstm": {"hidden_size": 128, "num_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
@@ -265,8 +266,8 @@ def judged(name: str) -> tuple[str, str]:
             return NOT_BUILT, f"logits of shape {tuple(logits.shape)}, or not finite"
     except Exception as error:  # whatever a config made small leads to
         return NOT_BUILT, reason_of(error, 100)
-    sampler = "sampled side by side" if keeps_tokens_apart(model) else "sampled prompt by prompt"
     try:
+        sampler = "sampled side by side" if keeps_tokens_apart(model) else "sampled prompt by prompt"
         target, refused = all_maps(model)
         try:
             refuse_unfit(model, name, [target], is_sampled=True)
