@@ -18,6 +18,17 @@ COMMON = {
     "eos_token_id": 2,
 }
 WINDOW = {"sliding_window": 5}
+LONGROPE_LENGTH = 26  # what the tests' rollouts reach at most
+LONGROPE = {
+    "original_max_position_embeddings": LONGROPE_LENGTH,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [3.0, 9.0],
+    },
+}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
 # Family: config class, model class, what its config needs besides, and linear weights that can be targets.
 FAMILIES = {
@@ -89,6 +100,39 @@ FAMILIES = {
         },
         ["mlp.down_proj.weight", "altup.modality_router.weight", "per_layer_projection.weight"],
     ),
+    "phi3_longrope": ("Phi3", LONGROPE, ["mlp.down_proj.weight", "self_attn.qkv_proj.weight"]),
+    "lfm2_hybrid": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        ["feed_forward.w2.weight"],
+    ),
+    "qwen3_next_hybrid": (
+        "Qwen3Next",
+        {
+            **MIXTURE,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "shared_expert_intermediate_size": 8,
+            **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+            **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+        },
+        ["mlp.shared_expert.down_proj.weight"],
+    ),
+    "mamba": ("Mamba", {"state_size": 4}, ["mixer.in_proj.weight", "mixer.x_proj.weight", "mixer.out_proj.weight"]),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**MIXTURE, "shared_expert_intermediate_size": 8},
+        ["mlp.shared_expert.down_proj.weight", "self_attn.q_proj.weight"],
+    ),
+    "deepseek_v3_latent": (
+        "DeepseekV3",
+        {
+            **{"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "first_k_dense_replace": 1},
+            **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "moe_intermediate_size": 8},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+        },
+        ["self_attn.kv_b_proj.weight", "self_attn.q_b_proj.weight"],
+    ),
 }
 
 
@@ -100,6 +144,7 @@ def tiny_of_family(family: str, dtype: torch.dtype = torch.float64) -> torch.nn.
     classes, options, _ = FAMILIES[family]
     config_name, _, model_name = classes.partition(":")
     config = getattr(transformers, f"{config_name}Config")(**{**COMMON, **options})
+    config._experts_implementation = "eager"  # the others of a mixture know no float64
     torch.manual_seed(0)
     model = getattr(transformers, model_name or f"{config_name}ForCausalLM")(config)
     with torch.no_grad():

@@ -59,7 +59,7 @@ MANIFEST_KINDS = {
     **dict.fromkeys(("num_rollouts_due", "num_unverified_rollouts"), INDEX.optional()),
     **dict.fromkeys(("prompt_idxs", "prompts_due", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
     "prompt_hashes": list_of(is_prompt_hash, f"hashes of {HASH_DIGITS} hex digits").optional(),
-    **dict.fromkeys(("checksums", "shard", "projection", "on_policy"), OBJECT.optional()),
+    **dict.fromkeys(("checksums", "shard", "projection", "left_out", "on_policy"), OBJECT.optional()),
     **dict.fromkeys(("adapter_path", "tokenizer_path", "pooling", "bucket_by"), TEXT.optional()),
     **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
     **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), TEXT.optional()),

@@ -38,6 +38,7 @@ SAME_IN_ALL = (
     "pooling",
     "bucket_by",
     "projection",
+    "left_out",
     "end_ids",
 )
 """Manifest keys that shards of one study share. Keys that a manifest of the original lacks count as None."""

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..common.errors import InputError
 from ..model.batches import Budget, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, n_inputs, positions_per_head_block
+from ..model.past import refuse_lengths
 from ..model.placement import input_device, is_spread
 from ..model.softmax import Softmax
 from .blocks import OUTPUT, Block, Pass, Span, blocks_of, rotary_of, run_below
@@ -126,7 +128,8 @@ class GradientEngine:
         by_hand: False leaves every model to autograd.
 
     Raises:
-        InputError: a layer, weight or row that the model does not have.
+        InputError: a layer, weight or row that the model does not have; from `batches`, a weight that is not run as a
+            linear map over all tokens.
     """
 
     model: nn.Module
@@ -173,6 +176,7 @@ class GradientEngine:
         budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
         # Tokens behind the last chosen position contribute nothing; log π of the token at q comes out of q - 1.
         inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(chosen[i].positions[-1])] for i in rollouts]
+        refuse_lengths(self.model, max(map(len, inputs)), "`rollouts`")
         if self.by_hand and self._blocks is None and not is_spread(self.model):
             self._blocks = blocks_of(self.model, self._lowest, self._taps)
 
@@ -273,10 +277,11 @@ class GradientEngine:
             deltas = iter(torch.autograd.grad(hidden, zeros, upstream, again, materialize_grads=True) if zeros else ())
             members = [g.rollout for g in of_pass]
             dtype = torch.promote_types(hidden.dtype, torch.float32)
-            for collected, tap in zip(found, self._taps.values(), strict=True):
+            for collected, (weight, tap) in zip(found, self._taps.items(), strict=True):
                 total = hidden.new_zeros(len(hidden), *tap.shape, dtype=dtype)
                 for inputs, delta in zip(tap.inputs, deltas, strict=False):
-                    total = total.to(delta.device).baddbmm(delta.to(dtype).transpose(1, 2), inputs.to(dtype))
+                    delta, x = (_by_rollout(part.to(dtype), hidden, weight) for part in (delta, inputs))
+                    total = total.to(delta.device).baddbmm(delta.transpose(1, 2), x)
                 collected.append(total[members])
         self._forget()
         return gradients, self._of_targets([torch.cat(collected) for collected in found])
@@ -348,6 +353,21 @@ def _summed(delta: torch.Tensor, inputs: torch.Tensor, spans: list[Span]) -> tor
     dtype = torch.promote_types(delta.dtype, torch.float32)
     delta, inputs = delta.to(dtype), inputs.to(dtype)
     return torch.cat([span.rows(delta).transpose(1, 2) @ inputs[span.tokens] for span in spans])
+
+
+def _by_rollout(x: torch.Tensor, hidden: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """[batch, places, width] of what a linear map took or gave: of all tokens in order, in whatever shape.
+
+    A router's or a shared expert's is [batch · length, width], a latent attention's has heads. The map of one expert
+    among others sees some tokens alone, of which nothing tells whose they are.
+    """
+    n_rows, length = hidden.shape[:2]
+    if x[..., 0].numel() % (n_rows * length):
+        raise InputError(
+            f"`param_suffix` {weight[1]}: layer {weight[0]} runs it on {x[..., 0].numel()} tokens of a batch of "
+            f"{n_rows} x {length}: it can't be a target"
+        )
+    return x.reshape(n_rows, -1, x.shape[-1])
 
 
 @contextmanager

@@ -93,6 +93,26 @@ class ProjectedTarget:
         """The length of its gradient."""
         return len(self.weights) * self.projection.rows * self.projection.cols
 
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether it is of all linear maps of its layers."""
+        return self.name.endswith(ALL_LINEAR)
+
+    def left_out(self, model: nn.Module) -> dict[str, Any]:
+        """Of all linear maps together: the matrices of their layers that are no linear map's, such as fused experts.
+
+        Norms and biases, vectors all, aside. Nothing where there are none.
+        """
+        layers = layer_list(model)[1]
+        found = {
+            f"{n}.{name}": parameter.numel()
+            for n in dict.fromkeys(n for n, _ in self.weights)
+            for name, parameter in layers[n].named_parameters()
+            if parameter.dim() > 1 and (n, name) not in self.weights
+        }
+        names = list(dict.fromkeys(name.partition(".")[2] for name in found))
+        return {"n_parameters": sum(found.values()), "names": names} if found else {}
+
     def described(self, model: nn.Module) -> dict[str, Any]:
         """What the manifest says of it; `offset` is where a weight's numbers begin in a gradient, row by row of P."""
         size = self.projection.rows * self.projection.cols
@@ -103,7 +123,9 @@ class ProjectedTarget:
         ]
         projection = {"rows": self.projection.rows, "cols": self.projection.cols, "seed": self.projection.seed}
         target = self.name if len(weights) > 1 else weights[0]["name"]
-        return {"target": target, "row_idx": None, "projection": {**projection, "weights": weights}}
+        described = {"target": target, "row_idx": None, "projection": {**projection, "weights": weights}}
+        left_out = self.left_out(model) if self.is_all_linear else {}
+        return described | ({"left_out": left_out} if left_out else {})
 
 
 AnyTarget = Target | ProjectedTarget

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..common.errors import InputError
 
 LOGITS_PER_BLOCK = 1 << 25
+MODELS_OWN_CODE = ("transformers.models.", "transformers_modules.")
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -36,7 +37,20 @@ def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def linear_weights(layer: nn.Module) -> dict[str, nn.Module]:
     """The linear maps of a layer by their weight's name inside it, e.g. `mlp.down_proj.weight`."""
-    return {f"{n}.weight": m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {f"{name}.weight": linear for name, linear in linears.items() if _is_linear_map(linear)}
+
+
+def _is_linear_map(linear: nn.Module) -> bool:
+    """Not so of what a model's own code derives from it: Llama 4's router gives a pair, DeepSeek V4's map groups."""
+    if not type(linear).__module__.startswith(MODELS_OWN_CODE):
+        return True
+    like = linear.weight
+    try:
+        output = linear(torch.zeros(2, n_inputs(linear), dtype=like.dtype, device=like.device))
+    except RuntimeError:
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (2, n_output_rows(linear))
 
 
 def n_output_rows(linear: nn.Module) -> int:

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from .. import __version__
-from ..common.errors import InputError
+from ..common.errors import InputError, first_of
 from ..common.files import read_json, real_path
 from ..dump import format as contract
 from ..dump.buckets import fit_edges
@@ -29,6 +29,7 @@ from ..model.checkpoint import (
 )
 from ..model.decoder import context_length
 from ..model.identity import FileStates, checkpoint_identity, file_states, hardware_of
+from ..model.past import refuse_lengths, refuse_without_cache
 from ..model.placement import Placement, read_placement
 from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.gym import ENTRY, GYM_VERIFIER
@@ -188,7 +189,12 @@ def targets_of(settings: ProbeSettings, skeleton: nn.Module) -> list[AnyTarget]:
     where = (skeleton, settings.layer, settings.param_suffix)
     if settings.project is None:
         return expand_targets(*where, settings.row_idx, settings.seed)
-    return expand_projected(*where, Projection.of(settings.project, settings.seed))
+    targets = expand_projected(*where, Projection.of(settings.project, settings.seed))
+    for left_out in [target.left_out(skeleton) for target in targets if target.is_all_linear]:
+        if left_out:
+            n, names = left_out["n_parameters"], first_of(left_out["names"])
+            log.info(f"note: all-linear takes no part of {n} parameters that lie in no linear map: {names}")
+    return targets
 
 
 def pooling_of(settings: ProbeSettings) -> dict[str, Any]:
@@ -267,6 +273,8 @@ def read_problem_source(
     server = None
     if settings.sampler == "openai":
         server = connect(settings.base_url, settings.server_model, api_key=key_in(settings.api_key_env))
+    else:
+        refuse_without_cache(skeleton)
     method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
     description = {
         "max_new_tokens": settings.max_new_tokens,
@@ -322,6 +330,8 @@ def read_rollout_source(
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
     )
+    longest = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in found.rollouts)
+    refuse_lengths(skeleton, longest, f"`rollouts` {in_words(files)}")
     # Their manifest says how they were sampled; without one that stays unknown.
     manifest_file = contract.find_manifest(files[0])
     origin = {} if manifest_file is None else read_json(manifest_file)

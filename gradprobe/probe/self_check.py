@@ -33,6 +33,7 @@ from ..gradients.targets import AnyTarget, ProjectedTarget, Target, Weight, full
 from ..model.batches import pad_right
 from ..model.checkpoint import faults_as_input
 from ..model.decoder import context_length, decoder_hidden, head_logits, n_inputs, n_output_rows
+from ..model.past import length_limit
 from ..model.placement import input_device, is_spread
 from ..rollouts.sample import Sampling, rollout_uniforms, sample_responses
 from ..rollouts.score import score_responses
@@ -335,8 +336,10 @@ def _share(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _last_start(model: nn.Module) -> int:
-    takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
-    return max(0, (context_length(model) or 0) - LONGEST) if takes_positions else 0
+    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+        return 0
+    ends = [end for end in (context_length(model), (length_limit(model) or (None,))[0]) if end is not None]
+    return max(0, min(ends, default=0) - LONGEST)
 
 
 def _some(targets: Sequence[AnyTarget]) -> list[AnyTarget]:

@@ -1,5 +1,6 @@
 """Sampling from the policy itself; entropy and log-prob of every response token."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from transformers import Cache, DynamicCache
 
 from ..common.errors import InputError
 from ..model.batches import Budget, pad_left, run_in_batches
+from ..model.past import cache_name, keeps_tokens_apart, no_cache, refuse_lengths, refuse_without_cache
 from ..model.placement import input_device
 from .tape import Tape
 
@@ -47,11 +49,11 @@ class Sampling:
 
     def n_until_over(self, ids: list[int]) -> int:
         """How many of `ids` stand before a response is over, what ends it included; all where nothing does."""
+        return next((n for n in range(1, len(ids) + 1) if self.ends(ids, n)), len(ids))
 
-        def is_over(n: int) -> bool:
-            return ids[n - 1] in self.end_ids or (self.stop is not None and self.stop.ends(ids[self.stop.tail_of(n)]))
-
-        return next(filter(is_over, range(1, len(ids) + 1)), len(ids))
+    def ends(self, ids: list[int], n: int) -> bool:
+        """Whether the n-th of a response's `ids` ends it."""
+        return ids[n - 1] in self.end_ids or (self.stop is not None and self.stop.ends(ids[self.stop.tail_of(n)]))
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,15 @@ def sample_responses(
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
+
+    Raises:
+        InputError: the model has no cache, or would change what it keeps there (see `model.past`), or draws from no
+            distribution.
     """
+    refuse_lengths(model, max((len(p) + sampling.room_after(p) for p in prompts), default=0), "`max_new_tokens`")
+    if not keeps_tokens_apart(model):
+        yield from _one_prompt_at_a_time(model, prompts, uniforms, sampling, max_rows)
+        return
     n_samples = sampling.n_samples
 
     def run(batch: list[int]) -> list[list[int]]:
@@ -177,6 +187,52 @@ def sample_responses(
     # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
     for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run):
         yield [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
+
+
+def _one_prompt_at_a_time(
+    model: nn.Module, prompts: list[list[int]], uniforms: Uniforms, sampling: Sampling, max_rows: int | Budget
+) -> Iterator[list[list[list[int]]]]:
+    """As `sample_responses`, with whatever cache is the model's own: rows of one prompt in step, so nothing is padded.
+
+    What can't be padded (recurrent states) or take another's place needs no more than this. Rows that are over run on
+    with the others until all are.
+    """
+    refuse_without_cache(model)
+    name, device = cache_name(model), input_device(model)
+    named = inspect.signature(type(model).forward).parameters
+    last_alone = {"logits_to_keep": 1} if "logits_to_keep" in named else {}
+
+    @torch.inference_mode()
+    def responses_to(prompt: list[int], u: torch.Tensor) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in u]
+        is_over = [False] * len(u)
+        new, behind, n_seen = torch.tensor([prompt] * len(u), device=device), {}, 0
+        for step in range(sampling.room_after(prompt)):
+            if "position_ids" in named:  # Bamba counts from 0 behind any cache
+                behind["position_ids"] = torch.arange(n_seen, n_seen + new.shape[1], device=device).expand_as(new)
+            n_seen += new.shape[1]
+            output = model(input_ids=new, use_cache=True, **last_alone, **behind)
+            behind = {name: getattr(output, name, None)}
+            if not isinstance(behind[name], Cache):  # of another kind, which a batch may not pass through unharmed
+                raise InputError(no_cache(model))
+            drawn, is_sound = _draw(output.logits[:, -1], u[:, step], sampling.temperature)
+            _raise_unless(is_sound.all())
+            for row, token in enumerate(drawn.tolist()):
+                if not is_over[row]:
+                    found[row].append(token)
+                    is_over[row] = sampling.ends(found[row], step + 1)
+            if all(is_over):
+                break
+            new = drawn[:, None]
+        return found
+
+    budget = max_rows if isinstance(max_rows, Budget) else Budget(max_rows)
+    for p, prompt in enumerate(prompts):
+        steps = torch.from_numpy(np.stack([uniforms(p, s) for s in range(sampling.n_samples)])).to(device)
+        of_prompt: dict[int, list[int]] = {}
+        for batch, found in run_in_batches([1] * len(steps), budget, lambda b: responses_to(prompt, steps[b])):  # noqa: B023
+            of_prompt |= dict(zip(batch, found, strict=True))
+        yield [[of_prompt[s] for s in range(sampling.n_samples)]]
 
 
 class _Slots:

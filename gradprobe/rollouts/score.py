@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from ..model.batches import Budget, pad_left, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
+from ..model.past import keeps_tokens_apart, refuse_lengths
 from ..model.placement import input_device
 from ..model.softmax import Softmax
 
@@ -48,8 +49,9 @@ def score_responses(
     Yields:
         For one batch: each response's scores by its index.
     """
+    refuse_lengths(model, max(map(len, map(list.__add__, prompts, responses)), default=0), "`rollouts`")
     budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
-    lengths = _lengths_behind_shared_prompts(prompts, responses)
+    lengths = _lengths_behind_shared_prompts(prompts, responses) if keeps_tokens_apart(model) else {}
     alone = {i: len(prompts[i]) + len(response) for i, response in enumerate(responses) if i not in lengths}
     for hidden_states, length_of in ((_states_behind_shared_prompts, lengths), (_states, alone)):
         members = list(length_of)

@@ -12,6 +12,7 @@ from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
 from ..model.decoder import context_length
+from ..model.past import refuse_lengths
 from ..model.placement import input_device
 from ..problems.data_set import Problem
 from ..problems.verify import RunningVerifier
@@ -114,7 +115,8 @@ class SampledRollouts:
         """See `Source`.
 
         Raises:
-            InputError: a prompt has no tokens, or leaves no room in the model's context.
+            InputError: a prompt has no tokens, or leaves no room in the model's context; or a response could pass the
+                length up to which the model's rotary embeddings stay as they are.
         """
         prompts = self._encoded(checkpoint)
         settings, context = self.settings, context_length(checkpoint.model)
@@ -124,6 +126,8 @@ class SampledRollouts:
         sampling = Sampling(
             settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context, stop
         )
+        longest = max(len(prompt) + sampling.room_after(prompt) for prompt in prompts)
+        refuse_lengths(checkpoint.model, longest, f"`max_new_tokens` {settings.max_new_tokens}")
         rounds = self.rounds_on(input_device(checkpoint.model).type)
         rows = Budget(rounds * sample_rows)
 

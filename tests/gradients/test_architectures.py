@@ -16,6 +16,8 @@ from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_from, s
 from gradprobe.rollouts.score import score_responses
 
 BY_HAND = ("qwen2", "qwen2_tied", "qwen3", "llama")
+WITH_STATES = ("lfm2_hybrid", "qwen3_next_hybrid", "mamba")
+"""These keep more of earlier tokens than each one's keys and values: no padding, no shared prompts."""
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -126,7 +128,8 @@ def test_scores_behind_a_shared_prompt_are_those_of_each_rollout_alone(family, m
         score, "decoder_hidden", lambda m, ids, **b: (n_tokens.append(ids.numel()), hidden(m, ids, **b))[1]
     )
     shared = [of for batch in score_responses(model, prompts, responses, 500) for of in sorted(batch.items())]
-    assert sum(n_tokens) == 2 * 16 + 8 * 6
+    n_apart = sum(map(len, prompts + responses))
+    assert sum(n_tokens) >= n_apart if family in WITH_STATES else sum(n_tokens) == 2 * 16 + 8 * 6
     monkeypatch.setattr(score, "WORTH_SHARING", 0)
     alone = dict(of for batch in score_responses(model, prompts, responses, 1) for of in batch.items())
     assert len(shared) == len(alone) == len(responses)

@@ -1,6 +1,6 @@
 """The self-check: no false alarm on right models of any family, and planted faults found."""
 
-from functools import partial
+from functools import partial, wraps
 
 import accelerate
 import pytest
@@ -67,9 +67,12 @@ def doubled_map(model, monkeypatch):
 
 def ignored_cache(model, monkeypatch):
     plain = type(model).forward
-    monkeypatch.setattr(
-        type(model), "forward", lambda self, **options: plain(self, **{**options, "past_key_values": None})
-    )
+
+    @wraps(plain)  # the same signature, in which a cache stands
+    def without(self, **options):
+        return plain(self, **{**options, "past_key_values": None})
+
+    monkeypatch.setattr(type(model), "forward", without)
 
 
 def detached_linear(model, monkeypatch):
