@@ -14,6 +14,7 @@ Refused is what the self-check after loading, or the functions themselves, stop 
 import argparse
 import inspect
 import multiprocessing
+import re
 import sys
 import warnings
 from multiprocessing.connection import Connection
@@ -284,11 +285,18 @@ def judged(name: str) -> tuple[str, str]:
         if not error < LARGEST_ERROR:
             return WRONG, f"gradients by {error:.1e}"
     except InputError as refusal:
-        return REFUSED, one_line(str(refusal), 200)
+        return REFUSED, reason_alone(name, str(refusal))
     except Exception as error:  # a traceback is what is looked for
         return WRONG, reason_of(error, 100)
     note = f" (no targets: {first_of(refused)})" if refused else ""
     return RIGHT, f"{'by hand' if by_hand else 'by autograd'}, {sampler}{note}"
+
+
+def reason_alone(name: str, refusal: str) -> str:
+    """What many share of a refusal: without the architecture's names and figures."""
+    without_names = re.sub(r"\b\w+(ForCausalLM|Decoder)\b", "it", refusal.replace(f"`model_path` {name}: ", ""))
+    plain = re.sub(r"\b\d+ (?=layers|tokens)", "", one_line(without_names))
+    return re.split(r": by |, in units| \(a quant|; keep", plain)[0].removeprefix("it: ")
 
 
 def tell(pipe: Connection, name: str) -> None:

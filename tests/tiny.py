@@ -31,7 +31,7 @@ class Float64Throughout(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         is_wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        if is_wide and (func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args)):
+        if is_wide and (func is torch.Tensor.float or (func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args[1:])):
             return args[0]
         if is_wide and kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64
