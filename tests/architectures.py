@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from gradprobe.model.decoder import decoder_of
+
 VOCAB_SIZE = 60
 COMMON = {
     "vocab_size": VOCAB_SIZE,
@@ -57,7 +59,7 @@ FAMILIES = {
     "opt": (
         "OPT",
         {"ffn_dim": 24, "word_embed_proj_dim": 16},
-        ["self_attn.q_proj.weight", "self_attn.out_proj.weight"],
+        ["fc2.weight", "self_attn.q_proj.weight"],
     ),
     "llama4_text": (
         "Llama4Text:Llama4ForCausalLM",
@@ -163,6 +165,6 @@ def certain_of_family(family: str, dtype: torch.dtype = torch.float64) -> torch.
     if getattr(model.config, "final_logit_softcapping", None):
         model.config.final_logit_softcapping = 200.0  # else no word can be certain
     spread = model(input_ids=torch.arange(3, VOCAB_SIZE)[None]).logits.std()
-    norm = next(m for name in FINAL_NORMS if (m := getattr(model.base_model, name, None)) is not None)
+    norm = next(m for name in FINAL_NORMS if (m := getattr(decoder_of(model), name, None)) is not None)
     norm.register_forward_hook(lambda module, args, output: output * (SPREAD_OF_LOGITS / float(spread)))
     return model.to(dtype)

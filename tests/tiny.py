@@ -31,7 +31,8 @@ class Float64Throughout(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         is_wide = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        if is_wide and (func is torch.Tensor.float or (func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args[1:])):
+        is_cast = func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args[1:]
+        if is_wide and (func is torch.Tensor.float or is_cast):
             return args[0]
         if is_wide and kwargs.get("dtype") == torch.float32:
             kwargs["dtype"] = torch.float64

@@ -280,7 +280,7 @@ class GradientEngine:
             for collected, (weight, tap) in zip(found, self._taps.items(), strict=True):
                 total = hidden.new_zeros(len(hidden), *tap.shape, dtype=dtype)
                 for inputs, delta in zip(tap.inputs, deltas, strict=False):
-                    delta, x = (_by_rollout(part.to(dtype), hidden, weight) for part in (delta, inputs))
+                    delta, x = _by_rollout(delta.to(dtype), inputs.to(dtype), hidden, weight)
                     total = total.to(delta.device).baddbmm(delta.transpose(1, 2), x)
                 collected.append(total[members])
         self._forget()
@@ -355,19 +355,22 @@ def _summed(delta: torch.Tensor, inputs: torch.Tensor, spans: list[Span]) -> tor
     return torch.cat([span.rows(delta).transpose(1, 2) @ inputs[span.tokens] for span in spans])
 
 
-def _by_rollout(x: torch.Tensor, hidden: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """[batch, places, width] of what a linear map took or gave: of all tokens in order, in whatever shape.
+def _by_rollout(
+    delta: torch.Tensor, inputs: torch.Tensor, hidden: torch.Tensor, weight: Weight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """δ and x of a linear map as [batch, places, width] each: of all tokens in order, in whatever shape they came.
 
-    A router's or a shared expert's is [batch · length, width], a latent attention's has heads. The map of one expert
+    A router's or a shared expert's are [batch · length, width], a latent attention's have heads. The map of one expert
     among others sees some tokens alone, of which nothing tells whose they are.
     """
     n_rows, length = hidden.shape[:2]
-    if x[..., 0].numel() % (n_rows * length):
+    places = [part[..., 0].numel() for part in (delta, inputs)]
+    if places[0] != places[1] or places[0] % (n_rows * length):
         raise InputError(
-            f"`param_suffix` {weight[1]}: layer {weight[0]} runs it on {x[..., 0].numel()} tokens of a batch of "
-            f"{n_rows} x {length}: it can't be a target"
+            f"`param_suffix` {weight[1]}: layer {weight[0]} takes {places[1]} tokens of a batch of {n_rows} x {length} "
+            f"and gives {places[0]}: it can't be a target"
         )
-    return x.reshape(n_rows, -1, x.shape[-1])
+    return delta.reshape(n_rows, -1, delta.shape[-1]), inputs.reshape(n_rows, -1, inputs.shape[-1])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..common.errors import InputError
+from .decoder import decoder_of
 
 OF_TOKENS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of a cache that hold keys and values of each token, or nothing of their own."""
@@ -25,7 +26,7 @@ def keeps_tokens_apart(model: nn.Module) -> bool:
     convolved states (Mamba, hybrid decoders) have no place for padding, nor have chunks counted from the first column.
     """
     config = model.config.get_text_config()
-    if not {"past_key_values", "position_ids"} <= inspect.signature(type(model.base_model).forward).parameters.keys():
+    if not {"past_key_values", "position_ids"} <= inspect.signature(type(decoder_of(model)).forward).parameters.keys():
         return False
     if getattr(config, "attention_chunk_size", None) and "chunked_attention" in (config.layer_types or ()):
         return False

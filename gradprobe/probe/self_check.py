@@ -12,7 +12,8 @@ bound shows there without a long sequence):
 
 Not looked at: what begins beyond so many tokens in a row (a sliding window longer than these rollouts); of many
 weights more than `MOST_WEIGHTS`, spread over kinds and layers, whose gradients lie in memory at once; and in bfloat16,
-where log π takes steps of its own, a backward pass that is off by less than half.
+where log π takes steps of its own, a backward pass that is off by less than half; in mixtures of experts, where it
+jumps, any that autograd itself gets wrong.
 """
 
 import inspect
@@ -32,7 +33,7 @@ from ..gradients.engine import GradientEngine
 from ..gradients.targets import AnyTarget, ProjectedTarget, Target, Weight, full_name, linears_of, signs
 from ..model.batches import pad_right
 from ..model.checkpoint import faults_as_input
-from ..model.decoder import context_length, decoder_hidden, head_logits, n_inputs, n_output_rows
+from ..model.decoder import context_length, decoder_hidden, decoder_of, head_logits, n_inputs, n_output_rows
 from ..model.past import length_limit
 from ..model.placement import input_device, is_spread
 from ..rollouts.sample import Sampling, rollout_uniforms, sample_responses
@@ -218,7 +219,13 @@ class _Check:
             expected = _wide(whole[target.row_idx])
             usual = torch.linalg.vector_norm(whole, dtype=expected.dtype) / len(whole) ** 0.5
         else:
-            expected = torch.cat([self._projected(target, weight, wholes[weight]) for weight in target.weights])
+            parts = [self._projected(target, weight, wholes[weight]) for weight in target.weights]
+            for weight, part, of_part in zip(target.weights, parts, found.split(len(parts[0])), strict=True):
+                # However small beside the others: Mamba's `dt_proj.weight` is multiplied with, its map not called.
+                lost = float(part.norm()) if not of_part.any() else 0.0
+                what = f"{full_name(self.model, weight)} is used without its map, and its gradient lost"
+                self._refuse(lost, 0.0, what, "name other weights than all")
+            expected = torch.cat(parts)
             usual = expected.norm()
         off = (found.to(expected) - expected).norm()
         scale = expected.norm() + 0.1 * usual  # a row of next to no gradient is measured by what rows usually have
@@ -252,7 +259,9 @@ class _Check:
             return leaves[-1]
 
         def look(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if args[0].requires_grad and not output.requires_grad:
+            # A router may give a pair; what only ranks tokens is run without gradients by the model itself.
+            is_followed = isinstance(output, torch.Tensor) and torch.is_grad_enabled()
+            if is_followed and args[0].requires_grad and not output.requires_grad:
                 raise InputError(f"{self._its} {self._name_of(module)} has no backward pass{QUANTISED}")
             if module in calls and output.requires_grad:
                 calls[module].append((args[0].detach(), output))
@@ -270,7 +279,7 @@ class _Check:
         finally:
             for weight in weights.values():
                 weight.requires_grad_(False)
-        if is_climbed:
+        if is_climbed and not _chooses_experts(self.model):
             self._climb(rollout, leaves[0].detach(), slope)
         wholes, deltas = {}, iter(found)
         for weight, linear in self.linears.items():
@@ -335,8 +344,14 @@ def _share(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm())
 
 
+def _chooses_experts(model: nn.Module) -> bool:
+    """Whether log π jumps where another expert is chosen, so that no step along a gradient tells of it."""
+    counts = [n for name, n in model.config.get_text_config().to_dict().items() if "experts" in name]
+    return any(isinstance(n, int) and n > 1 for n in counts)
+
+
 def _last_start(model: nn.Module) -> int:
-    if "position_ids" not in inspect.signature(type(model.base_model).forward).parameters:
+    if "position_ids" not in inspect.signature(type(decoder_of(model)).forward).parameters:
         return 0
     ends = [end for end in (context_length(model), (length_limit(model) or (None,))[0]) if end is not None]
     return max(0, min(ends, default=0) - LONGEST)
