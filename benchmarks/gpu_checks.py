@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from bench_scaling import Shape  # noqa: E402
 
 from gradprobe.gradients.chosen import Chosen  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
@@ -38,7 +39,8 @@ from gradprobe.gradients.targets import (  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device  # noqa: E402
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
 
-VOCABULARY, LAYERS, WIDTH, INNER = 512, 6, 256, 704
+VOCABULARY = 512
+SHAPE = Shape("checked", 6, 256, 704, 4, 2, 64, vocab=VOCABULARY, has_qk_norm=False)
 SUFFIX, LAYER, ROW = "mlp.down_proj.weight", 3, 5
 N_BUCKETS = 3
 LARGEST_FLOAT32 = 1e-4
@@ -69,17 +71,7 @@ class Case:
     """A model, rollouts and their buckets."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, n_rollouts: int):
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model = Qwen2ForCausalLM._from_config(config, dtype=torch.float32)
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
+        self.model = SHAPE.model("cpu", torch.float32).to(device, dtype)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(VOCABULARY, size=rng.integers(5, 40)).tolist() for _ in range(n_rollouts)]
         self.responses = [rng.integers(VOCABULARY, size=rng.integers(8, 60)).tolist() for _ in range(n_rollouts)]
