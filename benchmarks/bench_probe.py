@@ -94,20 +94,15 @@ class Bench:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     results: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
-
     def seconds(self, name: str, work: Callable[[], Any]) -> tuple[float, Any]:
         """Wall-clock seconds of `work`, its result; its peak memory is noted under `name`."""
-        reset_peak_memory(self.device)
+        reset_peak_memory(self.model.device)
         start = time.perf_counter()
         result = work()
-        if self.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
-        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory(self.device))
+        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory(self.model.device))
         return elapsed, result
 
     def show(self, name: str, values: list[float], unit: str = "") -> None:
@@ -177,24 +172,17 @@ def plain_sampling(bench: Bench) -> int:
     args, n_tokens = bench.args, 0
     ends = sorted(bench.end_ids) or None
     for prompt in bench.prompts[: args.plain_prompts]:
-        ids = torch.tensor([prompt], device=bench.device)
+        ids = torch.tensor([prompt], device=bench.model.device)
+        full_softmax = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        size = {"num_return_sequences": args.num_samples, "max_new_tokens": args.max_new_tokens}
+        mask = torch.ones_like(ids)
         sampled = bench.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            num_return_sequences=args.num_samples,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=0,
+            ids, attention_mask=mask, eos_token_id=ends, pad_token_id=0, **full_softmax, **size
         )
         for row in sampled:
             response = row[len(prompt) :]
             if ends is not None:
-                ended = torch.isin(response, torch.tensor(ends, device=bench.device)).nonzero()
+                ended = torch.isin(response, torch.tensor(ends, device=bench.model.device)).nonzero()
                 response = response[: int(ended[0]) + 1] if len(ended) else response
             n_tokens += len(response)
             with torch.no_grad():
@@ -240,7 +228,7 @@ def plain_gradients(
     for i, (prompt, response) in enumerate(zip(repeated(bench), responses, strict=False)):
         if not len(positions[i]):
             continue
-        ids = torch.tensor([prompt + response], device=bench.device)
+        ids = torch.tensor([prompt + response], device=bench.model.device)
         log_probs = torch.log_softmax(bench.model(input_ids=ids).logits[0].float(), -1)
         for p in positions[i].tolist():
             log_prob = log_probs[len(prompt) + p - 1, response[p]]
@@ -349,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     bench = build(args)
-    device, dtype = bench.device, bench.model.dtype
+    device, dtype = bench.model.device, bench.model.dtype
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     ceiling = matmul_rate(device, dtype)
     facts = {

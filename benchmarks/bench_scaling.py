@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,13 @@ from gradprobe.model.checkpoint import resolve_device  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
-POSITIONS_PER_ROLLOUT, PROMPT = 20, 128
+POSITIONS_PER_ROLLOUT, PROMPT, PROMPTS, SAMPLES = 20, 128, 128, 8
 SAMPLE_ROWS = 512
 BF16 = 2
 LENGTHS = (1024, 4096, 16_384)
 GB = 1e9
 FORWARD, BACKWARD = 2, 7
-"""FLOPs of fused causal attention, in multiples of length² · (heads · head size), of one layer.
-
-Half of the two products forward; back, these anew, and again beside four of their size, by half each.
-"""
+"""FLOPs of a layer's fused causal attention over length² · (heads · head size): half of 2 products; back, of 7."""
 BYTES_OF_PROMPT_TOKEN, BYTES_OF_RESPONSE_TOKEN, BYTES_OF_LINE = 7.3, 80.1, 204.8
 """On disk: in `rollouts.jsonl`, and a row's line in `meta.jsonl`, as written for made-up numbers."""
 
@@ -186,9 +184,8 @@ def peak_bytes(shape: Shape, size: int, tokens: int, n_chosen: int) -> int:
     """
     n_above = shape.layers - 1 - shape.middle
     kept = saved_bytes(shape, size, tokens, n_above, n_chosen)
-    kept += tokens * size * shape.ffn  # the target's inputs
-    kept += tokens * size * shape.hidden  # hidden states
-    return kept + max(head_bytes(shape, n_chosen), tokens * size * (2 * shape.ffn + 2 * shape.hidden))
+    two = tokens * size * (shape.ffn + shape.hidden)  # the target's inputs and the hidden states
+    return kept + two + max(head_bytes(shape, n_chosen), 2 * two)
 
 
 # ---- FLOPs on paper ---------------------------------------------------------------------------------------------
@@ -259,13 +256,11 @@ class Study:
     layer: int
     """The lowest target's."""
     targets: int = 1
-    prompts: int = 128
-    samples: int = 8
 
     @property
     def rollouts(self) -> int:
         """Of all checkpoints."""
-        return self.checkpoints * self.prompts * self.samples
+        return self.checkpoints * PROMPTS * SAMPLES
 
 
 STUDIES = (
@@ -312,9 +307,9 @@ def decoding_seconds(shape: Shape, card: Card, n_rows: int, response: int) -> fl
 def study_hours(study: Study, card: Card, n_cards: int) -> list[float]:
     """Wall-clock hours of sampling, scoring and gradients, one card at a time at work."""
     shape, response, rate = study.shape, study.response, SHARE_OF_PASSES * FLOPS
-    n_rows = rows_at_once(study, n_cards * card.usable) // study.samples * study.samples
+    n_rows = rows_at_once(study, n_cards * card.usable) // SAMPLES * SAMPLES
     decoding = study.rollouts / n_rows * decoding_seconds(shape, card, n_rows, response)
-    prompts = study.rollouts / study.samples * forward_flops(shape, PROMPT) / rate
+    prompts = study.rollouts / SAMPLES * forward_flops(shape, PROMPT) / rate
     scoring = forward_flops(shape, PROMPT + response) + 2 * shape.hidden * shape.vocab * response
     gradients = gradient_flops(shape, response, study.layer, study.targets)
     seconds = (decoding + prompts, study.rollouts * scoring / rate, study.rollouts * gradients / rate)
@@ -412,10 +407,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
 
 
 def peak_memory(device: torch.device) -> int:
@@ -503,12 +496,11 @@ def print_check(device: torch.device, is_quick: bool = False) -> None:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 rows.append(pool.submit(measure_peak, shape, n, length, device.type).result())
     table("shape | sequences × tokens | kept, MB | measured : paper | peak, MB | measured : paper", rows)
-    small = [(shape, length) for shape in shapes for length in (256, 512)]
-    table("shape | tokens | all-linear, kept, MB | measured : paper", [network_cells(*one) for one in small])
-    table(
-        "shape | tokens | kept in bf16, MB | measured : paper | GFLOP counted | counted : paper",
-        [narrow_cells(*one) for one in small],
-    )
+    for header, cells_of in (
+        ("shape | tokens | all-linear, kept, MB | measured : paper", network_cells),
+        ("shape | tokens | kept in bf16, MB | measured : paper | GFLOP counted | counted : paper", narrow_cells),
+    ):
+        table(header, [cells_of(shape, length) for shape in shapes for length in (256, 512)])
 
 
 def network_cells(shape: Shape, length: int) -> list[Any]:

@@ -372,15 +372,6 @@ def exp2_sections(pool: ProcessPoolExecutor, args: argparse.Namespace) -> dict[s
     return tables_of(pool, parts, args.seed, draw_row, lambda _, planted, draws: Row(planted, draws))
 
 
-def exp1_sections(seed: int) -> dict[str, list[list[str]]]:
-    """Title -> table."""
-    rng = np.random.default_rng([seed, 2000])
-    return {
-        "Exp 1. A bucket of k directions": rank_table(rng),
-        "Exp 1. Isotropic directions (1,000 rows in 512 dimensions), heavy-tailed norms": norm_table(rng),
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     """Draw all rows, print the tables, write them."""
     args = parse_args(argv)
@@ -391,7 +382,10 @@ def main(argv: list[str] | None = None) -> int:
         if "exp2" in wanted:
             sections |= exp2_sections(pool, args)
         if "exp1" in wanted:
-            sections |= exp1_sections(args.seed)
+            rng = np.random.default_rng([args.seed, 2000])
+            sections["Exp 1. A bucket of k directions"] = rank_table(rng)
+            title = "Exp 1. Isotropic directions (1,000 rows in 512 dimensions), heavy-tailed norms"
+            sections[title] = norm_table(rng)
         if "exp3" in wanted:
             sections |= calibration_exp3.sections(pool, args.draws, args.null_draws, args.seed)
     command = " ".join(["python", "benchmarks/calibration.py", *(sys.argv[1:] if argv is None else argv)])

@@ -42,10 +42,7 @@ def markdown(table: list[list[str]]) -> list[str]:
 def tables_of(
     pool: ProcessPoolExecutor, parts: list[tuple], seed: int, draw_row: Callable, row_of: Callable
 ) -> dict[str, list[list[str]]]:
-    """Title -> table. `parts`: title, what is planted in each row, draws of each, settings of `draw_row`, its table.
-
-    A row is `row_of` its number, what is planted and its draws.
-    """
+    """Title -> table. `parts`: title, what is planted in each row, draws of each, settings of `draw_row`, its table."""
     found, first = {}, 0
     for title, rows, n_draws, settings, table in parts:
         drawn = []

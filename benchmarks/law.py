@@ -169,12 +169,12 @@ def page(files: list[Path]) -> str:
 def part_of(model: str, lines: list[dict[str, Any]]) -> str:
     """What came of one model's own rollouts."""
     z = np.array([line["on_policy"]["z"] for line in lines])
-    verdicts = Counter(one["verdict"] for line in lines for one in line["rho"])
+    verdicts = [one for line in lines for one in line["rho"]]
     text = f"""
 ## {model}: {len(lines)} re-samplings
 
 log π + H over all tokens: |z| > 2 in {np.mean(np.abs(z) > 2):.0%}, mean of z {z.mean():+.2f}, standard deviation \
-{z.std(ddof=1):.2f}. Verdicts on ρ of picked tokens, {verdicts.total()} buckets: {counted(verdicts)}. \
+{z.std(ddof=1):.2f}. Verdicts on ρ of picked tokens, {len(verdicts)} buckets: {counted(verdicts)}. \
 ρ over sums of all tokens: {holding([line["rho_over_sums"][BINS] for line in lines])}.
 
 | bucket | rare tokens expected, median | verdicts on ρ | aligned but for that | ρ where it has an interval \
@@ -186,16 +186,16 @@ log π + H over all tokens: |z| > 2 in {np.mean(np.abs(z) > 2):.0%}, mean of z {
         of_bucket = np.array([line["on_policy_by_bucket"][index] for line in lines], dtype=float)
         text += (
             f"\n| {index} | {np.median([line['n_rare'][index] for line in lines]):,.1f} "
-            f"| {counted(Counter(one['verdict'] for one in found))} | {sum(one['ci95'][0] > 0 for one in given)} "
+            f"| {counted(found)} | {sum(one['ci95'][0] > 0 for one in given)} "
             f"| {spread([one['rho'] for one in given])} | {holding([line['rho_over_sums'][index] for line in lines])} "
             f"| {np.mean(np.abs(of_bucket) > 2):.0%} |"
         )
     return text
 
 
-def counted(counts: Counter) -> str:
-    """The most frequent first."""
-    return ", ".join(f"{word} {n}" for word, n in counts.most_common())
+def counted(found: list[dict[str, Any]]) -> str:
+    """Verdicts, the most frequent first."""
+    return ", ".join(f"{verdict} {n}" for verdict, n in Counter(one["verdict"] for one in found).most_common())
 
 
 def spread(values: list[float]) -> str:
