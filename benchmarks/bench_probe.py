@@ -32,10 +32,11 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from bench_scaling import QWEN_1_5B, Shape, peak_memory, reset_peak_memory  # noqa: E402
 
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
 from gradprobe.gradients.chosen import Chosen  # noqa: E402
@@ -49,26 +50,8 @@ from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_respons
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 
 SHAPES = {
-    "qwen2.5-1.5b": {
-        "num_hidden_layers": 28,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-        "max_position_embeddings": 32_768,
-        "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-    },
-    "small": {
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
+    "qwen2.5-1.5b": QWEN_1_5B,
+    "small": Shape("small", 4, 64, 176, 4, 2, 16, vocab=512, has_qk_norm=False),
 }
 SUFFIX = "mlp.down_proj.weight"
 BINS, POSITIONS_PER_BIN = 5, 4
@@ -93,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-tokens", type=int, help="default: the probe's own")
     add("--sample-rows", type=int, default=512)
     add("--skip-plain", action="store_true", help="only ours")
-    add("--skip-scaling", action="store_true", help="leave out the tables over sizes and over targets")
+    add("--skip-scaling", action="store_true", help="leave out many targets and pooled gradients")
     args = parser.parse_args(argv)
     if (args.config is None) == args.random_init:
         parser.error("--config and --random-init go together")
@@ -109,41 +92,24 @@ class Bench:
     end_ids: frozenset[int]
     args: argparse.Namespace
     peak_bytes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def seconds(self, name: str, work: Callable[[], Any]) -> tuple[float, Any]:
         """Wall-clock seconds of `work`, its result; its peak memory is noted under `name`."""
-        reset_peak_memory(self.device)
+        reset_peak_memory(self.model.device)
         start = time.perf_counter()
         result = work()
-        if self.device.type == "cuda":
+        if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
-        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory(self.device))
+        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory(self.model.device))
         return elapsed, result
 
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start the peak anew: the allocator's on a GPU, the process's resident set on a CPU (where Linux allows it)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak since the last reset."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    def show(self, name: str, values: list[float], unit: str = "") -> None:
+        """One line of the table, median and range, also kept for programs."""
+        median, low, high = statistics.median(values), min(values), max(values)
+        self.results[name] = {"median": median, "min": low, "max": high}
+        print(f"{name:<58} {median:>10.4g}  [{low:.4g}, {high:.4g}] {unit}", flush=True)
 
 
 def build(args: argparse.Namespace) -> Bench:
@@ -152,14 +118,9 @@ def build(args: argparse.Namespace) -> Bench:
     dtype = resolve_dtype(args.dtype, device)
     args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     if args.config is not None:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = Qwen2ForCausalLM._from_config(Qwen2Config(**SHAPES[args.config]), dtype=dtype)
-        model = model.eval().requires_grad_(False)
-        rng = np.random.default_rng(0)
-        vocab = SHAPES[args.config]["vocab_size"]
-        prompts = rng.integers(vocab, size=(args.num_prompts, args.prompt_tokens)).tolist()
-        return Bench(model, prompts, frozenset(), args)
+        shape = SHAPES[args.config]
+        prompts = np.random.default_rng(0).integers(shape.vocab, size=(args.num_prompts, args.prompt_tokens)).tolist()
+        return Bench(shape.model(device.type, dtype), prompts, frozenset(), args)
     checkpoint = load_checkpoint(args.model_path, device, dtype)
     problems = load_problems(ROOT / "demo" / "problems.jsonl").problems
     chosen = [problems[i].prompt for i in shard_of_study(len(problems), args.num_prompts, seed=0)]
@@ -211,24 +172,17 @@ def plain_sampling(bench: Bench) -> int:
     args, n_tokens = bench.args, 0
     ends = sorted(bench.end_ids) or None
     for prompt in bench.prompts[: args.plain_prompts]:
-        ids = torch.tensor([prompt], device=bench.device)
+        ids = torch.tensor([prompt], device=bench.model.device)
+        full_softmax = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+        size = {"num_return_sequences": args.num_samples, "max_new_tokens": args.max_new_tokens}
+        mask = torch.ones_like(ids)
         sampled = bench.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            num_return_sequences=args.num_samples,
-            max_new_tokens=args.max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=0,
+            ids, attention_mask=mask, eos_token_id=ends, pad_token_id=0, **full_softmax, **size
         )
         for row in sampled:
             response = row[len(prompt) :]
             if ends is not None:
-                ended = torch.isin(response, torch.tensor(ends, device=bench.device)).nonzero()
+                ended = torch.isin(response, torch.tensor(ends, device=bench.model.device)).nonzero()
                 response = response[: int(ended[0]) + 1] if len(ended) else response
             n_tokens += len(response)
             with torch.no_grad():
@@ -274,7 +228,7 @@ def plain_gradients(
     for i, (prompt, response) in enumerate(zip(repeated(bench), responses, strict=False)):
         if not len(positions[i]):
             continue
-        ids = torch.tensor([prompt + response], device=bench.device)
+        ids = torch.tensor([prompt + response], device=bench.model.device)
         log_probs = torch.log_softmax(bench.model(input_ids=ids).logits[0].float(), -1)
         for p in positions[i].tolist():
             log_prob = log_probs[len(prompt) + p - 1, response[p]]
@@ -295,76 +249,51 @@ def floor_flops(bench: Bench, layer: int, positions: list[np.ndarray]) -> float:
 # ---- the comparison ---------------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def show(name: str, values: dict[str, float], unit: str) -> None:
-    """One line of the table."""
-    print(f"{name:<52} {values['median']:>10.4g}  [{values['min']:.4g}, {values['max']:.4g}] {unit}", flush=True)
-
-
-def compare_sampling(bench: Bench, results: dict[str, Any]) -> tuple[list[list[int]], list[np.ndarray]]:
+def compare_sampling(bench: Bench) -> tuple[list[list[int]], list[np.ndarray]]:
     """Sampling with scoring, ours against plain, by response tokens per second."""
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    ours, plain = [], []
     our_sampling(bench)  # what is done once, compiling and allocating, is not measured
     for _ in range(bench.args.repeats):
         elapsed, (responses, entropies) = bench.seconds("sampling, ours", lambda: our_sampling(bench))
-        rates["ours"].append(sum(map(len, responses)) / elapsed)
+        ours.append(sum(map(len, responses)) / elapsed)
         if not bench.args.skip_plain:
             elapsed, n_tokens = bench.seconds("sampling, plain", lambda: plain_sampling(bench))
-            rates["plain"].append(n_tokens / elapsed)
-    show("sampling with scoring, ours", spread(rates["ours"]), "response tokens/s")
-    results["sampling_tokens_per_s"] = {name: spread(values) for name, values in rates.items() if values}
-    if rates["plain"]:
-        ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
-        show("sampling with scoring, plain", spread(rates["plain"]), "response tokens/s")
-        show("  ours : plain", spread(ratios), "×")
-        results["sampling_ratio"] = spread(ratios)
+            plain.append(n_tokens / elapsed)
+    bench.show("sampling with scoring, ours", ours, "response tokens/s")
+    if plain:
+        bench.show("sampling with scoring, plain", plain, "response tokens/s")
+        bench.show("sampling with scoring, ours : plain", [a / b for a, b in zip(ours, plain, strict=True)], "×")
     return responses, entropies
 
 
-def compare_gradients(
-    bench: Bench, results: dict[str, Any], responses: list[list[int]], positions: list[np.ndarray], ceiling: float
-) -> None:
+def compare_gradients(bench: Bench, responses: list[list[int]], positions: list[np.ndarray], ceiling: float) -> None:
     """Gradients of one row of the middle layer, ours against plain, by rows per second."""
-    layer = len(layer_list(bench.model)[1]) // 2
-    target = Target(layer, SUFFIX, 0)
+    target = Target(len(layer_list(bench.model)[1]) // 2, SUFFIX, 0)
     subset = slice(0, bench.args.plain_rollouts)
     n_rows = sum(map(len, positions))
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    ours, plain = [], []
     our_gradients(bench, [target], responses[:4], positions[:4])
     for _ in range(bench.args.repeats):
-        elapsed, ours = bench.seconds("gradients, ours", lambda: our_gradients(bench, [target], responses, positions))
-        rates["ours"].append(n_rows / elapsed)
+        elapsed, rows = bench.seconds("gradients, ours", lambda: our_gradients(bench, [target], responses, positions))
+        ours.append(n_rows / elapsed)
         if not bench.args.skip_plain:
-            elapsed, plain = bench.seconds(
+            elapsed, expected = bench.seconds(
                 "gradients, plain", lambda: plain_gradients(bench, target, responses[subset], positions)
             )
-            rates["plain"].append(len(plain) / elapsed)
-    flops = floor_flops(bench, layer, positions)
-    shares = [flops / n_rows * rate / ceiling for rate in rates["ours"]]
-    show("gradients, ours", spread(rates["ours"]), "rows/s")
-    show("  floor's share of the measured matmul rate", spread(shares), "")
-    results["gradient_rows_per_s"] = {name: spread(values) for name, values in rates.items() if values}
-    results["share_of_matmul_rate"] = spread(shares)
-    if rates["plain"]:
-        ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
-        errors = [np.linalg.norm(ours[key] - row) / np.linalg.norm(row) for key, row in plain.items()]
-        show("gradients, plain", spread(rates["plain"]), "rows/s")
-        show("  ours : plain", spread(ratios), "×")
-        show("  ‖ours − plain‖ / ‖plain‖ per row", spread([float(error) for error in errors]), "")
-        results["gradient_ratio"] = spread(ratios)
-        results["relative_difference"] = spread([float(error) for error in errors])
+            plain.append(len(expected) / elapsed)
+    flops = floor_flops(bench, target.layer, positions)
+    bench.show("gradients, ours", ours, "rows/s")
+    bench.show("gradients, floor's share of the measured matmul rate", [flops / n_rows * r / ceiling for r in ours])
+    if plain:
+        errors = [float(np.linalg.norm(rows[key] - row) / np.linalg.norm(row)) for key, row in expected.items()]
+        bench.show("gradients, plain", plain, "rows/s")
+        bench.show("gradients, ours : plain", [a / b for a, b in zip(ours, plain, strict=True)], "×")
+        bench.show("gradients, ‖ours − plain‖ / ‖plain‖ per row", errors)
 
 
-def compare_targets(
-    bench: Bench, results: dict[str, Any], responses: list[list[int]], positions: list[np.ndarray]
-) -> None:
+def compare_targets(bench: Bench, responses: list[list[int]], positions: list[np.ndarray]) -> None:
     """8 rows × 3 layers against one row of the lowest of these layers."""
-    n_layers = len(layer_list(bench.model)[1])
-    layers = [n_layers // 4, n_layers // 2, 3 * n_layers // 4]
+    layers = [len(layer_list(bench.model)[1]) * quarter // 4 for quarter in (1, 2, 3)]
     one = [Target(layers[0], SUFFIX, 0)]
     many = [Target(layer, SUFFIX, row) for layer in layers for row in range(8)]
     ratios = []
@@ -372,27 +301,21 @@ def compare_targets(
         single, _ = bench.seconds("one target", lambda: our_gradients(bench, one, responses, positions))
         several, _ = bench.seconds("24 targets", lambda: our_gradients(bench, many, responses, positions))
         ratios.append(several / single)
-    show(f"8 rows × layers {layers} : one row of layer {layers[0]}", spread(ratios), "× the time")
-    results["many_targets_ratio"] = spread(ratios)
+    bench.show(f"8 rows × layers {layers} : one row of layer {layers[0]}", ratios, "× the time")
 
 
-def compare_pooled(
-    bench: Bench, results: dict[str, Any], responses: list[list[int]], entropies: list[np.ndarray]
-) -> None:
+def compare_pooled(bench: Bench, responses: list[list[int]], entropies: list[np.ndarray]) -> None:
     """Picked tokens against all tokens pooled by bucket, and all linear weights, by tokens covered per second."""
     layer = len(layer_list(bench.model)[1]) // 2
     edges = fit_edges(np.concatenate(entropies), BINS)
-    buckets = [bucket_of(e, edges) for e in entropies]
     picked = [Chosen.each(positions) for positions in choose(entropies)]
-    pooled = [Chosen.pooled(of_rollout) for of_rollout in buckets]
+    pooled = [Chosen.pooled(bucket_of(e, edges)) for e in entropies]
     row, projection = [Target(layer, SUFFIX, 0)], Projection(16, 16, 0)
-    (projected,) = expand_projected(bench.model, str(layer), SUFFIX, projection)
-    (network,) = expand_projected(bench.model, "all", "all-linear", projection)
     ways = {
         "picked tokens, one row": (row, picked),
         "pooled, one row": (row, pooled),
-        "pooled, one weight 16x16": ([projected], pooled),
-        "pooled, all-linear 16x16": ([network], pooled),
+        "pooled, one weight 16x16": (expand_projected(bench.model, str(layer), SUFFIX, projection), pooled),
+        "pooled, all-linear 16x16": (expand_projected(bench.model, "all", "all-linear", projection), pooled),
     }
     prompts = repeated(bench)[: len(responses)]
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -402,44 +325,11 @@ def compare_pooled(
             elapsed, _ = bench.seconds(name, lambda batches=batches: sum(len(k) for _, k, _ in batches))
             rates[name].append(sum(len(one.positions) for one in chosen) / elapsed)
     for name, (_, chosen) in ways.items():
-        show(f"{name}, tokens covered", spread(rates[name]), "tokens/s")
-        n_tokens = sum(len(one.positions) for one in chosen)
-        show("  seconds per rollout", spread([n_tokens / rate / len(responses) for rate in rates[name]]), "s")
-    ratios = [b / a for a, b in zip(rates["picked tokens, one row"], rates["pooled, one row"], strict=True)]
-    show("  pooled : picked, one row", spread(ratios), "× the tokens a second")
-    results["tokens_covered_per_s"] = {name: spread(values) for name, values in rates.items()}
-    results["pooled_ratio"] = spread(ratios)
-
-
-def scaling_tables(
-    bench: Bench, results: dict[str, Any], responses: list[list[int]], entropies: list[np.ndarray]
-) -> None:
-    """Seconds over four numbers of positions and four numbers of rollouts."""
-    target = [Target(len(layer_list(bench.model)[1]) // 2, SUFFIX, 0)]
-    edges = fit_edges(np.concatenate(entropies), BINS)
-    buckets = [bucket_of(e, edges) for e in entropies]
-
-    def measure(n_rollouts: int, per_bucket: int) -> tuple[int, float]:
-        chosen = [
-            choose_positions(b, BINS, per_bucket, np.random.default_rng(i)) for i, b in enumerate(buckets[:n_rollouts])
-        ]
-        times = [
-            bench.seconds("scaling", lambda: our_gradients(bench, target, responses[:n_rollouts], chosen))[0]
-            for _ in range(bench.args.repeats)
-        ]
-        return sum(map(len, chosen)), statistics.median(times)
-
-    for name, sizes in {
-        "positions": [(len(responses), k) for k in (1, 2, 4, 8)],
-        "rollouts": [(max(1, len(responses) // part), POSITIONS_PER_BIN) for part in (8, 4, 2, 1)],
-    }.items():
-        print(f"cost over the number of {name} (rollouts, rows, seconds, ms per row)")
-        rows = []
-        for n_rollouts, per_bucket in sizes:
-            n_rows, elapsed = measure(n_rollouts, per_bucket)
-            rows.append({"rollouts": n_rollouts, "rows": n_rows, "seconds": elapsed})
-            print(f"  {n_rollouts:>6} {n_rows:>8} {elapsed:>9.3f} {1000 * elapsed / n_rows:>8.3f}", flush=True)
-        results[f"scaling_over_{name}"] = rows
+        bench.show(f"{name}, tokens covered", rates[name], "tokens/s")
+        n_tokens = sum(len(one.positions) for one in chosen) / len(responses)
+        bench.show(f"{name}, seconds per rollout", [n_tokens / rate for rate in rates[name]], "s")
+    of_picked, of_pooled, *_ = rates.values()
+    bench.show("pooled : picked, one row", [b / a for a, b in zip(of_picked, of_pooled, strict=True)], "× tokens/s")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -447,10 +337,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     bench = build(args)
-    device, dtype = bench.device, bench.model.dtype
+    device, dtype = bench.model.device, bench.model.dtype
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     ceiling = matmul_rate(device, dtype)
-    results: dict[str, Any] = {
+    facts = {
         "machine": machine,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -459,19 +349,17 @@ def main(argv: list[str] | None = None) -> int:
         "arguments": vars(args),
         "matmul_flops_per_s": ceiling,
     }
-    print(f"{machine}, {results['threads']} threads, torch {torch.__version__}, {results['dtype']}")
+    print(f"{machine}, {facts['threads']} threads, torch {torch.__version__}, {facts['dtype']}")
     print(f"measured matmul rate: {ceiling / 1e9:.4g} GFLOP/s\n")
-    responses, entropies = compare_sampling(bench, results)
+    responses, entropies = compare_sampling(bench)
     positions = choose(entropies)
-    compare_gradients(bench, results, responses, positions, ceiling)
+    compare_gradients(bench, responses, positions, ceiling)
     if not args.skip_scaling:
-        compare_targets(bench, results, responses, positions)
-        compare_pooled(bench, results, responses, entropies)
-        scaling_tables(bench, results, responses, entropies)
-    results["peak_bytes"] = bench.peak_bytes
+        compare_targets(bench, responses, positions)
+        compare_pooled(bench, responses, entropies)
     for name, n_bytes in bench.peak_bytes.items():
         print(f"peak memory, {name:<39} {n_bytes / 2**30:>10.3f} GiB")
-    print(json.dumps(results))
+    print(json.dumps(facts | bench.results | {"peak_bytes": bench.peak_bytes}))
     return 0
 
 

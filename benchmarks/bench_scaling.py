@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a study costs: memory and FLOPs per gradient on paper, held against measurements, and hours of whole studies.
+"""What a study costs: memory, FLOPs and hours on paper, and the formulae held against measurements.
 
 The tables of docs/scaling.md that need no measurement:
 
@@ -10,11 +10,6 @@ six minutes on one core):
 
     python benchmarks/bench_scaling.py --check
 
-This machine's rates, and the hours that the studies would take on it; Qwen2.5-1.5B's shape with random weights on a
-GPU, a thinner one on a CPU:
-
-    python benchmarks/bench_scaling.py
-
 Markdown tables go to stdout.
 """
 
@@ -24,12 +19,10 @@ import math
 import multiprocessing
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,47 +32,31 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from bench_probe import matmul_rate, peak_memory, reset_peak_memory  # noqa: E402
-
-from gradprobe.dump.records import Position, Rollout, write_records  # noqa: E402
 from gradprobe.gradients.blocks import OUTPUT, Block, Saved  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
-from gradprobe.gradients.targets import Projection, Target, expand_projected  # noqa: E402
-from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
+from gradprobe.gradients.targets import AnyTarget, Projection, Target, expand_projected  # noqa: E402
+from gradprobe.model.checkpoint import resolve_device  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
-from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
-from gradprobe.rollouts.score import score_responses  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
-POSITIONS_PER_ROLLOUT = 20
+POSITIONS_PER_ROLLOUT, PROMPT, PROMPTS, SAMPLES = 20, 128, 128, 8
 SAMPLE_ROWS = 512
-BF16, FLOAT32 = 2, 4
+BF16 = 2
 LENGTHS = (1024, 4096, 16_384)
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Attention:
-    """FLOPs of attention, in multiples of length² · (heads · head size), of one layer forward and back."""
-
-    forward: float
-    backward: float
-
-
-FUSED_CAUSAL = Attention(2, 7)
-"""Half of the two products forward; back, these anew, and again beside four of their size, by half each."""
-NOT_COUNTED = Attention(0, 0)
-"""The counter sees linear maps alone."""
+FORWARD, BACKWARD = 2, 7
+"""FLOPs of a layer's fused causal attention over length² · (heads · head size): half of 2 products; back, of 7."""
+BYTES_OF_PROMPT_TOKEN, BYTES_OF_RESPONSE_TOKEN, BYTES_OF_LINE = 7.3, 80.1, 204.8
+"""On disk: in `rollouts.jsonl`, and a row's line in `meta.jsonl`, as written for made-up numbers."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen model's dimensions."""
+    """A Qwen model's dimensions; `operations` are those of a decoding step, counted with transformers 5.23."""
 
     name: str
     layers: int
@@ -88,6 +65,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    operations: int = 0
     vocab: int = 151_936
     tied: bool = False
     has_qk_norm: bool = True
@@ -119,21 +97,13 @@ class Shape:
 
     def scaled(self, width: int, depth: int, name: str) -> "Shape":
         """The same proportions, 1/`width` as wide and 1/`depth` as deep."""
-        return replace(
-            self,
-            name=name,
-            layers=self.layers // depth,
-            hidden=self.hidden // width,
-            ffn=self.ffn // width,
-            head_dim=self.head_dim // width,
-            vocab=self.vocab // width,
-        )
+        thinner = {key: getattr(self, key) // width for key in ("hidden", "ffn", "head_dim", "vocab")}
+        return replace(self, name=name, layers=self.layers // depth, **thinner)
 
-    def model(self, device: str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
+    def model(self, device: str, dtype: torch.dtype) -> nn.Module:
         """A frozen random model; on the device `meta` its weights take no memory."""
-        config_class = transformers.Qwen3Config if self.has_qk_norm else transformers.Qwen2Config
-        model_class = transformers.Qwen3ForCausalLM if self.has_qk_norm else transformers.Qwen2ForCausalLM
-        config = config_class(
+        family = "Qwen3" if self.has_qk_norm else "Qwen2"
+        config = getattr(transformers, f"{family}Config")(
             num_hidden_layers=self.layers,
             hidden_size=self.hidden,
             intermediate_size=self.ffn,
@@ -146,7 +116,7 @@ class Shape:
         )
         torch.manual_seed(0)
         with torch.device(device):
-            model = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
+            model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, dtype=dtype)
         return model.eval().requires_grad_(False)
 
     def n_weights(self) -> int:
@@ -154,9 +124,9 @@ class Shape:
         return sum(parameter.numel() for parameter in self.model("meta", torch.bfloat16).parameters())
 
 
-QWEN_1_5B = Shape("Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, 128, tied=True, has_qk_norm=False)
-QWEN_8B = Shape("Qwen3-8B", 36, 4096, 12_288, 32, 8, 128)
-QWEN_32B = Shape("Qwen3-32B", 64, 5120, 25_600, 64, 8, 128)
+QWEN_1_5B = Shape("Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, 128, 1237, tied=True, has_qk_norm=False)
+QWEN_8B = Shape("Qwen3-8B", 36, 4096, 12_288, 32, 8, 128, 2121)
+QWEN_32B = Shape("Qwen3-32B", 64, 5120, 25_600, 64, 8, 128, 3745)
 SHAPES = (QWEN_1_5B, QWEN_8B, QWEN_32B)
 CHECKED = (
     QWEN_1_5B.scaled(4, 4, "1.5B / 4, 7 layers"),
@@ -201,146 +171,116 @@ def saved_bytes(shape: Shape, size: int, tokens: int, n_above: int, n_chosen: in
     return whole_layers - left_out + rotary
 
 
-def network_bytes(shape: Shape, size: int, tokens: int, n_chosen: int, projection: Projection) -> int:
-    """What a projection of all linear weights keeps: of every layer, and of each linear map's inputs Q x, float32."""
-    return saved_bytes(shape, size, tokens, shape.layers, n_chosen) + 7 * shape.layers * tokens * 4 * projection.cols
-
-
 def head_bytes(shape: Shape, n_chosen: int) -> int:
     """Log-probs of a block of positions and two gradients of that size, float32."""
     return 3 * 4 * shape.vocab * min(n_chosen, LOGITS_PER_BLOCK // shape.vocab)
 
 
-def backward_bytes(shape: Shape, size: int, rows: int) -> int:
-    """What a backward pass needs for a moment: two gradients of the feed-forward block's width, two of the model's."""
-    return rows * size * (2 * shape.ffn + 2 * shape.hidden)
-
-
 def peak_bytes(shape: Shape, size: int, tokens: int, n_chosen: int) -> int:
-    """Beside the weights, while differentiating on the middle layer: what is kept, and the larger of two moments."""
+    """Beside the weights, while differentiating on the middle layer: what is kept, and the larger of two moments.
+
+    One is the head's; in the other a backward pass has two gradients of the feed-forward block's width and two of the
+    model's.
+    """
     n_above = shape.layers - 1 - shape.middle
     kept = saved_bytes(shape, size, tokens, n_above, n_chosen)
-    kept += tokens * size * shape.ffn  # the target's inputs
-    kept += tokens * size * shape.hidden  # hidden states
-    return kept + max(head_bytes(shape, n_chosen), backward_bytes(shape, size, tokens))
+    two = tokens * size * (shape.ffn + shape.hidden)  # the target's inputs and the hidden states
+    return kept + two + max(head_bytes(shape, n_chosen), 2 * two)
 
 
 # ---- FLOPs on paper ---------------------------------------------------------------------------------------------
 
 
-def forward_flops(shape: Shape, length: int, attention: Attention = FUSED_CAUSAL) -> float:
+def forward_flops(shape: Shape, length: int, attention: int = FORWARD) -> float:
     """One sequence through all layers, without the head."""
-    return shape.layers * (2 * shape.layer_weights * length + attention.forward * length**2 * shape.q)
+    return shape.layers * (2 * shape.layer_weights * length + attention * length**2 * shape.q)
 
 
-def item_flops(
-    shape: Shape, length: int, reached: list[int], layer: int, n_rows: int, attention: Attention = FUSED_CAUSAL
-) -> float:
+def item_flops(shape: Shape, reached: list[int], layer: int, n_rows: int, with_attention: bool = True) -> float:
     """One sequence, differentiated at some positions: forward once, the layers above the target back for each.
 
     Args:
-        reached: how many tokens stand up to each position: so far it goes back.
+        reached: how many tokens stand up to each position, ascending: so far it goes back.
         layer: the lowest target's.
         n_rows: targets.
     """
-    n_above, n = shape.layers - 1 - layer, len(reached)
+    n_above, n, length = shape.layers - 1 - layer, len(reached), reached[-1]
     behind_attention = shape.mlp_weights + shape.hidden * shape.q  # in the last layer, at the chosen positions only
-    forward = forward_flops(shape, length, attention) - 2 * behind_attention * (length - n)
+    forward = forward_flops(shape, length, FORWARD * with_attention) - 2 * behind_attention * (length - n)
     linear_maps = 2 * (n_above * shape.layer_weights - behind_attention) * sum(reached) + 2 * behind_attention * n
-    products = n_above * attention.backward * shape.q * sum(t * t for t in reached)
+    products = with_attention * n_above * BACKWARD * shape.q * sum(t * t for t in reached)
     head = 4 * shape.hidden * shape.vocab * n
     return forward + linear_maps + products + head + 2 * n_rows * shape.ffn * sum(reached)
 
 
-def gradient_flops(shape: Shape, prompt: int, response: int, layer: int, n_rows: int) -> float:
+def gradient_flops(shape: Shape, response: int, layer: int, n_rows: int) -> float:
     """All of one rollout's gradients, at positions spread evenly."""
-    reached = [prompt + response * (k + 1) // POSITIONS_PER_ROLLOUT for k in range(POSITIONS_PER_ROLLOUT)]
-    return item_flops(shape, reached[-1], reached, layer, n_rows)
-
-
-def scoring_flops(shape: Shape, prompt: int, response: int) -> float:
-    """One rollout forward, the head at its response tokens."""
-    return forward_flops(shape, prompt + response) + 2 * shape.hidden * shape.vocab * response
+    reached = [PROMPT + response * (k + 1) // POSITIONS_PER_ROLLOUT for k in range(POSITIONS_PER_ROLLOUT)]
+    return item_flops(shape, reached, layer, n_rows)
 
 
 # ---- seconds on paper -------------------------------------------------------------------------------------------
 
 
+FLOPS = 989e12
+SHARE_OF_PASSES, SHARE_OF_DECODING, SECONDS_PER_OPERATION = 0.4, 0.5, 10e-6
+"""Dense bfloat16 FLOP/s by the maker's data sheets; assumed: what is attained of them and of the bandwidth.
+
+An operation's seconds are what Python and torch take to start one, however small: decoding a few rollouts waits for it.
+"""
+
+
 @dataclass(frozen=True)
 class Card:
-    """What computes: its memory in bytes, FLOP/s and bytes/s at best, and the shares of these that are attained."""
+    """What computes, by the maker's data sheet: `usable` bytes of memory, bandwidth in bytes/s."""
 
     name: str
-    memory: float
-    flops: float
+    usable: float
     bandwidth: float
-    share_passes: float
-    share_decoding: float
-    seconds_per_operation: float
-    """That Python and torch take to start one, however small: what decoding a few rollouts waits for."""
-
-    @property
-    def usable(self) -> float:
-        """A tenth is left to the allocator and the driver."""
-        return 0.9 * self.memory
 
 
-ASSUMED = {"share_passes": 0.4, "share_decoding": 0.5, "seconds_per_operation": 10e-6}
 CARDS = (
-    Card("80 GB (H100 SXM)", 80 * GB, 989e12, 3.35e12, **ASSUMED),
-    Card("141 GB (H200)", 141 * GB, 989e12, 4.8e12, **ASSUMED),
+    Card("80 GB (H100 SXM)", 0.9 * 80 * GB, 3.35e12),  # a tenth is left to the allocator and the driver
+    Card("141 GB (H200)", 0.9 * 141 * GB, 4.8e12),
 )
-"""Memory, dense bfloat16 FLOP/s and bandwidth by the maker's data sheets; what stands in `ASSUMED` is assumed."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything is at full length: an upper bound where responses end of their own."""
+    """Prompts of `PROMPT` tokens, responses at full length: an upper bound where they end of their own."""
 
     name: str
     shape: Shape
     checkpoints: int
-    prompts: int
-    samples: int
     response: int
-    layers: tuple[int, ...]
-    rows_per_layer: int
-    prompt: int = 128
+    layer: int
+    """The lowest target's."""
+    targets: int = 1
 
     @property
     def rollouts(self) -> int:
         """Of all checkpoints."""
-        return self.checkpoints * self.prompts * self.samples
-
-    @property
-    def targets(self) -> int:
-        """Rows of weights."""
-        return len(self.layers) * self.rows_per_layer
-
-    @property
-    def rows(self) -> int:
-        """Gradients of each target."""
-        return self.rollouts * POSITIONS_PER_ROLLOUT
+        return self.checkpoints * PROMPTS * SAMPLES
 
 
 STUDIES = (
-    Study("original", QWEN_1_5B, 2, 128, 8, 1024, (14,), 1),
-    Study("16 checkpoints × 24 targets", QWEN_1_5B, 16, 128, 8, 1024, (7, 14, 21), 8),
-    Study("8B", QWEN_8B, 2, 128, 8, 4096, (18,), 1),
-    Study("32B", QWEN_32B, 2, 128, 8, 4096, (32,), 1),
+    Study("original", QWEN_1_5B, 2, 1024, 14),
+    Study("16 checkpoints × 24 targets", QWEN_1_5B, 16, 1024, 7, 24),
+    Study("8B", QWEN_8B, 2, 4096, 18),
+    Study("32B", QWEN_32B, 2, 4096, 32),
 )
 
 
 def rows_at_once(study: Study, memory: float) -> int:
     """Rollouts whose keys and values fit beside the weights."""
-    shape, length = study.shape, study.prompt + study.response
+    shape, length = study.shape, PROMPT + study.response
     per_rollout = cache_bytes_per_token(shape, BF16) * length
     return min(SAMPLE_ROWS, int((memory - BF16 * shape.n_weights()) // per_rollout))
 
 
 def cards_needed(study: Study, card: Card) -> int:
     """The fewest cards that hold the weights and one sequence's gradients, and eight rollouts while sampling."""
-    length = study.prompt + study.response
+    length = PROMPT + study.response
     alone = BF16 * study.shape.n_weights() + peak_bytes(study.shape, BF16, length, POSITIONS_PER_ROLLOUT)
     n_cards = math.ceil(alone / card.usable)
     while rows_at_once(study, n_cards * card.usable) < 8:
@@ -348,109 +288,47 @@ def cards_needed(study: Study, card: Card) -> int:
     return n_cards
 
 
-class OperationCount(TorchDispatchMode):
-    """Counts what torch is asked to compute; views are free."""
-
-    n = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, and do as asked."""
-        self.n += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-class ProductCount(TorchDispatchMode):
-    """Counts the FLOPs of matrix products, in place or not; attention's are none to torch."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, and do as asked."""
-        name, found = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
-        if name in ("mm", "addmm", "addmm_", "bmm"):
-            self.flops += 2 * found.numel() * args[-2].shape[-1]
-        return found
-
-
-@cache
-def operations_per_step(shape: Shape) -> int:
-    """Operations of one decoding step, counted in a thin model of as many layers."""
-    model = shape.scaled(8, 1, shape.name).model("cpu", torch.float32)
-    past = DynamicCache(config=model.config)
-    ids, options = torch.zeros((2, 8), dtype=torch.long), {"past_key_values": past, "use_cache": True}
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1, **options)
-        mask = torch.ones((2, 9), dtype=torch.long)
-        mask[0, 0] = 0
-        with OperationCount() as count:
-            model(input_ids=ids[:, :1], attention_mask=mask, logits_to_keep=1, **options)
-    return count.n
-
-
-def decoding_seconds(shape: Shape, card: Card, n_rows: int, prompt: int, response: int, size: int = BF16) -> float:
+def decoding_seconds(shape: Shape, card: Card, n_rows: int, response: int) -> float:
     """One batch. A step takes as long as the slowest of three.
 
     All weights and the batch's keys and values are read; the arithmetic is done; the operations are started.
     """
-    average = prompt + response / 2
+    average = PROMPT + response / 2
     weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
-    n_bytes = size * weights + n_rows * average * cache_bytes_per_token(shape, size)
+    n_bytes = BF16 * weights + n_rows * average * cache_bytes_per_token(shape, BF16)
     flops = n_rows * (2 * weights + 4 * average * shape.q * shape.layers)
     return response * max(
-        n_bytes / (card.share_decoding * card.bandwidth),
-        flops / (card.share_passes * card.flops),
-        operations_per_step(shape) * card.seconds_per_operation,
+        n_bytes / (SHARE_OF_DECODING * card.bandwidth),
+        flops / (SHARE_OF_PASSES * FLOPS),
+        shape.operations * SECONDS_PER_OPERATION,
     )
 
 
-def study_hours(study: Study, card: Card) -> dict[str, float]:
-    """Wall-clock hours of each phase, one card at a time at work; `cards` hold the model."""
-    n_cards, shape = cards_needed(study, card), study.shape
-    n_rows = rows_at_once(study, n_cards * card.usable) // study.samples * study.samples
-    passes = card.share_passes * card.flops
-    batches = study.rollouts / n_rows
-    prompts = study.rollouts / study.samples * forward_flops(shape, study.prompt) / passes
-    sampling = batches * decoding_seconds(shape, card, n_rows, study.prompt, study.response) + prompts
-    scoring = study.rollouts * scoring_flops(shape, study.prompt, study.response) / passes
-    gradients = (
-        study.rollouts * gradient_flops(shape, study.prompt, study.response, min(study.layers), study.targets) / passes
-    )
-    seconds = {"sampling": sampling, "scoring": scoring, "gradients": gradients}
-    return {"cards": n_cards, **{phase: value / 3600 for phase, value in seconds.items()}}
+def study_hours(study: Study, card: Card, n_cards: int) -> list[float]:
+    """Wall-clock hours of sampling, scoring and gradients, one card at a time at work."""
+    shape, response, rate = study.shape, study.response, SHARE_OF_PASSES * FLOPS
+    n_rows = rows_at_once(study, n_cards * card.usable) // SAMPLES * SAMPLES
+    decoding = study.rollouts / n_rows * decoding_seconds(shape, card, n_rows, response)
+    prompts = study.rollouts / SAMPLES * forward_flops(shape, PROMPT) / rate
+    scoring = forward_flops(shape, PROMPT + response) + 2 * shape.hidden * shape.vocab * response
+    gradients = gradient_flops(shape, response, study.layer, study.targets)
+    seconds = (decoding + prompts, study.rollouts * scoring / rate, study.rollouts * gradients / rate)
+    return [phase / 3600 for phase in seconds]
 
 
 def dump_bytes(study: Study) -> float:
     """`grads.npy` and `meta.jsonl` of every target, `rollouts.jsonl` of every checkpoint."""
-    per_prompt_token, per_token, per_row = record_bytes()
-    per_rollout = study.prompt * per_prompt_token + study.response * per_token
-    return study.targets * study.rows * (4 * study.shape.ffn + per_row) + study.rollouts * per_rollout
-
-
-def record_bytes() -> tuple[float, float, float]:
-    """Bytes on disk of a prompt token, a response token and a row's description, as written for made-up numbers."""
-    rng, n = np.random.default_rng(0), 4096
-    ids = rng.integers(QWEN_1_5B.vocab, size=n).tolist()
-    numbers = rng.random((2, n), dtype=np.float32).tolist()
-    prompt = Rollout(0, 0, "", ids, [], [], [], "", "", True)
-    texts = {"tail_mass": numbers[0], "token_texts": ["word"] * n}
-    rollout = Rollout(0, 0, "", [], ids, *numbers, "word" * n, "", True, **texts)
-    lines = [Position(i, 100, 4, 512, 3, numbers[0][i], False, ids[i], numbers[1][i], numbers[0][i]) for i in range(n)]
-    sizes = []
-    with tempfile.TemporaryDirectory() as directory:
-        for records in ([prompt], [rollout], lines):
-            write_records(Path(directory) / "records.jsonl", records)
-            sizes.append((Path(directory) / "records.jsonl").stat().st_size / n)
-    return sizes[0], sizes[1], sizes[2]
+    per_rollout = PROMPT * BYTES_OF_PROMPT_TOKEN + study.response * BYTES_OF_RESPONSE_TOKEN
+    rows = study.targets * study.rollouts * POSITIONS_PER_ROLLOUT
+    return rows * (4 * study.shape.ffn + BYTES_OF_LINE) + study.rollouts * per_rollout
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Print it in Markdown."""
-    header = list(header)
-    print("\n| " + " | ".join(header) + " |")
-    print("|" + " --- |" * len(header))
+def table(header: str, rows: Iterable[Iterable[Any]]) -> None:
+    """Print it in Markdown; `header`: names of columns, " | " between them."""
+    print(f"\n| {header} |\n|" + " --- |" * len(header.split(" | ")))
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
     print()
@@ -467,128 +345,105 @@ def figure(value: float) -> str:
 def print_paper() -> None:
     """All that needs no measurement."""
     table(
-        [
-            *("model", "weights", "bf16, GB", "KV cache, kB/token", "kept per layer, kB/token"),
-            *("layers above the middle one", "their weights, GB", "operations a decoding step"),
-        ],
-        [
-            [
-                s.name,
-                f"{s.n_weights():,}",
-                figure(BF16 * s.n_weights() / GB),
-                figure(cache_bytes_per_token(s, BF16) / 1e3),
-                figure(saved_bytes_per_token(s, BF16) / 1e3),
-                s.layers - 1 - s.middle,
-                figure(BF16 * (s.layers - 1 - s.middle) * s.layer_weights / GB),
-                f"{operations_per_step(s):,}",
-            ]
-            for s in SHAPES
-        ],
+        "model | weights | bf16, GB | KV cache, kB/token | kept per layer, kB/token | layers above the middle one | "
+        "their weights, GB | operations a decoding step",
+        [shape_cells(shape) for shape in SHAPES],
     )
-    print_memory()
-    print_studies(CARDS)
-    sizes = "{:.0f} a prompt token, {:.0f} a response token, {:.0f} a row's line in meta.jsonl".format(*record_bytes())
-    print(f"Bytes on disk: {sizes}.")
-
-
-def print_memory() -> None:
-    """Memory and FLOPs of each model and length, and what fits beside the weights."""
-    rows = []
-    for shape in SHAPES:
-        weights = BF16 * shape.n_weights()
-        for length in LENGTHS:
-            one = peak_bytes(shape, BF16, length, POSITIONS_PER_ROLLOUT)
-            two = peak_bytes(shape, BF16, 2 * length, 2 * POSITIONS_PER_ROLLOUT)
-            cache = cache_bytes_per_token(shape, BF16) * length
-            prompt = 128
-            flops = gradient_flops(shape, prompt, length - prompt, shape.middle, 1) / POSITIONS_PER_ROLLOUT
-            fits = [(largest_batch(shape, length, card), int(max(0, card.usable - weights) // cache)) for card in CARDS]
-            rows.append(
-                [
-                    shape.name,
-                    f"{length:,}",
-                    figure(weights / GB),
-                    figure(cache / GB),
-                    figure((two - one) / GB),
-                    figure(head_bytes(shape, POSITIONS_PER_ROLLOUT) / GB),
-                    figure((weights + one) / GB),
-                    figure(flops / 1e12),
-                    *[f"{n_sequences:,} / {n_rollouts:,}" for n_sequences, n_rollouts in fits],
-                ]
-            )
     table(
-        [
-            *("model", "tokens", "weights, GB", "KV cache a rollout, GB", "a further sequence, GB"),
-            *("head's logits, GB", "peak of one sequence, GB", "TFLOP a row"),
-            *(f"{card.name}: sequences / rollouts" for card in CARDS),
-        ],
-        rows,
+        "model | tokens | weights, GB | KV cache a rollout, GB | a further sequence, GB | head's logits, GB | "
+        "peak of one sequence, GB | TFLOP a row | "
+        + " | ".join(f"{card.name}: sequences / rollouts" for card in CARDS),
+        [memory_cells(shape, length) for shape in SHAPES for length in LENGTHS],
     )
-
-
-def largest_batch(shape: Shape, length: int, card: Card) -> int:
-    """Sequences in one gradient pass."""
-    n, room = 0, card.usable - BF16 * shape.n_weights()
-    while peak_bytes(shape, BF16, (n + 1) * length, (n + 1) * POSITIONS_PER_ROLLOUT) <= room:
-        n += 1
-    return n
-
-
-def print_studies(cards: Iterable[Card], studies: Iterable[Study] = STUDIES) -> None:
-    """Hours and bytes of the studies."""
-    rows = []
-    for study in studies:
-        for card in cards:
-            hours = study_hours(study, card)
-            phases = [hours[phase] for phase in ("sampling", "scoring", "gradients")]
-            rows.append(
-                [
-                    study.name,
-                    study.shape.name,
-                    f"{study.rollouts:,} × {study.response:,}",
-                    f"{study.targets} × {study.rows:,}",
-                    card.name,
-                    int(hours["cards"]),
-                    *map(figure, phases),
-                    figure(hours["cards"] * sum(phases)),
-                    figure(dump_bytes(study) / GB),
-                ]
-            )
     table(
-        [
-            *("study", "model", "rollouts × tokens", "targets × rows", "card", "cards a model"),
-            *("sampling, h", "scoring, h", "gradients, h", "card hours", "dumps, GB"),
-        ],
-        rows,
+        "study | model | rollouts × tokens | targets × rows | card | cards a model | sampling, h | scoring, h | "
+        "gradients, h | card hours | dumps, GB",
+        [study_cells(study, card) for study in STUDIES for card in CARDS],
     )
+    print(
+        f"Bytes on disk: {BYTES_OF_PROMPT_TOKEN:.0f} a prompt token, {BYTES_OF_RESPONSE_TOKEN:.0f} a response token, "
+        f"{BYTES_OF_LINE:.0f} a row's line in meta.jsonl."
+    )
+
+
+def shape_cells(shape: Shape) -> list[Any]:
+    """What one model takes, whatever the length."""
+    n_weights, n_above = shape.n_weights(), shape.layers - 1 - shape.middle
+    per_token = [figure(of_token(shape, BF16) / 1e3) for of_token in (cache_bytes_per_token, saved_bytes_per_token)]
+    above = [n_above, figure(BF16 * n_above * shape.layer_weights / GB)]
+    return [shape.name, f"{n_weights:,}", figure(BF16 * n_weights / GB), *per_token, *above, f"{shape.operations:,}"]
+
+
+def memory_cells(shape: Shape, length: int) -> list[str]:
+    """Memory and FLOPs of one model and length, and what fits beside the weights."""
+    weights, cache = BF16 * shape.n_weights(), cache_bytes_per_token(shape, BF16) * length
+    one, two = (peak_bytes(shape, BF16, n * length, n * POSITIONS_PER_ROLLOUT) for n in (1, 2))
+    flops = gradient_flops(shape, length - PROMPT, shape.middle, 1) / POSITIONS_PER_ROLLOUT
+    head = head_bytes(shape, POSITIONS_PER_ROLLOUT)
+    sizes = [figure(n_bytes / GB) for n_bytes in (weights, cache, two - one, head, weights + one)]
+    fits = []
+    for card in CARDS:
+        n, room = 0, card.usable - weights
+        while peak_bytes(shape, BF16, (n + 1) * length, (n + 1) * POSITIONS_PER_ROLLOUT) <= room:
+            n += 1
+        fits.append(f"{n:,} / {int(max(0, room) // cache):,}")
+    return [shape.name, f"{length:,}", *sizes, figure(flops / 1e12), *fits]
+
+
+def study_cells(study: Study, card: Card) -> list[str]:
+    """Hours and bytes of one study."""
+    n_cards = cards_needed(study, card)
+    hours = study_hours(study, card, n_cards)
+    size = f"{study.rollouts:,} × {study.response:,}", f"{study.targets} × {study.rollouts * POSITIONS_PER_ROLLOUT:,}"
+    figures = [*hours, n_cards * sum(hours), dump_bytes(study) / GB]
+    return [study.name, study.shape.name, *size, card.name, str(n_cards), *map(figure, figures)]
 
 
 # ---- the formulae against measurements --------------------------------------------------------------------------
 
 
-def random_ids(shape: Shape, n: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Made-up sequences."""
-    return np.random.default_rng(seed).integers(shape.vocab, size=(n, length)).tolist()
+def reset_peak_memory(device: torch.device) -> None:
+    """Start the peak anew: the allocator's on a GPU, the process's resident set on a CPU (where Linux allows it)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
-def differentiate(engine: GradientEngine, ids: list[list[int]], n_positions: int) -> Callable[[], None]:
-    """One batch of whole sequences, positions spread evenly; the first token is the prompt."""
-    length = len(ids[0])
-    positions = np.linspace(0, length - 2, n_positions + 1).astype(int)[1:]
-    prompts, responses = [row[:1] for row in ids], [row[1:] for row in ids]
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
-    def work() -> None:
-        for _ in engine.batches(prompts, responses, [positions] * len(ids), len(ids) * length):
+
+def gradients_of(shape: Shape, model: nn.Module, targets: list[AnyTarget], n: int, length: int) -> Callable[[], None]:
+    """What differentiates n made-up sequences at two positions each; the first token is the prompt."""
+    engine = GradientEngine(model, targets)
+
+    def work(n: int = n, length: int = length) -> None:
+        ids = np.random.default_rng(0).integers(shape.vocab, size=(n, length)).tolist()
+        positions = [np.linspace(0, length - 2, 3).astype(int)[1:]] * n
+        for _ in engine.batches([row[:1] for row in ids], [row[1:] for row in ids], positions, n * length):
             pass
 
+    work(1, 16)  # the engine tries its blocks out
     return work
 
 
-def warm_engine(shape: Shape, model: nn.Module, targets: list[Target]) -> GradientEngine:
-    """An engine that has tried its blocks out."""
-    engine = GradientEngine(model, targets)
-    differentiate(engine, random_ids(shape, 1, 16), 2)()
-    return engine
+class ProductCount(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, in place or not; attention's are none to torch."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and do as asked."""
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm"):
+            self.flops += 2 * found.numel() * args[-2].shape[-1]
+        return found
 
 
 def measured_saved_bytes(work: Callable[[], None]) -> int:
@@ -613,54 +468,22 @@ def measured_saved_bytes(work: Callable[[], None]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def measure_peak(shape: Shape, n: int, length: int, device_name: str) -> dict[str, float]:
-    """Measured : predicted of one batch; in a process of its own, since the peak is the process's."""
+def measure_peak(shape: Shape, n: int, length: int, device_name: str) -> list[str]:
+    """Cells of one batch: bytes kept and at the peak; in a process of its own, since the peak is the process's."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    device, n_positions = torch.device(device_name), 2
-    dtype, size = (torch.bfloat16, BF16) if device.type == "cuda" else (torch.float32, FLOAT32)
-    model = shape.model(device_name, dtype)
-    engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, 0)])
-    work = differentiate(engine, random_ids(shape, n, length), n_positions)
-    n_above, tokens = shape.layers - 1 - shape.middle, n * length
-    shortest = (length - 1) * n  # the last token predicts nothing and is cut
+    device = torch.device(device_name)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    work = gradients_of(shape, shape.model(device_name, dtype), [Target(shape.middle, SUFFIX, 0)], n, length)
     gc.collect()
     reset_peak_memory(device)
     before = peak_memory(device)
     work()
-    peak = peak_memory(device) - before
-    saved = measured_saved_bytes(work)
-    predicted_saved = saved_bytes(shape, size, shortest, n_above, n * n_positions)
-    predicted_peak = peak_bytes(shape, size, tokens, n * n_positions)
-    return {"saved": saved, "predicted_saved": predicted_saved, "peak": peak, "predicted_peak": predicted_peak}
-
-
-def measure_flops(shape: Shape, length: int) -> tuple[float, float]:
-    """FLOPs of one sequence with two positions and three targets: counted, and on paper."""
-    model = shape.model("cpu", torch.float32)
-    engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, row) for row in range(3)])
-    with ProductCount() as count:
-        differentiate(engine, random_ids(shape, 1, length), 2)()
-    reached = [(length - 2) // 2 + 1, length - 1]
-    return count.flops, item_flops(shape, length - 1, reached, shape.middle, 3, NOT_COUNTED)
-
-
-def measure_kept(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, int]:
-    """Bytes kept of one sequence with two positions: measured, and on paper."""
-    model = shape.model("cpu", dtype)
-    engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, 0)])
-    kept = measured_saved_bytes(differentiate(engine, random_ids(shape, 1, length), 2))
-    n_above = shape.layers - 1 - shape.middle
-    return kept, saved_bytes(shape, dtype.itemsize, length - 1, n_above, 2)
-
-
-def measure_network(shape: Shape, dtype: torch.dtype, length: int) -> tuple[int, int]:
-    """Bytes kept for a 16 × 16 projection of all linear weights, one sequence: measured, and on paper."""
-    model, projection = shape.model("cpu", dtype), Projection(16, 16, 0)
-    engine = warm_engine(shape, model, expand_projected(model, "all", "all-linear", projection))
-    kept = measured_saved_bytes(differentiate(engine, random_ids(shape, 1, length), 2))
-    n_tokens = length - 1
-    inputs = 7 * shape.layers * n_tokens * 4 * projection.cols  # held by the engine, not by blocks
-    return kept + inputs, network_bytes(shape, dtype.itemsize, n_tokens, 2, projection)
+    peak, kept = peak_memory(device) - before, measured_saved_bytes(work)
+    n_cut = n * (length - 1)  # the last token predicts nothing and is cut
+    kept_on_paper = saved_bytes(shape, dtype.itemsize, n_cut, shape.layers - 1 - shape.middle, 2 * n)
+    peak_on_paper = peak_bytes(shape, dtype.itemsize, n * length, 2 * n)
+    sizes = [figure(kept / 1e6), f"{kept / kept_on_paper:.3f}", figure(peak / 1e6), f"{peak / peak_on_paper:.2f}"]
+    return [shape.name, f"{n} × {length:,}", *sizes]
 
 
 def print_check(device: torch.device, is_quick: bool = False) -> None:
@@ -671,158 +494,54 @@ def print_check(device: torch.device, is_quick: bool = False) -> None:
     for shape in shapes:
         for n, length in batches:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(measure_peak, shape, n, length, device.type).result()
-            rows.append(
-                [
-                    shape.name,
-                    f"{n} × {length:,}",
-                    figure(found["saved"] / 1e6),
-                    f"{found['saved'] / found['predicted_saved']:.3f}",
-                    figure(found["peak"] / 1e6),
-                    f"{found['peak'] / found['predicted_peak']:.2f}",
-                ]
-            )
-    table(["shape", "sequences × tokens", "kept, MB", "measured : paper", "peak, MB", "measured : paper"], rows)
-    small = [
-        (shape, length, *measure_kept(shape, torch.bfloat16, length), *measure_flops(shape, length))
-        for shape in shapes
-        for length in (256, 512)
-    ]
-    network = [
-        (shape, length, *measure_network(shape, torch.float32, length)) for shape in shapes for length in (256, 512)
-    ]
-    table(
-        ["shape", "tokens", "all-linear, kept, MB", "measured : paper"],
-        [[s.name, n, figure(kept / 1e6), f"{kept / paper:.3f}"] for s, n, kept, paper in network],
-    )
-    table(
-        ["shape", "tokens", "kept in bf16, MB", "measured : paper", "GFLOP counted", "counted : paper"],
-        [
-            [s.name, n, figure(kept / 1e6), f"{kept / p_kept:.3f}", figure(flops / 1e9), f"{flops / p_flops:.4f}"]
-            for s, n, kept, p_kept, flops, p_flops in small
-        ],
-    )
+                rows.append(pool.submit(measure_peak, shape, n, length, device.type).result())
+    table("shape | sequences × tokens | kept, MB | measured : paper | peak, MB | measured : paper", rows)
+    for header, cells_of in (
+        ("shape | tokens | all-linear, kept, MB | measured : paper", network_cells),
+        ("shape | tokens | kept in bf16, MB | measured : paper | GFLOP counted | counted : paper", narrow_cells),
+    ):
+        table(header, [cells_of(shape, length) for shape in shapes for length in (256, 512)])
 
 
-# ---- this machine -----------------------------------------------------------------------------------------------
+def network_cells(shape: Shape, length: int) -> list[Any]:
+    """Bytes kept for a 16 × 16 projection of all linear weights, float32, one sequence."""
+    model, projection = shape.model("cpu", torch.float32), Projection(16, 16, 0)
+    targets = expand_projected(model, "all", "all-linear", projection)
+    inputs = 7 * shape.layers * (length - 1) * 4 * projection.cols  # Q x of each map, held by the engine, not by blocks
+    kept = inputs + measured_saved_bytes(gradients_of(shape, model, targets, 1, length))
+    paper = inputs + saved_bytes(shape, 4, length - 1, shape.layers, 2)
+    return [shape.name, length, figure(kept / 1e6), f"{kept / paper:.3f}"]
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes/s read and written by a large copy, the best of several."""
-    source = torch.zeros(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), math.inf
-    for _ in range(8):
-        best = min(best, seconds_of(lambda: target.copy_(source), device))
-    return 2 * source.numel() / best
-
-
-def operation_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    """Of one operation, Python's share included: from decoding one rollout with a model too thin to compute much."""
-    thin = QWEN_1_5B.scaled(8, 1, "thin")
-    model, n_steps = thin.model(device.type, dtype), 64
-    ids = random_ids(thin, 1, 8)
-
-    def work() -> None:
-        list(sample_responses(model, ids, lambda p, s: rollout_uniforms(0, p, s, n_steps), Sampling(1, n_steps)))
-
-    work()
-    return min(seconds_of(work, device) for _ in range(3)) / n_steps / operations_per_step(QWEN_1_5B)
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock seconds."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measured_card(device: torch.device, prompts: int, response: int) -> Card:
-    """This machine's rates, and what share of them the probe attains.
-
-    The share of decoding is measured at one size: where starting operations is what takes long, as in a small model on
-    a fast card, it is lower than a larger model's would be, and the hours predicted are too many.
-    """
-    dtype = resolve_dtype("auto", device)
-    shape = QWEN_1_5B if device.type == "cuda" else QWEN_1_5B.scaled(4, 2, "1.5B / 4, 14 layers")
-    prompt, samples, model = 128, 8, shape.model(device.type, dtype)
-    flops, bandwidth = matmul_rate(device, dtype), copy_rate(device)
-    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else os.sysconf("SC_PHYS_PAGES") * 4096
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU (threads: {torch.get_num_threads()})"
-    ideal = Card(name, memory, flops, bandwidth, 1.0, 1.0, operation_seconds(device, dtype))
-    ids = random_ids(shape, prompts, prompt)
-
-    def sample() -> None:
-        uniforms = lambda p, s: rollout_uniforms(0, p, s, response)  # noqa: E731
-        list(sample_responses(model, ids, uniforms, Sampling(samples, response), prompts * samples))
-
-    whole = random_ids(shape, prompts * samples, prompt + response, seed=1)
-    starts, ends = [row[:prompt] for row in whole], [row[prompt:] for row in whole]
-    positions = np.linspace(0, response - 1, POSITIONS_PER_ROLLOUT).astype(int)
-    engine = warm_engine(shape, model, [Target(shape.middle, SUFFIX, 0)])
-    budget = 16_384 if device.type == "cuda" else 4096
-    work = {
-        "sampling": sample,
-        "scoring": lambda: list(score_responses(model, starts, ends, budget)),
-        "gradients": lambda: list(engine.batches(starts, ends, [positions] * len(whole), budget)),
-    }
-    n = prompts * samples
-    on_paper = {
-        "sampling": decoding_seconds(shape, ideal, n, prompt, response, dtype.itemsize),
-        "scoring": n * scoring_flops(shape, prompt, response) / flops,
-        "gradients": n * gradient_flops(shape, prompt, response, shape.middle, 1) / flops,
-    }
-    seconds = {}
-    for phase, run in work.items():
-        run()
-        seconds[phase] = min(seconds_of(run, device) for _ in range(3))
-    print(
-        f"{name}, torch {torch.__version__}, {dtype}: {flops / 1e9:.4g} GFLOP/s in a large product, "
-        f"{bandwidth / GB:.4g} GB/s in a large copy, {1e6 * ideal.seconds_per_operation:.3g} µs an operation"
-    )
-    table(
-        ["phase", "model", "rollouts × tokens", "seconds, best of 3", "at the machine's rates", "share attained"],
-        [
-            [
-                phase,
-                shape.name,
-                f"{n} × {prompt} + {response}",
-                figure(s),
-                figure(on_paper[phase]),
-                f"{on_paper[phase] / s:.2f}",
-            ]
-            for phase, s in seconds.items()
-        ],
-    )
-    return replace(
-        ideal,
-        share_passes=(on_paper["scoring"] + on_paper["gradients"]) / (seconds["scoring"] + seconds["gradients"]),
-        share_decoding=on_paper["sampling"] / seconds["sampling"],
-    )
+def narrow_cells(shape: Shape, length: int) -> list[Any]:
+    """Of one sequence, the bytes kept in bfloat16 and the FLOPs of three targets."""
+    model = shape.model("cpu", torch.bfloat16)
+    kept = measured_saved_bytes(gradients_of(shape, model, [Target(shape.middle, SUFFIX, 0)], 1, length))
+    kept_on_paper = saved_bytes(shape, BF16, length - 1, shape.layers - 1 - shape.middle, 2)
+    targets = [Target(shape.middle, SUFFIX, row) for row in range(3)]
+    work = gradients_of(shape, shape.model("cpu", torch.float32), targets, 1, length)
+    with ProductCount() as count:
+        work()
+    reached = [(length - 2) // 2 + 1, length - 1]
+    flops_on_paper = item_flops(shape, reached, shape.middle, 3, with_attention=False)
+    measured = [figure(kept / 1e6), f"{kept / kept_on_paper:.3f}", figure(count.flops / 1e9)]
+    return [shape.name, length, *measured, f"{count.flops / flops_on_paper:.4f}"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", action="store_true", help="tables that need no measurement")
-    parser.add_argument("--check", action="store_true", help="the formulae against measurements")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--paper", action="store_true", help="tables that need no measurement")
+    what.add_argument("--check", action="store_true", help="the formulae against measurements")
     parser.add_argument("--quick", action="store_true", help="of --check, one shape and one short batch alone")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--prompts", type=int, help="of the measured probe, 8 rollouts each (default: 32; 1 on a CPU)")
-    parser.add_argument("--response", type=int, help="tokens of a rollout (default: 1024; 256 on a CPU)")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
-    device = resolve_device(args.device)
     if args.paper:
         print_paper()
-    if args.check:
-        print_check(device, args.quick)
-    if not (args.paper or args.check):
-        is_gpu = device.type == "cuda"
-        prompts, response = args.prompts or (32 if is_gpu else 1), args.response or (1024 if is_gpu else 256)
-        studies = STUDIES if is_gpu else STUDIES[:2]
-        print_studies([measured_card(device, prompts, response)], studies)
+    else:
+        print_check(resolve_device(args.device), args.quick)
     return 0
 
 

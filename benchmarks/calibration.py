@@ -10,9 +10,9 @@ The table of docs/calibration.md (minutes on two cores):
 
     python benchmarks/calibration.py --output docs/calibration.md
 
-The same rows from a tenth of the draws, not written, and the tables of one experiment alone:
+The same rows from a tenth of the draws (too few for the bands), not written, and one experiment's tables alone:
 
-    python benchmarks/calibration.py --quick
+    python benchmarks/calibration.py --draws 40 --null-draws 40
     python benchmarks/calibration.py --only exp3
 
 The tables go to stdout; an entry outside its band says NO.
@@ -24,7 +24,7 @@ import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -38,11 +38,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import calibration_exp3  # noqa: E402
-from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, markdown, mean_of, number, percent  # noqa: E402
+from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, markdown, mean_of, number, percent, tables_of  # noqa: E402
 
 import gradprobe  # noqa: E402
 from gradprobe.analysis.bucket import Bucket, rollout_codes  # noqa: E402
-from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
+from gradprobe.exp1.spectrum import participation_ratio as ratio_of_energies  # noqa: E402
 from gradprobe.exp2.direction import (  # noqa: E402
     ALIGNED,
     MIN_ROLLOUTS_OF_EACH_KIND,
@@ -52,6 +52,7 @@ from gradprobe.exp2.direction import (  # noqa: E402
     summarise,
 )
 from gradprobe.exp2.measure import BucketDirections, Exp2Settings, directions_of_bucket  # noqa: E402
+from gradprobe.library import participation_ratio  # noqa: E402
 
 VERDICTS = (ALIGNED, ORTHOGONAL, OPPOSED, UNDERPOWERED)
 LEVEL, LEVEL_BAND = 0.05, (0.02, 0.08)
@@ -105,17 +106,15 @@ class Row:
     """A row of an Exp 2 table: what is planted and all its draws."""
 
     planted: Planted
-    draws: list[BucketDirections] = field(repr=False)
+    draws: list[BucketDirections]
+
+    def verdicts(self) -> list[str]:
+        """The share of each, of all draws."""
+        return [percent(self.share(verdict)) for verdict in VERDICTS]
 
     def share(self, verdict: str) -> float:
         """Of all draws."""
         return float(np.mean([draw.alignment.verdict == verdict for draw in self.draws]))
-
-    @property
-    def holds(self) -> np.ndarray:
-        """[k] bool, of the draws with an interval: whether it holds the planted rho."""
-        intervals = [draw.alignment.ci95 for draw in self.draws if draw.alignment.ci95 is not None]
-        return np.array([low <= self.planted.rho <= high for low, high in intervals], dtype=bool)
 
 
 def plant(planted: Planted, rng: np.random.Generator) -> Tokens:
@@ -210,16 +209,15 @@ def coverage_table(rows: list[Row]) -> list[list[str]]:
         alignments = [draw.alignment for draw in row.draws]
         estimates = [a.rho for a in alignments if a.ci95 is not None]
         detectable = [a.min_detectable for a in alignments if a.min_detectable is not None]
-        holds = row.holds
+        intervals = [a.ci95 for a in alignments if a.ci95 is not None]
+        holds = np.array([low <= row.planted.rho <= high for low, high in intervals], dtype=bool)
         spread = f"{number(np.mean(estimates), 3, signed=True)} ± {number(np.std(estimates), 3)}" if estimates else "–"
         covered = [percent(holds.mean()), in_band(holds.mean(), COVERAGE_BAND)] if len(holds) else ["–", "–"]
-        table.append(
-            [number(row.planted.signal), number(row.planted.rollout_effect, 1), number(row.planted.rho, 1, signed=True)]
-            + [spread, percent(len(holds) / len(row.draws)), *covered, percent(np.sum(~holds) / len(row.draws))]
-            + [number(float(np.median(detectable)) if detectable else None, 3)]
-            + [percent(row.share(verdict)) for verdict in VERDICTS]
-            + original_columns(row)
-        )
+        planted = row.planted
+        cells = [number(planted.signal), number(planted.rollout_effect, 1), number(planted.rho, 1, signed=True), spread]
+        cells += [percent(len(holds) / len(row.draws)), *covered, percent(np.sum(~holds) / len(row.draws))]
+        cells += [number(float(np.median(detectable)) if detectable else None, 3)]
+        table.append([*cells, *row.verdicts(), *original_columns(row)])
     return table
 
 
@@ -231,20 +229,15 @@ def null_table(rows: list[Row]) -> list[list[str]]:
     table = [header]
     for row in rows:
         planted = row.planted
-        parts = (
-            [draw.alignment for draw in row.draws],
-            [draw.cancellation for draw in row.draws],
-            [draw.cancellation_group_normalised for draw in row.draws],
-        )
-        levels = [float(np.mean([part.p_value < LEVEL for part in results])) for results in parts]
+        tested = ("alignment", "cancellation", "cancellation_group_normalised")
+        levels = [float(np.mean([getattr(draw, test).p_value < LEVEL for draw in row.draws])) for test in tested]
         kind = "heavy-tailed" if planted.norm_spread else "1 to 4 tokens per rollout" if planted.ragged else "equal"
         never = "–" if planted.signal else in_band(row.share(ORTHOGONAL), (0.0, 0.0))
         table.append(
             [number(planted.signal), number(planted.rollout_effect, 1), f"{planted.dim:,}", kind]
             + [percent(level) for level in levels]
             + ["yes" if all(in_band(level, LEVEL_BAND) == "yes" for level in levels) else OUTSIDE, never]
-            + [percent(row.share(verdict)) for verdict in VERDICTS]
-            + original_columns(row)
+            + [*row.verdicts(), *original_columns(row)]
         )
     return table
 
@@ -256,11 +249,7 @@ def unit_norm(rows: np.ndarray) -> np.ndarray:
 
 def ratio_of(rows: np.ndarray) -> float:
     """The toolkit's participation ratio of [n, d] rows."""
-    of_nobody = np.zeros(len(rows), int)
-    bucket = Bucket(rows.astype(np.float32), np.arange(len(rows)), of_nobody, of_nobody)
-    found = participation_ratio(bucket.energies())
-    assert found is not None
-    return found
+    return participation_ratio(rows.astype(np.float32))
 
 
 def rank_table(rng: np.random.Generator) -> list[list[str]]:
@@ -269,55 +258,37 @@ def rank_table(rng: np.random.Generator) -> list[list[str]]:
     Of n rows, the coefficients' own scatter lowers PR from k to about k n / (n + k + 1): the ratio of the
     expectations of (tr G)² and ‖G‖_F² of an n × k Gaussian matrix.
     """
-    table = [
-        ["k", "rows n", "dimensions", "PR: mean", "range", "expected at this n", f"within {PR_TOLERANCE:.0%} of k"]
-    ]
+    header = ["k", "rows n", "dimensions", "PR: mean", "range", "expected at this n", f"within {PR_TOLERANCE:.0%} of k"]
+    table = [header]
     for k, n, dim in ((1, 200, 512), (2, 500, 512), (5, 500, 8960), (10, 1000, 512), (20, 1000, 1024), (50, 1000, 512)):
         found = []
         for _ in range(N_SPECTRUM_DRAWS):
             directions = np.linalg.qr(rng.standard_normal((dim, k)))[0]
             found.append(ratio_of(rng.standard_normal((n, k)) @ directions.T))
         near = in_band(float(np.mean(found)), ((1 - PR_TOLERANCE) * k, (1 + PR_TOLERANCE) * k))
-        table.append(
-            [
-                *(f"{size:,}" for size in (k, n, dim)),
-                number(np.mean(found)),
-                f"{number(min(found))} – {number(max(found))}",
-                number(k * n / (n + k + 1)),
-                near,
-            ]
-        )
+        spread = f"{number(min(found))} – {number(max(found))}"
+        sizes = [f"{size:,}" for size in (k, n, dim)]
+        table.append([*sizes, number(np.mean(found)), spread, number(k * n / (n + k + 1)), near])
     return table
 
 
 def norm_table(rng: np.random.Generator) -> list[list[str]]:
     """Header and lines: isotropic directions, their norms drawn from ever heavier tails, fresh rows in every draw."""
-    n, dim = 1000, 512
-    laws = {
-        "all equal": lambda: np.ones(n),
-        "log-normal, log-sd 0.5": lambda: np.exp(0.5 * rng.standard_normal(n)),
-        "log-normal, log-sd 1": lambda: np.exp(rng.standard_normal(n)),
-        "log-normal, log-sd 2": lambda: np.exp(2 * rng.standard_normal(n)),
-        "Student's t, 2 degrees of freedom": lambda: np.abs(rng.standard_t(2, n)),
-    }
+    n, dim, reference = 1000, 512, None
+    laws = {f"log-normal, log-sd {s:g}": lambda s=s: np.exp(s * rng.standard_normal(n)) for s in (0.5, 1, 2)}
+    laws = {"all equal": lambda: np.ones(n)} | laws
+    laws["Student's t, 2 degrees of freedom"] = lambda: np.abs(rng.standard_t(2, n))
     header = ["norms", "ESS: mean", "PR: mean", "PR, of that at equal norms", "unit-norm PR: mean"]
-    header += ["of that at equal norms", f"within {UNIT_NORM_TOLERANCE:.0%}"]
-    table = [header]
-    reference = None
+    table = [[*header, "of that at equal norms", f"within {UNIT_NORM_TOLERANCE:.0%}"]]
     for name, law in laws.items():
         drawn = [unit_norm(rng.standard_normal((n, dim))) * law()[:, None] for _ in range(N_SPECTRUM_DRAWS)]
         raw = float(np.mean([ratio_of(rows) for rows in drawn]))
         unit = float(np.mean([ratio_of(unit_norm(rows)) for rows in drawn]))
-        size = mean_of([participation_ratio(np.sum(rows**2, axis=1)) for rows in drawn])
+        size = mean_of([ratio_of_energies(np.sum(rows**2, axis=1)) for rows in drawn])
         reference = unit if reference is None else reference  # the first law's rows are of equal norm
         near = in_band(unit / reference, (1 - UNIT_NORM_TOLERANCE, 1 + UNIT_NORM_TOLERANCE))
-        table.append(
-            [
-                name,
-                *(number(size, 1), number(raw, 1), percent(raw / reference)),
-                *(number(unit, 1), percent(unit / reference), near),
-            ]
-        )
+        cells = [number(size, 1), number(raw, 1), percent(raw / reference), number(unit, 1), percent(unit / reference)]
+        table.append([name, *cells, near])
     return table
 
 
@@ -383,48 +354,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=os.cpu_count(), help="processes; results don't hang on it (default: all cores)")
     add("--only", choices=EXPERIMENTS, help="the tables of one experiment (default: all)")
-    add("--quick", action="store_true", help="a tenth of the draws: to see it work, too few for the bands")
     add("--output", type=Path, metavar="FILE", help="write the tables there as Markdown (default: only to stdout)")
     args = parser.parse_args(argv)
-    if args.quick:
-        args.draws, args.null_draws = max(2, args.draws // 10), max(2, args.null_draws // 10)
     if min(args.draws, args.null_draws, args.bootstrap, args.permutations, args.workers) < 1:
         parser.error("--draws, --null-draws, --bootstrap, --permutations and --workers take 1 or more")
     return args
 
 
-def run_rows(pool: ProcessPoolExecutor, rows: list[Planted], numbers: range, n_draws: int, *settings: int) -> list[Row]:
-    """All draws of each row. `numbers`: of the rows' streams; `settings`: seed, bootstrap draws, permutations."""
-    found = []
-    for row, planted in zip(numbers, rows, strict=True):
-        tasks = [(row, draw, planted, *settings) for draw in range(n_draws)]
-        found.append(Row(planted, list(pool.map(draw_row, tasks, chunksize=max(1, n_draws // 16)))))
-    return found
-
-
 def exp2_sections(pool: ProcessPoolExecutor, args: argparse.Namespace) -> dict[str, list[list[str]]]:
     """Title -> table."""
-    sections: dict[str, list[list[str]]] = {}
-    first = 0
-    for title, rows in coverage_sections().items():
-        numbers = range(first, first + len(rows))
-        drawn = run_rows(pool, rows, numbers, args.draws, args.seed, args.bootstrap, 0)
-        sections[f"Exp 2. {title}"] = coverage_table(drawn)
-        first += len(rows)
-        print(f"Exp 2: {title}", file=sys.stderr, flush=True)
-    rows = null_rows()
-    numbers = range(first, first + len(rows))
-    drawn = run_rows(pool, rows, numbers, args.null_draws, args.seed, args.bootstrap, args.permutations)
-    return sections | {"Exp 2. Labels that mean nothing": null_table(drawn)}
-
-
-def exp1_sections(seed: int) -> dict[str, list[list[str]]]:
-    """Title -> table."""
-    rng = np.random.default_rng([seed, 2000])
-    return {
-        "Exp 1. A bucket of k directions": rank_table(rng),
-        "Exp 1. Isotropic directions (1,000 rows in 512 dimensions), heavy-tailed norms": norm_table(rng),
-    }
+    parts = [
+        (f"Exp 2. {title}", rows, args.draws, (args.bootstrap, 0), coverage_table)
+        for title, rows in coverage_sections().items()
+    ]
+    nulls = (args.bootstrap, args.permutations)
+    parts.append(("Exp 2. Labels that mean nothing", null_rows(), args.null_draws, nulls, null_table))
+    return tables_of(pool, parts, args.seed, draw_row, lambda _, planted, draws: Row(planted, draws))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -437,7 +382,10 @@ def main(argv: list[str] | None = None) -> int:
         if "exp2" in wanted:
             sections |= exp2_sections(pool, args)
         if "exp1" in wanted:
-            sections |= exp1_sections(args.seed)
+            rng = np.random.default_rng([args.seed, 2000])
+            sections["Exp 1. A bucket of k directions"] = rank_table(rng)
+            title = "Exp 1. Isotropic directions (1,000 rows in 512 dimensions), heavy-tailed norms"
+            sections[title] = norm_table(rng)
         if "exp3" in wanted:
             sections |= calibration_exp3.sections(pool, args.draws, args.null_draws, args.seed)
     command = " ".join(["python", "benchmarks/calibration.py", *(sys.argv[1:] if argv is None else argv)])

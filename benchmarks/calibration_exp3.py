@@ -5,10 +5,10 @@ share of the tokens kept, noise scales. Where nothing is planted, nothing may be
 """
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, number, percent
+from calibration_tables import COVERAGE_BAND, OUTSIDE, in_band, number, percent, tables_of
 
 from gradprobe.analysis.jackknife import Estimate
 from gradprobe.analysis.opposition import Opposition, rho_over_sums
@@ -94,7 +94,7 @@ class Row:
 
     planted: PlantedPooled
     truth: Truth
-    draws: list[Draw] = field(repr=False)
+    draws: list[Draw]
 
 
 def group_sizes(planted: PlantedPooled, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -210,11 +210,6 @@ def null_rows() -> list[PlantedPooled]:
     ]
 
 
-def within_rows() -> list[PlantedPooled]:
-    """Rows in which the score's mean is not 0."""
-    return [PlantedPooled(0.2, "dr-grpo", mean=mean) for mean in (0.2, 1.0)]
-
-
 def name_of(planted: PlantedPooled) -> str:
     """What is special about a row."""
     parts = [planted.objective, f"{planted.n_prompts} × {'4 to ' if planted.ragged else ''}{planted.n_rollouts}"]
@@ -275,17 +270,19 @@ def interval_columns(row: Row, scale: float) -> list[str]:
     buckets = range(N_BUCKETS)
     kept = range(N_BUCKETS - 1)  # the last entry keeps all: exactly 1
     with_signal = [b for b in buckets if truth.signal[b, b] > 0]
-    of_bucket = {b: truth.kept(np.eye(N_BUCKETS)[b]) for b in with_signal}
-    of_kept = [truth.kept((np.arange(N_BUCKETS) >= N_BUCKETS - 1 - i).astype(float)) for i in kept]
+    of_kept = zip(*(truth.kept((np.arange(N_BUCKETS) >= N_BUCKETS - 1 - i).astype(float)) for i in kept), strict=True)
+    names = ("cosine", "signal_share", "noise_scale_ratio")
     shares = truth.signal.sum(axis=1) / truth.signal.sum()
     return [
         *covered([[r.buckets[b].signal_share for r in results] for b in buckets], list(shares)),
-        *covered([[r.keep_top[i].cosine for r in results] for i in kept], [one[0] for one in of_kept]),
-        *covered([[r.keep_top[i].signal_share for r in results] for i in kept], [one[1] for one in of_kept]),
-        *covered([[r.keep_top[i].noise_scale_ratio for r in results] for i in kept], [one[2] for one in of_kept]),
+        *(
+            cell
+            for name, truths in zip(names, of_kept, strict=True)
+            for cell in covered([[getattr(r.keep_top[i], name) for r in results] for i in kept], list(truths))
+        ),
         *covered(
             [[r.buckets[b].cosine_with_update for r in results] for b in with_signal],
-            [of_bucket[b][0] for b in with_signal],
+            [truth.kept(np.eye(N_BUCKETS)[b])[0] for b in with_signal],
         ),
         *covered(
             [[r.buckets[b].signal_share_within_prompts for r in results] for b in buckets],
@@ -352,17 +349,14 @@ common (Efron & Stein 1981: never too small), so intervals may hold the truth mo
 
 def sections(pool: ProcessPoolExecutor, n_draws: int, n_null_draws: int, seed: int) -> dict[str, list[list[str]]]:
     """Title -> table."""
-    found, first = {}, 0
-    for title, rows, n, table in (
-        ("Exp 3. Pooled dumps with a planted signal", coverage_rows(), n_draws, coverage_table),
-        ("Exp 3. Outcomes that mean nothing", null_rows(), n_null_draws, null_table),
-        ("Exp 3. Within prompts, where the score's mean is not 0", within_rows(), n_draws, within_table),
-    ):
-        drawn = []
-        for index, planted in enumerate(rows, first):
-            tasks = [(index, draw, planted, seed) for draw in range(n)]
-            truth = truth_of(planted, np.random.default_rng([seed, STREAM + index]))
-            drawn.append(Row(planted, truth, list(pool.map(draw_row, tasks, chunksize=max(1, n // 16)))))
-        found[title] = table(drawn)
-        first += len(rows)
-    return found
+    biased = [PlantedPooled(0.2, "dr-grpo", mean=mean) for mean in (0.2, 1.0)]
+    parts = [
+        ("Exp 3. Pooled dumps with a planted signal", coverage_rows(), n_draws, (), coverage_table),
+        ("Exp 3. Outcomes that mean nothing", null_rows(), n_null_draws, (), null_table),
+        ("Exp 3. Within prompts, where the score's mean is not 0", biased, n_draws, (), within_table),
+    ]
+
+    def row_of(index: int, planted: PlantedPooled, draws: list[Draw]) -> Row:
+        return Row(planted, truth_of(planted, np.random.default_rng([seed, STREAM + index])), draws)
+
+    return tables_of(pool, parts, seed, draw_row, row_of)

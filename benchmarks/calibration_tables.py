@@ -1,5 +1,9 @@
 """What the calibrations' tables have in common."""
 
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
 import numpy as np
 
 COVERAGE_BAND = (0.90, 0.99)
@@ -33,3 +37,20 @@ def markdown(table: list[list[str]]) -> list[str]:
     """Lines of a Markdown table; all columns but words are right-aligned by the renderer."""
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     return [lines[0], "|" + " ---: |" * len(table[0]), *lines[1:]]
+
+
+def tables_of(
+    pool: ProcessPoolExecutor, parts: list[tuple], seed: int, draw_row: Callable, row_of: Callable
+) -> dict[str, list[list[str]]]:
+    """Title -> table. `parts`: title, what is planted in each row, draws of each, settings of `draw_row`, its table."""
+    found, first = {}, 0
+    for title, rows, n_draws, settings, table in parts:
+        drawn = []
+        for number_of_row, planted in enumerate(rows, first):
+            tasks = [(number_of_row, draw, planted, seed, *settings) for draw in range(n_draws)]
+            draws = list(pool.map(draw_row, tasks, chunksize=max(1, n_draws // 16)))
+            drawn.append(row_of(number_of_row, planted, draws))
+        found[title] = table(drawn)
+        first += len(rows)
+        print(title, file=sys.stderr, flush=True)
+    return found

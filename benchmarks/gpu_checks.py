@@ -8,21 +8,22 @@ The model is a random Qwen2 of 6 layers; nothing is loaded.
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from bench_scaling import Shape  # noqa: E402
 
 from gradprobe.gradients.chosen import Chosen  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
@@ -38,7 +39,8 @@ from gradprobe.gradients.targets import (  # noqa: E402
 from gradprobe.model.checkpoint import resolve_device  # noqa: E402
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
 
-VOCABULARY, LAYERS, WIDTH, INNER = 512, 6, 256, 704
+VOCABULARY = 512
+SHAPE = Shape("checked", 6, 256, 704, 4, 2, 64, vocab=VOCABULARY, has_qk_norm=False)
 SUFFIX, LAYER, ROW = "mlp.down_proj.weight", 3, 5
 N_BUCKETS = 3
 LARGEST_FLOAT32 = 1e-4
@@ -69,17 +71,7 @@ class Case:
     """A model, rollouts and their buckets."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, n_rollouts: int):
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model = Qwen2ForCausalLM._from_config(config, dtype=torch.float32)
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
+        self.model = SHAPE.model("cpu", torch.float32).to(device, dtype)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(VOCABULARY, size=rng.integers(5, 40)).tolist() for _ in range(n_rollouts)]
         self.responses = [rng.integers(VOCABULARY, size=rng.integers(8, 60)).tolist() for _ in range(n_rollouts)]
@@ -96,22 +88,18 @@ class Case:
 
     def plain(self, weights: dict[str, nn.Parameter], i: int, positions: np.ndarray) -> dict[str, torch.Tensor]:
         """∇ Σ log π at positions of rollout i with respect to whole weights, by autograd of the whole model."""
-        for weight in weights.values():
-            weight.requires_grad_(True)
         ids = torch.tensor([self.prompts[i] + self.responses[i]], device=self.model.device)
         log_probs = torch.log_softmax(self.model(input_ids=ids).logits[0].float(), -1)
         at = torch.as_tensor(positions + len(self.prompts[i]), device=self.model.device)
         total = log_probs[at - 1, ids[0, at]].sum()
         found = torch.autograd.grad(total, list(weights.values()))
-        for weight in weights.values():
-            weight.requires_grad_(False)
-        return dict(zip(weights, (g.double().cpu() for g in found), strict=True))
+        return {name: gradient.double().cpu() for name, gradient in zip(weights, found, strict=True)}
 
 
 def truths(case: Case, target: AnyTarget, chosen: list[Chosen]) -> Gradients:
     """The same as `Case.ours`, by `Case.plain`."""
     linears = {full_name(case.model, w): linear for w, linear in linears_of(case.model, [target]).items()}
-    weights = {name: linear.weight for name, linear in linears.items()}
+    weights = {name: linear.weight.requires_grad_(True) for name, linear in linears.items()}
     found = {}
     for i, of_rollout in enumerate(chosen):
         for k in range(of_rollout.n_gradients):
@@ -147,14 +135,11 @@ def gradient_checks(device: torch.device, n_rollouts: int) -> Iterator[Check]:
     }
     for name, (target, chosen) in ways.items():
         truth = truths(exact, target, chosen)
-        for dtype in (torch.float32, torch.bfloat16):
-            case = Case(device, dtype, n_rollouts)
-            error = errors(case.ours(target, chosen), truth)
-            if dtype == torch.float32:
-                yield below(f"{name}, float32: largest error", float(error.max()), LARGEST_FLOAT32)
-                continue
-            limit = MOST_OF_PLAIN * float(np.median(errors(truths(case, target, chosen), truth)))
-            yield below(f"{name}, bfloat16: median error", float(np.median(error)), limit)
+        error = errors(Case(device, torch.float32, n_rollouts).ours(target, chosen), truth)
+        yield below(f"{name}, float32: largest error", float(error.max()), LARGEST_FLOAT32)
+        case = Case(device, torch.bfloat16, n_rollouts)
+        ours, plain = (errors(found, truth) for found in (case.ours(target, chosen), truths(case, target, chosen)))
+        yield below(f"{name}, bfloat16: median error", float(np.median(ours)), MOST_OF_PLAIN * float(np.median(plain)))
 
 
 def sampling_check(device: torch.device, n: int = 20_000) -> Check:
@@ -182,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(args.device)
     print("| check | measured | limit | holds |\n| --- | ---: | ---: | --- |")
     checks = []
-    for check in itertools.chain(gradient_checks(device, args.rollouts), map(sampling_check, [device])):
+    for check in chain(gradient_checks(device, args.rollouts), map(sampling_check, [device])):
         checks.append(check)
         print(f"| {check.name} | {check.value:.3g} | {check.limit:.3g} | {'yes' if check.is_sound else 'NO'} |")
     print(json.dumps({"checks": [asdict(check) for check in checks]}))
