@@ -1,96 +1,239 @@
-"""The settings of a probe, each of them a flag of the probe script: given, checked and filled in once."""
+"""The settings of a probe, each of them a flag of the probe script: explained, given, checked and filled in once."""
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..common.errors import InputError, raise_if_any
 from ..dump.pooled import BUCKET, NO_POOLING
 from ..model.checkpoint import CheckpointSource
-from .rules import ENTROPY
+from ..problems.verify import BOXED, SECONDS_PER_ANSWER
+from ..rollouts.formats import FORMATS
+from .rules import ENTROPY, RULES
 
 DEFAULT_DATASET = Path(__file__).parents[2] / "demo" / "problems.jsonl"
-DEFAULT_VERIFIER = "boxed"
-SAMPLING_DEFAULTS = {"num_prompts": 64, "num_samples": 8, "max_new_tokens": 1024, "temperature": 1.0}
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 2048}
-LEAST = {
-    **dict.fromkeys(("num_prompts", "num_samples", "max_new_tokens", "num_shards"), 1),
-    **dict.fromkeys(("batch_tokens", "sample_rows", "server_requests"), 1),
-    **dict.fromkeys(("shard_index", "seed", "pos_per_bin_per_rollout", "min_mixed_prompts"), 0),
-    "bins": 2,
-}
-MOST = {"num_samples": 10**6, "max_new_tokens": 10**7}
-"""Beyond these a typo is likelier than a study, and arrays of that length would be made."""
 TASKS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 """What torchrun and srun tell each task: its number, how many there are, its number on its node. (A batch script, which
 is no task, sees SLURM_PROCID and SLURM_NTASKS, but not the number of tasks of a step.)"""
 
 
-@dataclass(frozen=True)
-class ProbeSettings:
-    """What to probe and how; the probe script's flags, which `--help` explains. None: not given.
+def flag(text: str, metavar: str | None = None, default: Any = None, **about: Any) -> Any:
+    """A setting of `ProbeSettings`, from which `add_flags` makes a flag; its type is the annotation's.
 
-    `filled` puts defaults in the place of None where there are any; `check` names all that can't be.
+    Args:
+        text: what `--help` says; it gains the default where it names none.
+        default: None: not given; MISSING: it must be.
+        about: `group`, the heading of this setting and those after it; `choices`, `type` and `nargs` of argparse;
+            `sampled`, the default where responses are sampled; `least`, the smallest value, or `is_positive`;
+            `only_with` or `never_with`, another setting in backticks, that it needs or can't go with, and why.
     """
+    return field(default=default, metadata={"text": text, "metavar": metavar, **about})
 
-    model_path: str
-    output_dir: Path
-    revision: str | None = None
-    adapter: str | None = None
-    trust_remote_code: bool = False
-    tokenizer: str | None = None
-    dataset: str | None = None
-    problem_key: str | None = None
-    answer_key: str | None = None
-    id_key: str | None = None
-    prompt_template: str | None = None
-    chat_template: bool = False
-    system_prompt: str | None = None
-    continue_final_message: bool = False
-    num_prompts: int | None = None
-    num_samples: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    stop: str | None = None
-    sampler: str = "own"
-    base_url: str | None = None
-    server_model: str | None = None
-    server_requests: int = 16
-    api_key_env: str | None = None
-    rollouts: Sequence[Path] | None = None
-    rollouts_format: str = "auto"
-    correct_from: str = "auto"
-    correct_above: float | None = None
-    verifier: str = DEFAULT_VERIFIER
-    verifier_seconds: float = 10.0
-    shard_index: int | None = None
-    num_shards: int | None = None
-    layer: str | None = None
-    param_suffix: str = "mlp.down_proj.weight"
-    row_idx: str = "0"
-    project: str | None = None
-    pool: str = NO_POOLING
-    bucket_by: str = ENTROPY
-    bins: int = 5
-    pos_per_bin_per_rollout: int = 4
-    entropy_edges: Path | None = None
-    seed: int = 0
-    device: str = "auto"
-    device_map: str | None = None
-    max_memory: str | None = None
-    offload_dir: Path | None = None
-    dtype: str = "auto"
-    attention: str = "auto"
-    batch_tokens: int | None = None
-    sample_rows: int = 512
-    min_mixed_prompts: int | None = None
-    sample_only: bool = False
-    check_only: bool = False
-    overwrite: bool = False
+
+of_sampling = partial(flag, never_with="`rollouts`, which brings its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """What to probe and how. None: not given; `filled` puts defaults there; `check` names all that can't be."""
+
+    model_path: str = flag(
+        "checkpoint: a directory, or a name on the Hub", "M", MISSING, group="what to read and where to write"
+    )
+    revision: str | None = flag("branch, tag or commit of a name on the Hub (default: its default branch)", "REV")
+    adapter: str | None = flag(
+        "PEFT adapter (LoRA), merged into the weights: a directory, or a name on the Hub",
+        "A",
+        never_with="`device_map`; merge it into a checkpoint first",
+    )
+    tokenizer: str | None = flag(
+        "tokenizer with the same ids as the checkpoint's: a directory, or a name on the Hub (default: the adapter's "
+        "own, if it brings one, else the checkpoint's)",
+        "T",
+    )
+    trust_remote_code: bool = flag("let code that comes with the checkpoint run (default: never)", default=False)
+    output_dir: Path = flag("directory of the new dump", "D", MISSING)
+    dataset: str | None = flag(
+        "problems: .jsonl, .json, .parquet, a directory of datasets.save_to_disk, hf:NAME[:CONFIG][:SPLIT], or "
+        "gym:NAME[:key=value,...] of reasoning-gym (default: the demo's)",
+        "F",
+        sampled=str(DEFAULT_DATASET),
+    )
+    min_mixed_prompts: int | None = flag(
+        "after the sampling, stop unless so many of this probe's prompts have correct and incorrect rollouts, which "
+        "are kept (default: 1; 0 with fewer than 16 prompts or one rollout each)",
+        "N",
+        least=0,
+    )
+    sample_only: bool = flag(
+        "stop after the sampling; the same command without it goes on with the gradients", default=False
+    )
+    check_only: bool = flag("check all that can be known without the weights; write nothing", default=False)
+    overwrite: bool = flag("start afresh where the output directory holds a dump", default=False)
+
+    problem_key: str | None = flag(
+        "field of the problem, dotted if nested (default: the first of prompt, problem, question)",
+        "KEY",
+        group="problems into prompts",
+    )
+    answer_key: str | None = flag(
+        "field of the answer (default: the first of ground_truth, reward_model.ground_truth, final_answer, "
+        "answer, solution)",
+        "KEY",
+    )
+    id_key: str | None = flag(
+        "field of the id; none: row numbers (default: the first of id, unique_id, extra_info.index)", "KEY"
+    )
+    prompt_template: str | None = flag(
+        "text with {problem}, or a file of it; other braces stay (default: the problem itself)", "FILE|TEXT"
+    )
+    chat_template: bool = flag("put the problem into the tokenizer's own chat template", default=False)
+    system_prompt: str | None = flag(
+        "system message of the chat template (default: the template's own)", "TEXT", only_with="`chat_template`"
+    )
+    continue_final_message: bool = flag(
+        "go on with the assistant's message that a problem's messages end in, a prefilled one; without it such a data "
+        "set is refused: sets for supervised training hold the solution there",
+        default=False,
+        only_with="`chat_template`",
+    )
+
+    num_prompts: int | None = of_sampling(
+        "prompts of the whole study, over all shards", "N", group="sampling (not with --rollouts)", sampled=64, least=1
+    )
+    num_samples: int | None = of_sampling("rollouts per prompt", "N", sampled=8, least=1)
+    max_new_tokens: int | None = of_sampling("tokens at most in a response", "N", sampled=1024, least=1)
+    temperature: float | None = of_sampling("divides the logits while sampling", "T", sampled=1.0, is_positive=True)
+    stop: str | None = of_sampling("ends a response as an end token does (base models, few-shot prompts)", "TEXT")
+    sampler: str = of_sampling(
+        "openai: ask the server at --base-url for responses", None, "own", choices=("own", "openai")
+    )
+    base_url: str | None = of_sampling("of a vLLM, SGLang or llama.cpp server that runs this checkpoint", "URL")
+    server_model: str | None = of_sampling("model to ask for (default: the only one that the server lists)", "NAME")
+    server_requests: int = flag("requests under way at once", "N", 16, least=1)
+    api_key_env: str | None = of_sampling(
+        "environment variable that holds the server's API key (default: none is sent); never the key itself",
+        "NAME",
+        only_with="`base_url`",
+    )
+
+    rollouts: Sequence[Path] | None = flag(
+        "probe these instead of sampling: a dump, its rollouts.jsonl, or files of vLLM, an OpenAI-shaped server, TRL "
+        "(also a folder with the completions of one step) or verl",
+        "F",
+        type=Path,
+        nargs="+",
+        group="rollouts from elsewhere (docs/rollouts.md)",
+    )
+    rollouts_format: str = flag(
+        "shape of --rollouts (default: by its keys)", None, "auto", choices=("auto", *FORMATS), only_with="`rollouts`"
+    )
+    correct_from: str = flag(
+        "verdicts of --rollouts: auto (a true or false 'correct' or 'acc', else the reward), a key of the file, or "
+        "verifier to judge anew",
+        "NAME",
+        "auto",
+        only_with="`rollouts`",
+    )
+    correct_above: float | None = flag("a reward above this is a correct answer", "REWARD", only_with="`rollouts`")
+
+    verifier: str = flag(
+        "boxed: the last box, exactly; numeric: by value; math-verify; gym: reasoning-gym's scorer; or "
+        "module:function, which takes response and ground truth and returns a bool",
+        default=BOXED,
+        group="verdicts",
+    )
+    verifier_seconds: float = flag(
+        "time limit of one answer, of all but boxed", "S", SECONDS_PER_ANSWER, is_positive=True
+    )
+
+    shard_index: int | None = flag(
+        "this shard, from 0 (default: 0)",
+        "I",
+        group="shards (default: by torchrun's or srun's tasks, if there are several)",
+        least=0,
+    )
+    num_shards: int | None = flag("shards of the study (default: 1)", "N", least=1)
+
+    layer: str | None = flag(
+        "layer, from 0 (default: the middle one, 14 of Qwen2.5-1.5B's 28)",
+        "LAYER[,...]",
+        group="target: lists separated by commas give one dump for each combination",
+    )
+    param_suffix: str = flag("linear weight inside it", default="mlp.down_proj.weight")
+    row_idx: str = flag(
+        "row, from 0; also first, mid, last, random:K", default="0", never_with="`project`, which takes whole weights"
+    )
+    project: str | None = flag(
+        "whole weights in the place of rows, seen through random signs from both sides, e.g. 16x16; then also --layer "
+        "all and --param-suffix all-linear, which is all linear weights in one dump",
+        "KxL",
+    )
+
+    pool: str = flag(
+        "bucket: one gradient for each rollout and bucket, summed over all its tokens there, as Exp 3 needs it; none: "
+        "one for each picked token",
+        default=NO_POOLING,
+        choices=(NO_POOLING, BUCKET),
+        group="tokens and buckets",
+    )
+    bucket_by: str = flag(
+        f"of pooled tokens: {', '.join(RULES)}, or score:KEY, a list of numbers per token in --rollouts",
+        "RULE",
+        ENTROPY,
+        only_with="`pool` bucket",
+    )
+    bins: int = flag("buckets of equal size", default=5, least=2)
+    pos_per_bin_per_rollout: int = flag(
+        "positions of each bucket and rollout; 0: every response token",
+        default=4,
+        least=0,
+        never_with="`pool` bucket, which takes all tokens",
+    )
+    entropy_edges: Path | None = flag("take the edges of another dump's manifest.json", "MANIFEST")
+    seed: int = flag("of prompts, sampling and positions", default=0, least=0)
+
+    device: str = flag(
+        "auto, cuda or cpu",
+        default="auto",
+        never_with="`device_map`, which says where the weights are",
+        group="computing",
+    )
+    device_map: str | None = flag(
+        "spread the weights: auto over all GPUs, then the CPU's memory, then the disk; or a JSON file of module: "
+        'number of a GPU, "cpu" or "disk"; needs accelerate (default: all on --device)',
+        "auto|FILE",
+    )
+    max_memory: str | None = flag(
+        "weights at most on each device with --device-map auto; a device not named is not used (default: what is "
+        "free, less a tenth)",
+        "0=70GiB,cpu=200GiB",
+        only_with="`device_map`",
+    )
+    offload_dir: Path | None = flag(
+        "for weights on the disk that can't be read from the checkpoint as they are (mixtures of experts)",
+        "D",
+        only_with="`device_map`",
+    )
+    dtype: str = flag("auto: bfloat16 on GPUs that have it", default="auto", choices=("auto", "bfloat16", "float32"))
+    attention: str = flag(
+        "auto: sdpa where the architecture has it, else eager",
+        default="auto",
+        choices=("auto", "sdpa", "eager", "flash_attention_2"),
+    )
+    batch_tokens: int | None = flag(
+        "tokens in one scoring or gradient pass; halves by itself when memory runs out "
+        f"(default: {BATCH_TOKENS['cuda']:,} on a GPU, {BATCH_TOKENS['cpu']:,} on a CPU)",
+        least=1,
+    )
+    sample_rows: int = flag("responses sampled at once; halves by itself when memory runs out", default=512, least=1)
 
     @property
     def is_pooled(self) -> bool:
@@ -102,102 +245,56 @@ class ProbeSettings:
         """Which checkpoint is probed."""
         return CheckpointSource(self.model_path, self.revision, self.adapter, self.trust_remote_code, self.tokenizer)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every setting by its name, paths as text."""
-        found = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        return found | {"rollouts": self.rollouts and list(map(str, self.rollouts))}
-
     def check(self) -> None:
         """Raise `InputError` with every value that can't be, and every two that can't go together."""
-        raise_if_any(
-            [
-                *self._faults_of_rollouts(),
-                *self._faults_of_sampling(),
-                *self._faults_of_placement(),
-                *self._faults_of_targets(),
-                *self._values_out_of_range(),
-            ]
-        )
-
-    def filled(self) -> "ProbeSettings":
-        """With defaults where sampling and shards were not said."""
-        defaults: dict[str, Any] = {"shard_index": 0, "num_shards": 1}
-        if self.rollouts is None:
-            defaults |= SAMPLING_DEFAULTS | {"dataset": str(DEFAULT_DATASET)}
-        return replace(self, **{key: value for key, value in defaults.items() if getattr(self, key) is None})
-
-    def _faults_of_rollouts(self) -> list[str]:
-        if self.rollouts is None:
-            given = {"rollouts_format": "auto", "correct_from": "auto", "correct_above": None}
-            return [
-                f"`{name}` says something of `rollouts` only"
-                for name, default in given.items()
-                if getattr(self, name) != default
-            ]
-        given = {
-            **dict.fromkeys((*SAMPLING_DEFAULTS, "stop", "base_url", "server_model", "api_key_env")),
-            "sampler": "own",
-        }
-        return [
-            f"`{name}` can't go with `rollouts`, which brings its own"
-            for name, default in given.items()
-            if getattr(self, name) != default
-        ]
-
-    def _faults_of_sampling(self) -> list[str]:
         faults = []
+        for setting in fields(self):
+            name, value, about = setting.name, getattr(self, setting.name), setting.metadata
+            if value == setting.default:
+                continue
+            if "least" in about and value < about["least"]:
+                faults.append(f"`{name}` {value}: must be at least {about['least']}")
+            if "is_positive" in about and not (math.isfinite(value) and value > 0):
+                faults.append(f"`{name}` {value}: must be above 0")
+            if "only_with" in about and not self._is_given(about["only_with"]):
+                faults.append(f"`{name}` says something of {about['only_with']} only")
+            if "never_with" in about and self._is_given(about["never_with"]):
+                faults.append(f"`{name}` can't go with {about['never_with']}")
         if (self.sampler == "openai") != (self.base_url is not None):
             faults.append("`sampler` openai and `base_url` need each other")
-        if self.api_key_env is not None and self.base_url is None and self.rollouts is None:
-            faults.append("`api_key_env` says something of `base_url` only")
         if self.stop == "":
             faults.append("`stop`: an empty text would end every response")
-        for name in ("temperature", "verifier_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                faults.append(f"`{name}` {value}: must be above 0")
-        if self.system_prompt is not None and not self.chat_template:
-            faults.append("`system_prompt`: only a chat template has a place for it; add `chat_template`")
-        if self.continue_final_message and not self.chat_template:
-            faults.append("`continue_final_message`: says something of `chat_template` only")
-        return faults
-
-    def _faults_of_placement(self) -> list[str]:
-        if self.device_map is None:
-            return [
-                f"`{name}` says something of `device_map` only"
-                for name in ("max_memory", "offload_dir")
-                if getattr(self, name) is not None
-            ]
-        faults = []
-        if self.device != "auto":
-            faults.append(f"`device` {self.device} can't go with `device_map`, which says where the weights are")
-        if self.adapter is not None:
-            faults.append("`adapter` can't go with `device_map`; merge it into a checkpoint first")
-        return faults
-
-    def _faults_of_targets(self) -> list[str]:
-        faults = []
-        if self.project is not None and self.row_idx != ProbeSettings.row_idx:
-            faults.append("`row_idx` can't go with `project`, which takes whole weights")
-        if self.pool == BUCKET and self.pos_per_bin_per_rollout != ProbeSettings.pos_per_bin_per_rollout:
-            faults.append("`pos_per_bin_per_rollout` can't go with `pool` bucket, which takes all tokens")
-        if self.pool == NO_POOLING and self.bucket_by != ENTROPY:
-            faults.append(f"`bucket_by` {self.bucket_by} goes with `pool` bucket only")
-        return faults
-
-    def _values_out_of_range(self) -> list[str]:
-        faults = []
-        for name, least in LEAST.items():
-            value, most = getattr(self, name), MOST.get(name, 2**31 - 1)
-            if value is not None and value < least:
-                faults.append(f"`{name}` {value}: must be at least {least}")
-            if value is not None and value > most:
-                faults.append(f"`{name}` {value}: must be at most {most}")
         index, count = self.shard_index or 0, 1 if self.num_shards is None else self.num_shards
         if count >= 1 and index >= count:
             faults.append(f"`shard_index` {index}: must be below `num_shards` {count}")
-        return faults
+        raise_if_any(faults)
+
+    def _is_given(self, quoted: str) -> bool:
+        """Whether the setting that a text has in backticks is another than its default."""
+        name = quoted.split("`")[1]
+        return getattr(self, name) != getattr(ProbeSettings, name)
+
+    def filled(self) -> "ProbeSettings":
+        """With defaults where shards, and sampling if there is any, were not said."""
+        sampled = {setting.name: setting.metadata.get("sampled") for setting in fields(self)}
+        unsaid = {name: value for name, value in sampled.items() if value and getattr(self, name) is None}
+        of_shards = {"shard_index": self.shard_index or 0, "num_shards": self.num_shards or 1}
+        return replace(self, **of_shards, **(unsaid if self.rollouts is None else {}))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the flag of each setting."""
+    for setting in fields(ProbeSettings):
+        about, text = setting.metadata, setting.metadata["text"]
+        if "group" in about:
+            add = parser.add_argument_group(about["group"]).add_argument
+        default = None if setting.default is MISSING else setting.default
+        told, kind = about.get("sampled", default), (*get_args(setting.type), setting.type)[0]
+        if told is not None and kind is not bool and "(default: " not in text:
+            text += f" (default: {told})"
+        how = {key: about[key] for key in ("metavar", "choices", "nargs", "type") if key in about}
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "required": setting.default is MISSING} | how
+        add("--" + setting.name.replace("_", "-"), default=default, help=text, **how)
 
 
 def settings_of_task(settings: ProbeSettings, environment: Mapping[str, str]) -> ProbeSettings:

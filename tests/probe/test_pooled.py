@@ -135,7 +135,7 @@ def test_shards_take_edges_and_origin_from_a_dump_of_several_targets(tmp_path, c
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--bucket-by", "random"], "--bucket-by random goes with --pool bucket only"),
+        (["--bucket-by", "random"], "--bucket-by says something of --pool bucket only"),
         (["--pool", "bucket", "--pos-per-bin-per-rollout", 2], "--pos-per-bin-per-rollout can't go with --pool bucket"),
         (["--project", "2x2", "--row-idx", 1], "--row-idx can't go with --project"),
         (["--project", "2by2"], "--project 2by2: must be"),

@@ -168,7 +168,7 @@ def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, ca
         (["--verifier", "nothing"], "--verifier nothing"),
         (["--verifier-seconds", "0"], "--verifier-seconds"),
         (["--max-memory", "cpu=1GiB"], "--max-memory says something of --device-map only"),
-        (["--device-map", "auto"], "--device cpu can't go with --device-map"),
+        (["--device-map", "auto"], "--device can't go with --device-map"),
         (["--revision", "main"], "--revision main: only names on the Hub"),
         (["--adapter", "nowhere"], "--adapter nowhere"),
         (["--rollouts", "x", "--num-samples", "3"], "--num-samples can't go with --rollouts"),
