@@ -17,7 +17,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gradprobe.dump.format import find_rollouts, load_dump  # noqa: E402
+from gradprobe.dump.consistency import load_dump  # noqa: E402
+from gradprobe.dump.format import find_rollouts  # noqa: E402
 from gradprobe.dump.records import iter_rollouts  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Target  # noqa: E402

@@ -36,9 +36,8 @@ sys.path.insert(0, str(ROOT))
 from gradprobe.analysis.bucket import Bucket  # noqa: E402
 from gradprobe.analysis.opposition import rho_over_sums  # noqa: E402
 from gradprobe.analysis.pooled import Pooled  # noqa: E402
-from gradprobe.dump.buckets import choose_positions, fit_edges  # noqa: E402
+from gradprobe.dump.buckets import buckets_of, choose_positions, fit_edges, pooled_tokens  # noqa: E402
 from gradprobe.dump.on_policy import OFF_POLICY, Tokens  # noqa: E402
-from gradprobe.dump.pooled import buckets_of, pooled_tokens  # noqa: E402
 from gradprobe.dump.records import Rollout  # noqa: E402
 from gradprobe.exp2.measure import Exp2Settings, directions_of_bucket  # noqa: E402
 from gradprobe.gradients.chosen import Chosen  # noqa: E402

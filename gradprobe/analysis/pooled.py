@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dump.blocks import SelectedRows, read_rows
+from ..dump.mapped import SelectedRows, read_rows
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, first_of, raise_if_any, reason_of
-from ..common.files import read_json, refuse_other_kinds
+from ..common.files import read_json
 from .batches import is_out_of_memory
 from .placement import Placement, input_device
 from .soundness import faults_of_config, faults_of_files, faults_of_size, faults_of_weights, weights_left_out
@@ -34,7 +34,6 @@ READING_ERRORS = (
 )
 """What transformers raises besides on a tokenizer's or a configuration's JSON that says something impossible."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-READ_OF_A_CHECKPOINT = (".json", ".safetensors", ".jinja", ".model", ".txt")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -211,7 +210,6 @@ def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
     if is_local and not (directory / "adapter_model.safetensors").is_file():
         raise InputError(f"`adapter` {adapter}: no adapter_model.safetensors in it; other formats are not read")
     fault = f"`adapter` {adapter}: can't be merged"
-    raise_if_any(_unreadable_files(directory, "adapter") if is_local else ())
     with faults_as_input(fault, READING_ERRORS):
         config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
     # RuntimeError where shapes are others; and peft asks transformers by a name that the latter is giving up.
@@ -283,7 +281,7 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
         raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {path} is a directory")
     if not directory.is_dir():
         raise InputError(f"`model_path` {path}: is a file; a checkpoint is a directory")
-    faults = list(_unreadable_files(directory, "model_path"))
+    faults = []
     if not (directory / "config.json").is_file():
         faults.append(f"`model_path` {path}: no config.json in it")
     if not any(directory.glob("*.safetensors")):
@@ -293,16 +291,6 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
     generation_config = directory / "generation_config.json"
     if generation_config.is_file():
         read_json(generation_config)  # transformers passes over a broken one, and so over end-of-sequence ids
-
-
-def _unreadable_files(directory: Path, parameter: str) -> Iterator[str]:
-    """What is no file among a checkpoint's: the libraries that read it would wait for it, or look away."""
-    for file in sorted(directory.iterdir()):
-        if file.suffix in READ_OF_A_CHECKPOINT:
-            try:
-                refuse_other_kinds(file)
-            except OSError as error:
-                yield f"`{parameter}` {file}: {error.strerror}"
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

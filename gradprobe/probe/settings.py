@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..common.errors import InputError, raise_if_any
-from ..dump.pooled import BUCKET, NO_POOLING
+from ..dump.buckets import BUCKET, NO_POOLING
 from ..model.checkpoint import CheckpointSource
 from .rules import ENTROPY
 

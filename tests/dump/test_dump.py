@@ -10,8 +10,8 @@ import pytest
 
 from gradprobe.common.errors import InputError
 from gradprobe.common.files import write_json
-from gradprobe.dump.blocks import open_rows
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
+from gradprobe.dump.mapped import open_rows
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

@@ -11,8 +11,7 @@ import pytest
 
 from gradprobe import check
 from gradprobe.common.errors import InputError
-from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump, problems_of
 from gradprobe.dump.merge import merge_shards
 from gradprobe.dump.records import prompt_hash
 

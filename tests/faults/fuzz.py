@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from gradprobe.common.console import printable
 from gradprobe.common.errors import InputError
 from gradprobe.common.files import json_line
-from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import load_dump, load_manifest
+from gradprobe.dump.consistency import load_dump, load_manifest, problems_of
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.problems.data_set import load_problems
 

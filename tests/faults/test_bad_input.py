@@ -28,9 +28,8 @@ import plot_exp12_intuitive
 import probe_grad_vectors
 from gradprobe import check
 from gradprobe.common.errors import InputError
-from gradprobe.dump.blocks import open_rows
-from gradprobe.dump.check import checksums_of
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import checksums_of, load_dump
+from gradprobe.dump.mapped import open_rows
 
 ODD_NAME = "a b'c\"d$(touch pwned)\ne\x1b[31mf"
 ESCAPED_ODD_NAME = "\\ne\\x1b[31mf"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_grad_vector_shards
 import probe_grad_vectors
-from gradprobe.dump.check import problems_of
+from gradprobe.dump.consistency import problems_of
 from gradprobe.dump.growing import Record
 from gradprobe.probe.settings import ProbeSettings
 

@@ -23,7 +23,7 @@ import probe_grad_vectors
 from gradprobe import check
 from gradprobe.common.console import script_main
 from gradprobe.common.files import write_json
-from gradprobe.dump.check import problems_of
+from gradprobe.dump.consistency import problems_of
 
 SMALL = "--num-prompts 2 --num-samples 2 --max-new-tokens 4 --device cpu --bins 2 --pos-per-bin-per-rollout 1 -q"
 SECONDS = 10

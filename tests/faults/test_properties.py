@@ -17,8 +17,7 @@ from planted import write_dump
 import merge_grad_vector_shards
 from gradprobe.common.files import aside, json_line
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges
-from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump, problems_of
 from gradprobe.dump.growing import GrowingLines, GrowingRows, Piece, Record, new_rows
 from gradprobe.problems.boxed import last_boxed
 from gradprobe.rollouts.sample import chunks_of

@@ -12,7 +12,7 @@ import probe_grad_vectors
 from gradprobe import verify
 from gradprobe.common import files
 from gradprobe.dump import relabel
-from gradprobe.dump.check import problems_of
+from gradprobe.dump.consistency import problems_of
 
 SMALL = "--num-prompts 6 --num-samples 4 --max-new-tokens 10 --device cpu --bins 2".split()
 EVEN, BOTH_FAIL = "judges_by_length:even", "judges_by_length:fails_on_some"
