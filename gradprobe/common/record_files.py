@@ -126,8 +126,6 @@ def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _parquet(source: str, named: str, sha256: str, content: bytes) -> RecordFile:
     parquet, arrow = library("pyarrow.parquet", named), library("pyarrow", named)
-    if not content:
-        return RecordFile(source, PARQUET, sha256, [], lambda keys: [])
     with _arrow_faults(arrow, named):
         schema = parquet.read_schema(arrow.BufferReader(content))
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merge_grad_vector_shards
 import probe_grad_vectors
 from gradprobe.dump.consistency import problems_of
-from gradprobe.dump.growing import Record
+from gradprobe.probe.output import Progress
 from gradprobe.probe.settings import ProbeSettings
 
 DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
@@ -306,17 +306,17 @@ def probe(urls: list[str]) -> Callable[..., int]:
 
     def probe(scenario: str, output: str, flags: str = "", *, kill_after: int | None = None) -> int:
         given = f"{SCENARIOS[scenario]} --output-dir {output} {flags}".replace("URL", urls[0]).replace("OTHER", urls[1])
-        append, n_written = Record.append, 0
+        add, n_written = Progress.add, 0
 
-        def append_or_die(record: Record, entry: dict) -> None:
+        def add_or_die(progress: Progress, entry: dict) -> None:
             nonlocal n_written
-            append(record, entry)
+            add(progress, entry)
             n_written += 1
             if n_written == kill_after:
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Record, "append", append_or_die)
+            patch.setattr(Progress, "add", add_or_die)
             return probe_grad_vectors.main([*COMMON, *given.split()])
 
     return probe
@@ -473,7 +473,7 @@ def test_a_dump_without_all_that_was_due_is_not_sound(dump):
 @pytest.mark.parametrize("moment", ["before loading", "at the end"])
 def test_weights_are_those_that_were_hashed(probe, capsys, monkeypatch, moment):
     """A directory `latest` that a trainer writes over while the probe starts."""
-    owner, name = {"before loading": (probe_grad_vectors, "run_probe"), "at the end": (Record, "close")}[moment]
+    owner, name = {"before loading": (probe_grad_vectors, "run_probe"), "at the end": (Progress, "close")}[moment]
     original = getattr(owner, name)
 
     def overwrite_first(*arguments: object) -> object:
