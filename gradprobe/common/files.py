@@ -99,7 +99,8 @@ def locked(directory: Path, patience: float = 0.0) -> Iterator[None]:
         holder = file.read_text(errors="replace").strip() or "unknown"
         raise InputError(f"{directory}: in use by another process ({holder}); wait for it, or end it") from error
     try:
-        file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        with naming(file):
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         lock.release()

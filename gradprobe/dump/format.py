@@ -214,9 +214,10 @@ def find_rollouts(path: Path) -> Path | None:
     """The `rollouts.jsonl` of a dump: its own, or the one above it that several targets share; None if absent."""
     if (path / ROLLOUTS).is_file():
         return path / ROLLOUTS
-    here = Path(os.path.abspath(path))  # a target may be named as `.`
-    above = here.parent / ROLLOUTS
-    return above if above.is_file() and here.name in _names_of_targets(here.parent / SETTINGS) else None
+    if path.name in ("", ".."):  # from within a target
+        path = Path(os.path.abspath(path))
+    above = path.parent / ROLLOUTS
+    return above if above.is_file() and path.name in _names_of_targets(path.parent / SETTINGS) else None
 
 
 def find_manifest(rollouts: Path) -> Path | None:

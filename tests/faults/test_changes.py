@@ -7,6 +7,7 @@ fails the test. A kill is an exception out of the record of what is written; tes
 import json
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -452,6 +453,41 @@ def test_prompts_are_neither_lost_nor_doubled(probe, rows, n_written):
     with pytest.raises(Killed):
         probe("own", "out", kill_after=n_written)
     assert probe("own", "out", f"--sample-rows {rows}") == 0
+    assert content("out") == content("own_whole")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_resume_takes_the_threads_of_now_and_says_so(probe, capsys):
+    """It forced the number that the dump was begun with: 1 of 32 cores, or 32 threads on 2."""
+    torch.set_num_threads(2)
+    assert probe("own", "own_killed") == 0
+    assert torch.get_num_threads() == 2
+    assert "threads 2, but it was begun with 1: what is left may round differently" in capsys.readouterr().err
+    assert json.loads(Path("own_killed/manifest.json").read_text())["threads"] == 2
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dump_that_was_begun_before_is_continued(probe, capsys):
+    """The record named the faulty rows of each batch; they are read from the gradients now."""
+    with pytest.raises(Killed):
+        probe("own", "out", kill_after=6)
+    record = Path("out/progress.jsonl")
+    entries = [json.loads(line)["entry"] for line in record.read_text().splitlines()]
+    assert [entry["kind"] for entry in entries] == ["rollouts"] * 4 + ["gradients"] * 2
+    lines = []
+    for entry in entries:
+        if entry["kind"] == "gradients":
+            entry = {**entry, "faulty": [{"nonfinite_rows": [], "zero_rows": []}]}
+        crc32 = zlib.crc32((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        lines.append(json.dumps({"crc32": crc32, "entry": entry}, ensure_ascii=False) + "\n")
+    record.write_text("".join(lines))
+    n_rows = sum(len(entry["items"]) for entry in entries if entry["kind"] == "gradients")
+    capsys.readouterr()
+    assert probe("own", "out") == 0
+    said = capsys.readouterr().err
+    assert "4 of 4 batches of rollouts are there" in said
+    assert n_rows > 0
+    assert "gradient rows are there" in said
     assert content("out") == content("own_whole")
 
 
