@@ -64,6 +64,7 @@ def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, 
         raise_if_any(first_few(rollouts_in_two(shards), "rollouts", 1))
         merged_prompts(shards)
     refuse_changed_files(targets)
+    raise_if_any(fault for shards in targets.values() for fault in copies(shards))
     # 3. Rollouts once, then each target.
     first = next(iter(targets.values()))
     found = [contract.find_rollouts(shard.path) for shard in first]
@@ -166,19 +167,24 @@ def merged_key(key: PromptKey, namespace: int | None) -> PromptKey:
 
 
 def rollouts_in_two(shards: list[Dump]) -> Iterator[str]:
-    """Rollouts that two shards hold; where data sets are unknown, and prompts can't tell, whole shards."""
+    """Rollouts that two shards hold."""
     owner: dict[Any, Path] = {}
     for shard, space in zip(shards, namespaces(shards), strict=True):
-        if space is not None and len(shard.row):
-            content = sha256_of(shard.path / contract.META, shard.path / contract.GRADS)
-            if content in owner:
-                yield f"{shard.path}: is a copy of {owner[content]}; a shard is to be given once"
-            owner[content] = shard.path
         for code, sample_idx in sorted(set(zip(shard.prompt.tolist(), shard.sample_idx.tolist(), strict=True))):
             prompt = merged_key(shard.prompt_keys[code], space)
             if (prompt, sample_idx) in owner:
                 yield f"prompt {prompt} sample {sample_idx} is in {owner[prompt, sample_idx]} and again in {shard.path}"
             owner[prompt, sample_idx] = shard.path
+
+
+def copies(shards: list[Dump]) -> Iterator[str]:
+    """Shards that are there twice, where data sets are unknown and their prompts can't tell."""
+    owner: dict[str, Path] = {}
+    for shard in shards if namespaces(shards)[0] is not None else ():
+        content = sha256_of(shard.path / contract.META, shard.path / contract.GRADS)
+        if content in owner and len(shard.row):
+            yield f"{shard.path}: is a copy of {owner[content]}; a shard is to be given once"
+        owner[content] = shard.path
 
 
 def refuse_changed_files(targets: dict[str | None, list[Dump]]) -> None:

@@ -436,7 +436,7 @@ DUMPS = {
     "no directory": (shutil.rmtree, MANIFEST, "not a finished dump"),
     "a file": (lambda dump: (shutil.rmtree(dump), dump.write_text("x")), MANIFEST, "Not a directory"),
     "no manifest": (lambda dump: (dump / "manifest.json").unlink(), MANIFEST, "not a finished dump"),
-    "no gradients": (lambda dump: (dump / "grads.npy").unlink(), GRADS, "no such file"),
+    "no gradients": (lambda dump: (dump / "grads.npy").unlink(), GRADS, "No such file"),
     "no meta": (lambda dump: (dump / "meta.jsonl").unlink(), META, "No such file"),
     "gradients are a directory": (
         lambda dump: ((dump / "grads.npy").unlink(), (dump / "grads.npy").mkdir()), GRADS, "Is a directory",
@@ -444,7 +444,7 @@ DUMPS = {
     "gradients empty": (lambda dump: os.truncate(dump / "grads.npy", 0), GRADS, "not a readable .npy"),
     "gradients cut in the header": (lambda dump: os.truncate(dump / "grads.npy", 30), GRADS, "header"),
     "gradients cut short": (lambda dump: os.truncate(dump / "grads.npy", 900), GRADS, "cut short"),
-    "gradients cut by a byte": (lambda dump: os.truncate(dump / "grads.npy", 128 + 959), GRADS, "cut short: 1087"),
+    "gradients cut by a byte": (lambda dump: os.truncate(dump / "grads.npy", 128 + 959), GRADS, "cut short"),
     "gradients of float64": (save_grads(lambda g: g.astype("f8")), GRADS, "float32", "<f8"),
     "gradients of float16": (save_grads(lambda g: g.astype("f2")), GRADS, "float32", "<f2"),
     "gradients of integers": (save_grads(lambda g: g.astype("i4")), GRADS, "float32", "<i4"),
