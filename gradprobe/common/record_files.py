@@ -66,7 +66,12 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
             f"{named}: neither JSON lines, JSON nor parquet, by its ending and its first character "
             f"'{first}'; other formats are to be converted"
         )
-    return _json_list(str(file), named, sha256, text) if first == "[" else _json_lines(str(file), sha256, text)
+    found, faults = _rows_of_json(file, named, text) if first == "[" else _json_lines(file, text)
+    faults += [f"{place}: not a JSON object" for place, record in found if not isinstance(record, dict)]
+    objects = [(place, record) for place, record in found if isinstance(record, dict)]
+    records = [Record(place, i, fields) for i, (place, fields) in enumerate(objects)]
+    keys = list(dict.fromkeys(key for record in records for key in _dotted(record.fields)))
+    return RecordFile(str(file), JSON if first == "[" else JSONL, sha256, keys, lambda keys: records, faults)
 
 
 def lookup(fields: dict[str, Any], key: str) -> Any:
@@ -87,34 +92,25 @@ def lookup(fields: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _json_list(source: str, named: str, sha256: str, text: str) -> RecordFile:
+def _rows_of_json(file: Path, named: str, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
     try:
-        found = json.loads(text)
+        return [(f"{file}: row {i}", record) for i, record in enumerate(json.loads(text))], []
     except ValueError as error:
         raise InputError(f"{named}: not JSON ({error})") from error
-    return _in_memory(source, JSON, sha256, [(f"{source}: row {i}", record) for i, record in enumerate(found)], [])
 
 
-def _json_lines(source: str, sha256: str, text: str) -> RecordFile:
+def _json_lines(file: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+    """What stands in each line, at its place, and the lines that are no JSON; one object over many lines is a row."""
     found, faults = [], []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            found += [(f"{source}:{number}", json.loads(line))] if line.strip() else []
+            found += [(f"{file}:{number}", json.loads(line))] if line.strip() else []
         except ValueError as error:
-            faults.append(f"{source}:{number}: not JSON ({error})")
-    if faults and text.startswith("{\n"):  # one object over many lines
+            faults.append(f"{file}:{number}: not JSON ({error})")
+    if faults and text.startswith("{\n"):
         with suppress(ValueError):
-            found, faults = [(f"{source}: row 0", json.loads(text))], []
-    return _in_memory(source, JSONL, sha256, found, faults)
-
-
-def _in_memory(source: str, kind: str, sha256: str, found: list[tuple[str, Any]], faults: list[str]) -> RecordFile:
-    """What was `found`, each at its place; what is no object is a fault too."""
-    faults = faults + [f"{place}: not a JSON object" for place, record in found if not isinstance(record, dict)]
-    objects = [(place, record) for place, record in found if isinstance(record, dict)]
-    records = [Record(place, i, fields) for i, (place, fields) in enumerate(objects)]
-    keys = list(dict.fromkeys(key for record in records for key in _dotted(record.fields)))
-    return RecordFile(source, kind, sha256, keys, lambda keys: records, faults)
+            return [(f"{file}: row 0", json.loads(text))], []
+    return found, faults
 
 
 def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[str]:

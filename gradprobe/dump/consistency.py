@@ -41,25 +41,14 @@ def _manifest_faults(manifest: dict[str, Any]) -> Iterator[str]:
     if len(edges) != bins + 1 or not contract.are_edges(edges):
         yield f"{len(edges)} entropy_edges for {bins} bins, or not increasing numbers"
     n_there = manifest["num_rollouts"] + manifest.get("num_unverified_rollouts", 0)
-    n_due = manifest.get("num_rollouts_due", _rollouts_due_by_shard(manifest))
-    if n_due is not None and n_there != n_due:
+    n_due = manifest.get("num_rollouts_due", n_there)
+    if n_there != n_due:
         yield f"{n_due} rollouts were due, but {n_there} were made; probe it again"
     if "prompts_due" in manifest:
         due = set(map(prompt_key_from_json, manifest["prompts_due"]))
         others = sorted(set(map(prompt_key_from_json, manifest.get("prompt_idxs", []))) - due)
         if others:
             yield f"prompt_idxs has prompts that were not due ({first_of(others)})"
-
-
-def _rollouts_due_by_shard(manifest: dict[str, Any]) -> int | None:
-    """What a dump of sampled rollouts had to make, from its place among the shards; None where that is not said."""
-    whole = {"index": 0, "num_shards": 1} if "shards" in manifest else None
-    shard, sampling = manifest.get("shard", whole), manifest.get("sampling") or {}
-    n_prompts = sampling.get("num_prompts_of_study")
-    if "rollouts_from" in manifest or shard is None or n_prompts is None:
-        return None
-    index, count = shard["index"], shard["num_shards"]
-    return (n_prompts // count + (index < n_prompts % count)) * manifest["num_samples_per_prompt"]
 
 
 # The lines
@@ -271,8 +260,9 @@ def problems_of(path: Path) -> tuple[list[str], list[str]]:
         try:
             dump = load_dump(directory)
             content = read_content(directory)
-            notes += [*dump.warnings, *_rows_left_out(dump, content)]
-            problems += [*checksum_problems(directory, dump.manifest, content), *_unnamed_rows(dump, content)]
+            faults, left_out = _unusable_rows(dump, content)
+            notes += [*dump.warnings, *left_out]
+            problems += [*checksum_problems(directory, dump.manifest, content), *faults]
             file = contract.find_rollouts(directory)
             if file is not None and "format_version" in dump.manifest:
                 problems += _rollout_problems(dump, file)
@@ -281,19 +271,17 @@ def problems_of(path: Path) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
 
-def _unnamed_rows(dump: Dump, content: Content) -> Iterator[str]:
-    """Non-finite rows that the manifest does not tell of."""
-    unnamed = sorted(set(content.nonfinite.tolist()) - set(dump.manifest.get("nonfinite_rows", [])))
-    if unnamed:
-        yield f"{dump.path / GRADS}: NaN or infinity in {len(unnamed)} rows ({first_of(unnamed)})"
-
-
-def _rows_left_out(dump: Dump, content: Content) -> Iterator[str]:
-    named = sorted(set(content.nonfinite.tolist()) & set(dump.manifest.get("nonfinite_rows", [])))
-    faults = ((named, "not finite, as its manifest says"), (content.zero.tolist(), "zero throughout"))
-    for rows, fault in faults:
-        if rows:
-            yield f"{dump.path}: {len(rows)} rows are {fault} ({first_of(rows)}); analyses leave them out"
+def _unusable_rows(dump: Dump, content: Content) -> tuple[list[str], list[str]]:
+    """(problems, notes): non-finite rows that the manifest does not tell of, and rows that analyses leave out."""
+    told, found = set(dump.manifest.get("nonfinite_rows", [])), content.nonfinite.tolist()
+    unnamed, named = ([row for row in found if (row in told) == is_told] for is_told in (False, True))
+    problem = f"{dump.path / GRADS}: NaN or infinity in {len(unnamed)} rows ({first_of(unnamed)})"
+    notes = [
+        f"{dump.path}: {len(rows)} rows are {fault} ({first_of(rows)}); analyses leave them out"
+        for rows, fault in ((named, "not finite, as its manifest says"), (content.zero.tolist(), "zero throughout"))
+        if rows
+    ]
+    return [problem] if unnamed else [], notes
 
 
 def _rollout_problems(dump: Dump, file: Path) -> list[str]:

@@ -90,20 +90,10 @@ def what_does_not_belong_together(shards: list[Dump]) -> Iterator[str]:
     for shard in shards[1:]:
         for key, here, there in differing_keys(first.manifest, shard.manifest):
             yield f"{key} is {here} in {first.path} but {there} in {shard.path}"
-    yield from edges_given_to_some(shards)
+        given = [of.manifest["entropy_edges"] for of in (first, shard) if "entropy_edges_from" in of.manifest]
+        if len(given) == 1 or given[:1] != given[1:]:
+            yield f"{shard.path}: was probed with other `entropy_edges` than {first.path}, or one of both with none"
     yield from missing_shards(shards)
-
-
-def edges_given_to_some(shards: list[Dump]) -> Iterator[str]:
-    """Shards whose tokens were picked by other edges than the first's, where edges were given to any of them."""
-
-    def given(shard: Dump) -> list[float] | None:
-        return shard.manifest["entropy_edges"] if "entropy_edges_from" in shard.manifest else None
-
-    for shard in shards[1:]:
-        if given(shard) != given(shards[0]):
-            which = "other" if given(shard) and given(shards[0]) else "none" if given(shards[0]) else "such"
-            yield f"{shard.path}: was probed with {which} `entropy_edges`, unlike {shards[0].path}"
 
 
 def differences_in_rounding(shards: list[Dump]) -> Iterator[str]:

@@ -499,10 +499,6 @@ def test_a_dump_without_all_that_was_due_is_not_sound(dump):
     assert problems_of(Path(dump)) == ([], [])
     file.write_text(json.dumps(manifest | {"num_rollouts_due": manifest["num_rollouts_due"] + 2}))
     assert "rollouts were due" in problems_of(Path(dump))[0][0]
-    if not dump.startswith("given"):  # dumps of before say it by their place among the shards
-        del manifest["num_rollouts_due"], manifest["prompts_due"]
-        file.write_text(json.dumps(manifest | {"num_rollouts": manifest["num_rollouts"] - 2}))
-        assert "rollouts were due" in problems_of(Path(dump))[0][0]
 
 
 @pytest.mark.usefixtures("here")
