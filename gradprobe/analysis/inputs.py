@@ -37,9 +37,6 @@ def open_dumps(
 
     Returns:
         For each tag its dumps: one, or one for each target that was probed, in the order they were asked for.
-
-    Raises:
-        InputError: with the problems of all dumps; or tags are of different targets.
     """
     dumps: dict[Tag, list[Dump]] = {}
     problems: list[str] = []
@@ -82,7 +79,6 @@ def pooled_of(dump: Dump) -> Pooled:
     judge in the place of whoever gave the rewards. Codes of prompts follow the order of their keys.
 
     Raises:
-        InputError: rows and rollouts contradict each other.
         ValueError: the dump is of single tokens.
     """
     if not dump.is_pooled:
@@ -186,11 +182,7 @@ def target_name(dump: Dump) -> str:
 
 
 def fingerprint(dump: Path) -> str:
-    """SHA-256 of a dump's manifest, hexadecimal.
-
-    Raises:
-        InputError: there is none.
-    """
+    """SHA-256 of a dump's manifest, hexadecimal."""
     try:
         return hashlib.sha256((dump / MANIFEST).read_bytes()).hexdigest()
     except OSError as error:

@@ -46,12 +46,11 @@ def keys_that_are(kind: str) -> list[str]:
 def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Merge shards into one dump, or one for each target; yields each one's directory and manifest when it is written.
 
+    Nothing is written where they don't belong together, are not whole, or are no shards.
+
     Args:
         out_dir: of the merged dump; replaced if it holds one.
         shard_dirs: of the shards, in the order in which their gradients stand one behind the other.
-
-    Raises:
-        InputError: shards that don't belong together, are not whole, or are no shards; nothing is written then.
     """
     # 1. Nothing that is no merged dump is written over.
     refuse_to_replace_a_probe(out_dir, shard_dirs)
@@ -277,10 +276,7 @@ def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
 def merged_prompts(shards: list[Dump]) -> dict[str, list[Any]]:
     """The union of `prompts_due` and of `prompt_idxs`, ascending, and the `prompt_hashes` beside these.
 
-    Each only where all shards have it.
-
-    Raises:
-        InputError: a prompt of one data set has other ids in one shard than in another.
+    Each only where all shards have it. A prompt of one data set has the same ids in all, or is refused.
     """
     manifests = [shard.manifest for shard in shards]
 
