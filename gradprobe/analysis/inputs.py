@@ -102,6 +102,7 @@ def pooled_of(dump: Dump) -> Pooled:
         correct=columns[:, 0] > 0,
         n_response_tokens=columns[:, 1].astype(np.int64),
         n_buckets=dump.bins,
+        outcome_is="reward" if is_rewarded else "verdict",
     )
 
 
