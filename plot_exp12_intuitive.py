@@ -39,7 +39,8 @@ from gradprobe.analysis.summaries import read_summary
 from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, printable, script_main
 from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import make_directory, write_text
-from gradprobe.dump.format import load_manifest, target_directories
+from gradprobe.dump.consistency import load_manifest
+from gradprobe.dump.format import target_directories
 from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY
 from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
 from gradprobe.exp3.summary import SUMMARY as EXP3_SUMMARY

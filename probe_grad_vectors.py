@@ -25,12 +25,11 @@ import os
 import sys
 from dataclasses import replace
 
-import torch
 import transformers
 
 from gradprobe.common.console import add_common_flags, is_verbose, log, printable, script_main
 from gradprobe.common.files import locked, make_directory
-from gradprobe.probe.output import prepare, refuse_foreign_dump, refuse_other_settings
+from gradprobe.probe.output import prepare, refuse_other_settings
 from gradprobe.probe.plan import make_plan
 from gradprobe.probe.run import run_probe
 from gradprobe.probe.settings import ProbeSettings, add_flags, settings_of_task
@@ -66,7 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     if settings.check_only:
         if not settings.overwrite:
             refuse_other_settings(settings.output_dir, plan.identity)
-            refuse_foreign_dump(settings.output_dir)
         print(json.dumps(plan.in_numbers()))  # for the launcher
         return 0
     make_directory(settings.output_dir)
@@ -77,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
         if computing is None:
             log.info(f"{settings.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
-        torch.set_num_threads(computing["threads"])
         for dump in run_probe(replace(plan, computing=computing), watch):
             row = "" if dump.row_idx is None else f"[{dump.row_idx}]"
             print(printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}{row}"), end=", ")

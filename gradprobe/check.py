@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .common.console import log, printable, script_main
-from .dump.check import problems_of
+from .common.console import add_common_flags, log, printable, script_main
+from .dump.consistency import problems_of
 
 
 @script_main
@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "dumps", type=Path, nargs="+", metavar="DUMP", help="a dump's directory, or of several targets'"
     )
+    add_common_flags(parser)
     status = 0
     for path in parser.parse_args(argv).dumps:
         problems, notes = problems_of(path)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .common.console import add_common_flags, script_main
 from .common.errors import InputError
-from .dump.format import find_rollouts, load_dump, target_directories
+from .dump.consistency import load_dump
+from .dump.format import find_rollouts, target_directories
 from .dump.records import PromptKey, iter_rollouts
 from .figures.tokens import Token, head_of, tokens_of
 

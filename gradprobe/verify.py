@@ -40,11 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def judge_anew(path: Path, verifier: Verifier, seconds: float) -> str:
-    """Give a dump the verifier's verdicts; what has changed, in words.
-
-    Raises:
-        InputError: the dump has no rollouts or has changed, or the verifier fails on one of them.
-    """
+    """Give a dump the verifier's verdicts; what has changed, in words. Where the verifier fails nothing is written."""
     directories, file = rollouts_of(path)
     rollouts = list(iter_rollouts(file))
     verdicts = verdicts_on(rollouts, verifier, seconds)
@@ -62,7 +58,9 @@ def judge_anew(path: Path, verifier: Verifier, seconds: float) -> str:
     n_before, n_now = sum(r.correct for r in rollouts), sum(bool(verdict.correct) for verdict in verdicts)
     judged = [replace(r, correct=bool(v.correct)) for r, v in zip(rollouts, verdicts, strict=True)]
     relabel(directories, file, judged, verifier.described(seconds))
-    return f"{n_now} of {len(rollouts)} rollouts correct, before {n_before}; {changed} verdicts are others"
+    n_rewards = sum(r.reward is not None for r in rollouts)
+    left_out = f"; {n_rewards} rewards of who judged before are left out" if n_rewards else ""
+    return f"{n_now} of {len(rollouts)} rollouts correct, before {n_before}; {changed} verdicts are others{left_out}"
 
 
 def verdicts_on(rollouts: list[Rollout], verifier: Verifier, seconds: float) -> list[Verdict]:

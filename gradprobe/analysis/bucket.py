@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Optional
 import numpy as np
 
 from ..common.errors import InputError
-from ..dump.blocks import SelectedRows, block_slices, copy_rows, read_rows
 from ..dump.format import Dump
+from ..dump.mapped import SelectedRows, block_slices, read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +191,7 @@ class Bucket:
                     return whole.gram - others
         if not self.is_wide:
             return self.columns()
-        held, squared = copy_rows(self.grads, self.rows), _Squared(self._zeros(self.n, self.n))
+        held, squared = read_rows(self.grads, self.rows, None), _Squared(self._zeros(self.n, self.n))
         for columns in block_slices(self.dim, 8 * self.n):
             part = to_device(held[:, columns].astype(np.float64), self.device)
             squared.add((part if self._mean is None else part - self._mean[columns]).T)

@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeVar
 
 from ..common.console import printable
 from ..common.errors import raise_if_any
-from ..common.files import real_path
 from ..dump.format import ROLLOUTS, target_name
 from ..dump.on_policy import are_same_weights
 
@@ -163,7 +162,7 @@ READ: dict[str, Callable[[Manifest], Any]] = {
 
 def _is_same(one: Opened, other: Opened) -> bool:
     """Whether two tags are the same weights on the same rollouts, looked at in the same way."""
-    if real_path(one.path) == real_path(other.path):
+    if one.path.resolve() == other.path.resolve():
         return True
     keys = (_part("model_identity"), _part("checksums", ROLLOUTS))
     known = [(read(one.manifest), read(other.manifest)) for read in keys]

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..common.errors import InputError, raise_if_any
-from ..common.files import read_bytes
-from ..dump.check import checksum_problems, first_of, read_content
-from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, load_dump, target_directories
+from ..common.errors import InputError, first_of, raise_if_any
+from ..dump.consistency import checksum_problems, load_dump, read_content
+from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, target_directories
 from ..dump.format import target_name as name_of_target
 from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy, is_chosen_by_prefix
 from ..dump.records import PromptKey, iter_rollouts
@@ -38,9 +37,6 @@ def open_dumps(
 
     Returns:
         For each tag its dumps: one, or one for each target that was probed, in the order they were asked for.
-
-    Raises:
-        InputError: with the problems of all dumps; or tags are of different targets.
     """
     dumps: dict[Tag, list[Dump]] = {}
     problems: list[str] = []
@@ -65,8 +61,8 @@ def _fit(dump: Dump, refusal: Callable[[Dump], str | None]) -> Dump:
 
 def _usable(dump: Dump, problems: list[str]) -> Dump:
     """The dump without faulty rows; `problems` gets files that have changed since they were written."""
-    content = read_content(dump)
-    problems += checksum_problems(dump, content)
+    content = read_content(dump.path)
+    problems += checksum_problems(dump.path, dump.manifest, content)
     left_out = [
         f"{dump.path / GRADS}: {len(rows)} rows {fault} are left out ({first_of(rows.tolist())})"
         for rows, fault in ((content.nonfinite, "with NaN or infinity"), (content.zero, "that are zero throughout"))
@@ -79,11 +75,10 @@ def _usable(dump: Dump, problems: list[str]) -> Dump:
 def pooled_of(dump: Dump) -> Pooled:
     """A pooled dump as arrays, and all of its rollouts: those of `rollouts.jsonl`, of its rows where that is absent.
 
-    The outcome is the reward where every rollout has one, else whether it is correct. Codes of prompts follow the order
-    of their keys.
+    The outcome is the reward where every rollout has one, else whether it is correct; so too where a verifier was to
+    judge in the place of whoever gave the rewards. Codes of prompts follow the order of their keys.
 
     Raises:
-        InputError: rows and rollouts contradict each other.
         ValueError: the dump is of single tokens.
     """
     if not dump.is_pooled:
@@ -93,7 +88,7 @@ def pooled_of(dump: Dump) -> Pooled:
     code_of = {key: code for code, key in enumerate(keys)}
     codes = np.array([code_of[key] for key in dump.prompt_keys], np.int64)
     columns = np.array([list(facts) for facts in rollouts.values()], np.float64).reshape(-1, 3)
-    is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any()
+    is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any() and not _is_judged_anew(dump.manifest)
     return Pooled(
         grads=dump.grads,
         prompt=codes[dump.prompt],
@@ -107,7 +102,12 @@ def pooled_of(dump: Dump) -> Pooled:
         correct=columns[:, 0] > 0,
         n_response_tokens=columns[:, 1].astype(np.int64),
         n_buckets=dump.bins,
+        outcome_is="reward" if is_rewarded else "verdict",
     )
+
+
+def _is_judged_anew(manifest: Mapping[str, Any]) -> bool:
+    return (manifest.get("rollouts_from") or {}).get("correct_from") == "verifier"
 
 
 def _rollouts_of(dump: Dump) -> dict[tuple[PromptKey, int], tuple[float, float, float]]:
@@ -183,13 +183,9 @@ def target_name(dump: Dump) -> str:
 
 
 def fingerprint(dump: Path) -> str:
-    """SHA-256 of a dump's manifest, hexadecimal.
-
-    Raises:
-        InputError: there is none.
-    """
+    """SHA-256 of a dump's manifest, hexadecimal."""
     try:
-        return hashlib.sha256(read_bytes(dump / MANIFEST)).hexdigest()
+        return hashlib.sha256((dump / MANIFEST).read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{dump / MANIFEST}: {error.strerror}") from error
 

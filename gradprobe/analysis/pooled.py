@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..dump.blocks import SelectedRows, read_rows
+from ..dump.mapped import SelectedRows, read_rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Pooled:
         correct: [m] bool.
         n_response_tokens: [m] tokens of the whole response.
         n_buckets: B, empty buckets included.
+        outcome_is: "reward" or "verdict".
     """
 
     grads: np.ndarray | SelectedRows
@@ -37,6 +38,7 @@ class Pooled:
     correct: np.ndarray
     n_response_tokens: np.ndarray
     n_buckets: int
+    outcome_is: str = "verdict"
 
 
 @dataclass(frozen=True)

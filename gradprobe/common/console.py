@@ -45,25 +45,14 @@ class _StderrHandler(logging.Handler):
     """One plain line for each message, warnings and errors named; on a terminal these have a colour."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = printable(with_flags(record.getMessage()))
+        # A library's message in a script's words: `row_idx` becomes --row-idx.
+        line = printable(PARAMETER.sub(lambda found: "--" + found[1].replace("_", "-"), record.getMessage()))
         if record.levelno >= logging.WARNING:
             kind, colour = record.levelname.lower(), COLOURS.get(record.levelno)
             is_coloured = colour is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
             line = (f"\x1b[{colour}m{kind}\x1b[0m: " if is_coloured else f"{kind}: ") + line
         with suppress(OSError):  # a log on a full disk must not hide how the script ends
             print(line, file=sys.stderr, flush=True)
-
-
-def _speak() -> None:
-    """Let messages reach stderr, as many as without flags. Only scripts do: who imports the library says who hears."""
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(_StderrHandler())
-
-
-def with_flags(message: str) -> str:
-    """A library's message in a script's words: `row_idx` becomes --row-idx."""
-    return PARAMETER.sub(lambda found: "--" + found[1].replace("_", "-"), message)
 
 
 class _SetLevel(argparse.Action):
@@ -94,14 +83,20 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
     """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
 
     So does a full disk, and a file that the system refuses. Ctrl-C and SIGTERM end it with one line, and 130 or 143.
-    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1.
+    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1. Only scripts let messages
+    reach stderr: who imports the library says who hears.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        _speak()
+        log.setLevel(logging.INFO)
+        if not log.handlers:
+            log.addHandler(_StderrHandler())
         try:
-            _refuse_undecodable(sys.argv[1:] if argv is None else argv)
+            arguments = sys.argv[1:] if argv is None else argv
+            raise_if_any(  # no JSON file could hold such a name
+                f"argument '{printable(a)}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a)
+            )
             with _sigterm_raises():
                 status = main(argv)
                 _flush_results()
@@ -116,12 +111,11 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
             hint = "; make room and run the same command again" if is_full else ""
             log.error("%s: %s%s", where or "writing", error.strerror, hint)
             return 2
-        except KeyboardInterrupt:
-            log.info("interrupted; the same command continues or starts over")
-            return 130
-        except _Terminated:
-            log.info("stopped by SIGTERM; the same command continues or starts over")
-            return 143
+        except KeyboardInterrupt as stop:
+            is_terminated = signal.SIGTERM in stop.args
+            said = "stopped by SIGTERM" if is_terminated else "interrupted"
+            log.info(f"{said}; the same command continues or starts over")
+            return 143 if is_terminated else 130
 
     return wrapped
 
@@ -135,15 +129,6 @@ def _flush_results() -> None:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
-def _refuse_undecodable(arguments: Iterable[str]) -> None:
-    """Raise `InputError` for names that are not UTF-8: no JSON file could hold them."""
-    raise_if_any(f"argument '{printable(a)}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a))
-
-
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """Let files be closed and a line be said when SIGTERM comes; only the main thread may set handlers."""
@@ -152,7 +137,7 @@ def _sigterm_raises() -> Iterator[None]:
         return
 
     def terminated(number: int, frame: object) -> None:
-        raise _Terminated
+        raise KeyboardInterrupt(signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, terminated)
     try:
@@ -198,9 +183,6 @@ def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> di
     """`["base=out/a", "trained=out/b"]` -> `{"base": Path, "trained": Path}`, order kept.
 
     With `allow_untagged`, a single argument that is an existing directory, or has no `=`, is keyed by None.
-
-    Raises:
-        InputError: a tag is missing, empty, no name or given twice.
     """
     if allow_untagged and len(arguments) == 1 and ("=" not in arguments[0] or Path(arguments[0]).is_dir()):
         return {None: Path(arguments[0])}
@@ -216,6 +198,5 @@ def parse_tagged_dumps(arguments: list[str], allow_untagged: bool = False) -> di
             problems.append(f"tag '{printable(tag)}' is no name: printable characters, none of / and \\")
         else:
             dumps[tag] = Path(path)
-    if problems:
-        raise InputError(*problems)
+    raise_if_any(problems)
     return dumps

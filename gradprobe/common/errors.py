@@ -1,6 +1,5 @@
 """The exceptions that mean "the input is at fault, not the program", and how many faults are said at once."""
 
-import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
 
@@ -30,17 +29,10 @@ def raise_if_any(problems: Iterable[str]) -> None:
         raise InputError(*found)
 
 
-def first_few(
-    problems: Iterable[str], what: str = "problems", most: int = MOST_SHOWN, n_all: int | None = None
-) -> list[str]:
-    """The first `most` problems and, where there are others, "and N more" of `what`.
-
-    Args:
-        n_all: how many problems there are, where they are too many to be made.
-    """
-    found = list(problems if n_all is None else itertools.islice(problems, most))
-    n_more = (len(found) if n_all is None else n_all) - most
-    return [*found[:most], *([f"and {n_more} more {what}"] if n_more > 0 else [])]
+def first_few(problems: Iterable[str], what: str = "problems", most: int = MOST_SHOWN) -> list[str]:
+    """The first `most` problems and, where there are others, "and N more" of `what`."""
+    found = list(problems)
+    return [*found[:most], *([f"and {len(found) - most} more {what}"] if len(found) > most else [])]
 
 
 def first_of(items: Sequence[object], most: int = 10) -> str:

@@ -10,12 +10,7 @@ MOST = 1 << 62
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field holds.
-
-    Attributes:
-        accepts: whether a value is of this kind.
-        words: what it has to be, after "is not".
-    """
+    """What a field holds: what it `accepts`, and in `words`, after "is not", what it has to be."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -51,7 +46,7 @@ def is_finite(value: Any) -> bool:
 
 
 def list_of(accepts: Callable[[Any], bool], words: str) -> Kind:
-    """Lists, empty ones too, of what `accepts`."""
+    """Lists, empty ones too."""
     return Kind(lambda value: isinstance(value, list) and all(map(accepts, value)), f"a list of {words}")
 
 

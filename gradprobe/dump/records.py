@@ -155,11 +155,7 @@ ROLLOUT_KEYS = frozenset(name for name, kind in ROLLOUT_KINDS.items() if not kin
 
 
 def iter_rollouts(file: Path) -> Iterator[Rollout]:
-    """Yield the rollouts of a `rollouts.jsonl`.
-
-    Raises:
-        InputError: a line is malformed, or the numbers per token don't match the tokens.
-    """
+    """Yield the rollouts of a `rollouts.jsonl`."""
     for number, record in iter_jsonl(file):
         for fault in _rollout_faults(record):
             raise InputError(f"{file}:{number}: {fault}")

@@ -1,12 +1,14 @@
 """Other verdicts for a dump's rollouts: its labels and counts become theirs, its gradients stay as they are.
 
+Rewards were of those who judged before, and go: Exp 3 would weigh by them and not by the verdicts.
+
 The new files are written into a directory of their own and named in a list, and then take their places. A call that was
 cut off before the list was written has changed nothing; one that was cut off after it is finished by the next.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,20 @@ from ..common import files
 from ..common.errors import InputError, raise_if_any
 from ..common.files import iter_jsonl, make_directory, read_json, sha256_of, write_json
 from . import format as contract
+from .consistency import checksum_problems, load_manifest
 from .records import PromptKey, Rollout, prompt_key_from_json, write_records
 
 STAGED, LIST = ".relabelled", "list.json"
 
 
 def rollouts_of(path: Path) -> tuple[list[Path], Path]:
-    """The dumps of a directory's targets, and the rollouts that they share; what an earlier call left is finished.
+    """The dumps of a directory's targets, and the rollouts that they share, all unchanged since they were written.
 
-    Raises:
-        InputError: a target is not finished, there are no rollouts, or they have changed since they were written.
+    What an earlier call left is finished first.
     """
     _put_in_place(path / STAGED)
     directories = contract.target_directories(path)
-    manifests = [contract.load_manifest(directory) for directory in directories]
+    manifests = [load_manifest(directory) for directory in directories]
     file = contract.find_rollouts(directories[0])
     if file is None:
         raise InputError(f"{path}: no {contract.ROLLOUTS} in it; without the responses nothing can be judged anew")
@@ -35,11 +37,13 @@ def rollouts_of(path: Path) -> tuple[list[Path], Path]:
         raise InputError(
             f"{path}: shares its rollouts with other targets; name the directory of all of them, {file.parent}"
         )
-    found = sha256_of(file)
+    # Lines get new checksums, which must not bless a change; the gradients keep theirs.
     raise_if_any(
-        f"{file}: has changed since it was written (its SHA-256 is not the manifest's)"
-        for manifest in manifests[:1]
-        if manifest.get("checksums", {}).get(contract.ROLLOUTS, found) != found
+        dict.fromkeys(
+            problem
+            for directory, manifest in zip(directories, manifests, strict=True)
+            for problem in checksum_problems(directory, manifest, content=None)
+        )
     )
     return directories, file
 
@@ -49,7 +53,7 @@ def relabel(directories: list[Path], file: Path, rollouts: Sequence[Rollout], ve
 
     Args:
         directories, file: of `rollouts_of`.
-        rollouts: all of the file, as they are judged now.
+        rollouts: all of the file, `correct` as they are judged now.
         verifier: what manifests say of it.
     """
     verdicts = {(rollout.prompt_idx, rollout.sample_idx): rollout.correct for rollout in rollouts}
@@ -63,12 +67,12 @@ def relabel(directories: list[Path], file: Path, rollouts: Sequence[Rollout], ve
         return staged / name
 
     judged = new(file)
-    write_records(judged, rollouts)
+    write_records(judged, (replace(rollout, reward=None) for rollout in rollouts))
     hashes = {contract.ROLLOUTS: sha256_of(judged)}
     for directory in directories:
         meta = new(directory / contract.META)
         files.write_jsonl(meta, _relabelled_lines(directory / contract.META, verdicts))
-        old = contract.load_manifest(directory)
+        old = load_manifest(directory)
         manifest = _judged_by(old, verifier) | {"num_correct_rollouts": sum(verdicts.values())}
         manifest["judged_before"] = [*old.get("judged_before", []), _verdicts_of(old)]
         manifest["checksums"] = {**old.get("checksums", {}), **hashes, contract.META: sha256_of(meta)}
@@ -83,7 +87,7 @@ def relabel(directories: list[Path], file: Path, rollouts: Sequence[Rollout], ve
 
 def _put_in_place(staged: Path) -> None:
     """Finish what is listed, and take the rest away."""
-    if not os.path.lexists(staged):
+    if not staged.exists():
         return
     if (staged / LIST).exists():
         for name, place in read_json(staged / LIST)["places"].items():
@@ -97,7 +101,7 @@ def _relabelled_lines(meta: Path, verdicts: Mapping[tuple[PromptKey, int], bool]
         key = prompt_key_from_json(line.get("prompt_idx")), line.get("sample_idx")
         if key not in verdicts:
             raise InputError(f"{meta}:{number}: its rollout is not in {contract.ROLLOUTS}")
-        yield line | {"correct": verdicts[key]}
+        yield {name: value for name, value in line.items() if name != "reward"} | {"correct": verdicts[key]}
 
 
 def _judged_by(record: dict[str, Any], verifier: Any) -> dict[str, Any]:

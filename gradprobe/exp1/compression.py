@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 from ..analysis.bucket import Bucket
-from ..dump.blocks import block_slices
+from ..dump.mapped import block_slices
 from .spectrum import Spectrum, rank_of_share
 
 HALF_DRAWS = 2000

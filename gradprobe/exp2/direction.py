@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 from ..analysis.bucket import Bucket, to_device
-from ..dump.blocks import read_rows
+from ..dump.mapped import read_rows
 from ..dump.on_policy import MIN_RARE_TOKENS
 
 MIN_TOKENS_OF_EACH_KIND = 2

@@ -22,7 +22,7 @@ from ..analysis.inputs import first_targets, open_dumps, warn
 from ..analysis.jackknife import Estimate
 from ..analysis.prompts import Pairs
 from ..analysis.summaries import seals_of
-from ..common.files import bytes_aside, open_binary
+from ..common.files import bytes_aside
 from ..dump.format import Dump
 from ..dump.on_policy import OnPolicy
 from ..exp1.compression import DrawnNumber, Interval, MatchedN, Ratio
@@ -230,7 +230,7 @@ def _write(file: Path, arrays: dict[str, np.ndarray], fingerprints: Fingerprints
 
 def _read(file: Path, summary: Mapping[str, Any], fingerprints: Fingerprints) -> dict[str, np.ndarray]:
     try:
-        with open_binary(file) as stream, np.load(stream, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = dict(stored)
             about = json.loads(str(arrays.pop("about")))
     except FileNotFoundError as error:

@@ -28,7 +28,7 @@ from PIL import Image
 from ..analysis.inputs import target_name
 from ..analysis.summaries import seals_of
 from ..common.errors import InputError, reason_of
-from ..common.files import bytes_aside, read_bytes
+from ..common.files import bytes_aside
 from ..dump.format import model_of
 
 DPI = 160
@@ -182,7 +182,7 @@ def read_picture(file: Path) -> tuple[bytes, Any]:
         InputError: it is no whole PNG.
     """
     try:
-        content = read_bytes(file)
+        content = file.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             about = picture.info.get(ABOUT)
             picture.verify()

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..common.console import printable
 from ..common.errors import InputError
+from ..dump.buckets import buckets_of
 from ..dump.format import Dump
-from ..dump.pooled import buckets_of
 from ..dump.records import PromptKey, Rollout
 
 MOST_COMMON = 12

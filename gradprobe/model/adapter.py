@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..common.errors import InputError, first_of, raise_if_any
-from .source import BASE, READING_ERRORS, WEIGHTS_ERRORS, checkpoints_inside, faults_as_input, unreadable_files
+from ..common.errors import InputError, first_of
+from .source import BASE, READING_ERRORS, WEIGHTS_ERRORS, checkpoints_inside, faults_as_input
 
 log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
@@ -36,7 +36,6 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
         what_to_do = f"name one of those inside: {first_of(inside)}" if inside else "other formats are not read"
         raise InputError(f"`adapter` {adapter}: no {WEIGHTS} in it; {what_to_do}")
     fault = f"`adapter` {adapter}: can't be merged"
-    raise_if_any(unreadable_files(directory, "adapter") if is_local else ())
     with faults_as_input(fault, READING_ERRORS):
         config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
     its_base = getattr(config, BASE)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from ..common.errors import InputError, first_of, raise_if_any, reason_of
-from ..common.files import read_json, refuse_other_kinds
+from ..common.files import read_json
 from .batches import is_out_of_memory
 from .soundness import faults_of_config, faults_of_files, has_whole_weights
 
@@ -26,7 +26,6 @@ READING_ERRORS = (
 )
 """What transformers raises besides on a tokenizer's or a configuration's JSON that says something impossible."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-READ_OF_A_CHECKPOINT = (".json", ".safetensors", ".jinja", ".model", ".txt")
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 BASE = "base_model_name_or_path"
 """Of an adapter's config: what it was trained on."""
@@ -136,8 +135,8 @@ def _refuse_incomplete(source: CheckpointSource) -> None:
         raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {path} is a directory")
     if not directory.is_dir():
         raise InputError(f"`model_path` {path}: is a file; a checkpoint is a directory")
-    faults = list(unreadable_files(directory, "model_path"))
-    raise_if_any(faults or _other_than_a_checkpoint(directory, path))
+    raise_if_any(_other_than_a_checkpoint(directory, path))
+    faults = []
     if not (directory / CONFIG).is_file():
         faults.append(f"`model_path` {path}: no config.json in it")
     if not any(directory.glob("*.safetensors")):
@@ -162,13 +161,3 @@ def checkpoints_inside(directory: Path) -> list[str]:
     """Names of folders with a checkpoint or an adapter, `checkpoint-20` before `checkpoint-100`."""
     found = [file.parent.name for name in (CONFIG, ADAPTER_CONFIG) for file in directory.glob(f"*/{name}")]
     return sorted(set(found), key=lambda name: (len(name), name))
-
-
-def unreadable_files(directory: Path, parameter: str) -> Iterator[str]:
-    """What is no file among a checkpoint's: the libraries that read it would wait for it, or look away."""
-    for file in sorted(directory.iterdir()):
-        if file.suffix in READ_OF_A_CHECKPOINT:
-            try:
-                refuse_other_kinds(file)
-            except OSError as error:
-                yield f"`{parameter}` {file}: {error.strerror}"

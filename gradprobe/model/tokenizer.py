@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from ..common.errors import InputError, first_of, raise_if_any
+from ..common.errors import InputError, first_of
 from .source import (
     HUB_NAME,
     READING_ERRORS,
@@ -14,7 +14,6 @@ from .source import (
     faults_as_input,
     has_tokenizer,
     refuse_unsound,
-    unreadable_files,
 )
 
 SHOWN_TOKENS = 5
@@ -46,10 +45,8 @@ def _own(source: CheckpointSource) -> Any:
 def _read(source: CheckpointSource, parameter: str, path: str) -> Any:
     if not Path(path).exists() and not HUB_NAME.fullmatch(path):
         raise InputError(f"`{parameter}` {path}: no such directory")
-    if Path(path).exists():
-        raise_if_any(unreadable_files(Path(path), parameter) if Path(path).is_dir() else ())
-        if not has_tokenizer(path, parameter):
-            raise InputError(f"`{parameter}` {path}: no tokenizer in it")
+    if Path(path).exists() and not has_tokenizer(path, parameter):
+        raise InputError(f"`{parameter}` {path}: no tokenizer in it")
     with faults_as_input(f"`{parameter}` {path}: its tokenizer can't be loaded", READING_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(path, **source.options_of(path))
     return _with_vocabulary(tokenizer, f"`{parameter}` {path}")

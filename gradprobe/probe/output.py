@@ -1,106 +1,90 @@
 """Where a probe writes: what is there already, and rollouts and gradients that outlive a killed run.
 
-While a probe is at work its directory holds `settings.json`, `progress.jsonl` (the record of what is written) and files
-whose names end in `.partial`. The manifest, written last, ends that.
+While a probe is at work its directory holds `settings.json`, `progress.jsonl` (the record of progress) and files whose
+names end in `.partial`. The manifest, written last, ends that.
 """
 
 import itertools
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.fields import is_index
-from ..common.files import aside, make_directory, read_json, write_json
+from ..common.files import aside, json_line, make_directory, read_json, replace, write_json, write_jsonl
 from ..dump import format as contract
-from ..dump.check import first_of, problems_of
-from ..dump.growing import GrowingLines, GrowingRows, Piece, Record, crc32_of
+from ..dump.consistency import problems_of
+from ..dump.growing import GrowingRows, append_lines, crc32_of
 from ..dump.records import PromptKey, Rollout, iter_rollouts
 
 log = logging.getLogger(__name__)
 
 ROLLOUTS, GRADIENTS = "rollouts", "gradients"
-KINDS = ("nonfinite_rows", "zero_rows")
 COMPUTING = "computing"
+AS_BEGUN = ("batch_tokens", "sample_rows")
+"""What of `computing` a dump is finished with as it was begun, whatever is asked for now."""
 
 
 def prepare(
     output_dir: Path, directories: list[Path], identity: dict[str, Any], computing: dict[str, int], overwrite: bool
 ) -> dict[str, int] | None:
-    """Make a locked output directory ready.
+    """Make a locked output directory ready; this decides whether a run may continue.
+
+    What was begun with the same identity is continued. Sizes of batches stay those that it was begun with, so that its
+    bytes are the same; the number of threads is this machine's, where another could cost hours, and the user is told.
 
     Args:
         output_dir: of the probe.
         directories: of each target's dump; `output_dir` itself where there is one target.
         identity: all that changes the dump's bytes.
-        computing: what rounds sums in another order; a dump that was begun is finished with what it was begun with.
+        computing: what rounds sums in another order.
         overwrite: begin anew whatever is there.
 
     Returns:
         With what to compute; None if the dump that is asked for is finished and sound there already.
-
-    Raises:
-        InputError: the directory holds a dump, or the beginning of one, of other settings.
     """
-    if overwrite:
-        _clear(output_dir, directories)
-    elif (output_dir / contract.SETTINGS).exists():
+    settings = output_dir / contract.SETTINGS
+    is_finished = all((directory / contract.MANIFEST).exists() for directory in directories)
+    if not overwrite:
         refuse_other_settings(output_dir, identity)
-        if all((directory / contract.MANIFEST).exists() for directory in directories):
-            problems, _ = problems_of(output_dir)
-            if not problems:
-                (output_dir / contract.RECORD).unlink(missing_ok=True)
-                return None
+        problems = problems_of(output_dir)[0] if is_finished else []
+        if is_finished and not problems:
+            (output_dir / contract.PROGRESS).unlink(missing_ok=True)
+            return None
+        if problems:
             log.warning(f"{output_dir}: finished but not sound ({'; '.join(problems)}); made anew")
-            _clear(output_dir, directories)
-        else:
-            log.info(f"{output_dir}: unfinished dump of the same settings, continuing")
-            computing = _as_begun(output_dir, computing)
-    else:
-        refuse_foreign_dump(output_dir)
-    write_json(output_dir / contract.SETTINGS, {**identity, COMPUTING: computing})
+    if overwrite or is_finished:
+        _clear(output_dir, directories)
+    elif settings.exists():
+        log.info(f"{output_dir}: unfinished dump of the same settings, continuing")
+        begun = {**computing, **read_json(settings).get(COMPUTING, {})}
+        for key, now in computing.items():
+            if begun[key] != now and key in AS_BEGUN:
+                log.info(f"as it was begun, so that its bytes are the same: {key} {begun[key]}, not {now}")
+            elif begun[key] != now:
+                log.warning(f"{key} {now}, but it was begun with {begun[key]}: what is left may round differently")
+        computing = computing | {key: begun[key] for key in AS_BEGUN}
+    write_json(settings, {**identity, COMPUTING: computing})
     for directory in directories:
         make_directory(directory)
     return computing
 
 
-def _as_begun(output_dir: Path, computing: dict[str, int]) -> dict[str, int]:
-    """What an unfinished dump was begun with, where the settings tell it soundly."""
-    begun = read_json(output_dir / contract.SETTINGS).get(COMPUTING)
-    if not isinstance(begun, dict) or not all(is_index(begun.get(key)) and begun[key] > 0 for key in computing):
-        return computing
-    kept = {key: begun[key] for key in computing}
-    if kept != computing:
-        changed = ", ".join(f"{key} {kept[key]}, not {now}" for key, now in computing.items() if kept[key] != now)
-        log.info(f"as it was begun, so that its bytes are the same: {changed}")
-    return kept
-
-
 def refuse_other_settings(output_dir: Path, identity: dict[str, Any]) -> None:
-    """Raise `InputError` if the directory holds a dump, or the beginning of one, of other settings."""
-    file = output_dir / contract.SETTINGS
-    before = read_json(file) if file.exists() else identity
-    found = differences({key: value for key, value in before.items() if key != COMPUTING}, identity)
+    """Raise `InputError` if the directory holds a dump, or the beginning of one, of other settings, or of none."""
+    file, hint = output_dir / contract.SETTINGS, "choose another `output_dir`, or `overwrite`"
+    if not file.exists():
+        if any((output_dir / name).exists() for name in (contract.MANIFEST, contract.GRADS, contract.ROLLOUTS)):
+            raise InputError(f"{output_dir}: holds a dump that this probe did not make; {hint}")
+        return
+    found = differences({key: value for key, value in read_json(file).items() if key != COMPUTING}, identity)
     if found:
-        raise InputError(
-            f"{output_dir}: holds a dump of other settings ({'; '.join(found)}); "
-            "choose another `output_dir`, or `overwrite`"
-        )
-
-
-def refuse_foreign_dump(output_dir: Path) -> None:
-    """Raise `InputError` if the directory holds a dump, but no settings to compare with."""
-    names = (contract.MANIFEST, contract.GRADS, contract.ROLLOUTS)
-    if not (output_dir / contract.SETTINGS).exists() and any((output_dir / name).exists() for name in names):
-        raise InputError(
-            f"{output_dir}: holds a dump that this probe did not make; choose another `output_dir`, or `overwrite`"
-        )
+        raise InputError(f"{output_dir}: holds a dump of other settings ({'; '.join(found)}); {hint}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -117,147 +101,131 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 def _clear(output_dir: Path, directories: list[Path]) -> None:
     """Take away what makes a directory a dump, the manifests first."""
-    for directory in directories:
-        (directory / contract.MANIFEST).unlink(missing_ok=True)
-    rollouts = output_dir / contract.ROLLOUTS
-    for stale in (output_dir / contract.RECORD, output_dir / contract.SETTINGS, rollouts, aside(rollouts)):
-        stale.unlink(missing_ok=True)
-    for directory in directories:
-        for stale in (directory / contract.GRADS, aside(directory / contract.GRADS), directory / contract.META):
-            stale.unlink(missing_ok=True)
+    others = (contract.PROGRESS, contract.SETTINGS, contract.ROLLOUTS, contract.GRADS, contract.META)
+    for name in (contract.MANIFEST, *others):
+        for directory in (output_dir, *directories):
+            (directory / name).unlink(missing_ok=True)
+            aside(directory / name).unlink(missing_ok=True)
 
 
-class GrowingRollouts:
-    """`rollouts.jsonl`, growing chunk by chunk.
+class Progress:
+    """What a probe has written so far: rollouts chunk by chunk, then gradients batch by batch.
+
+    The data of a batch are on disk before its entry in the record is. What an earlier run left is trusted as far as an
+    entry's line is whole and its data have its checksum; the first that does not hold ends what is kept, so that a
+    continued run does the very batches that an uninterrupted one would have done.
 
     Args:
-        file: its final name.
-        record: what is written so far.
-        prompts: of each chunk that is due, in order; kept is what an earlier run wrote of the very same.
+        output_dir: of the probe.
+        prompts: of each chunk of rollouts that is due, in order; kept are those of the very same.
 
     Attributes:
-        n_chunks_kept: how many chunks an earlier run left sound.
-        notes: of each chunk, kept or new, what was said of it beside its rollouts.
+        chunks: of rollouts that are there: their entries, of which `notes` is what was said beside them.
+        batches: of gradients that are there: their entries, with `items`, `seconds` and `batch_tokens`.
     """
 
-    def __init__(self, file: Path, record: Record, prompts: Sequence[list[PromptKey]]):
-        self._file, self._record, self._prompts = file, record, prompts
-        found = [entry for entry in record.entries if entry["kind"] == ROLLOUTS]
-        pairs = zip(found, json.loads(json.dumps(prompts)), strict=False)
-        entries = [entry for entry, due in itertools.takewhile(lambda pair: pair[0].get("prompts") == pair[1], pairs)]
-        self._lines = GrowingLines(file, [Piece(entry["end"], entry["crc32"]) for entry in entries])
-        self.n_chunks_kept = self._lines.n_kept
-        if self.n_chunks_kept < len(found):
-            log.info(f"{file}: {len(found) - self.n_chunks_kept} batches are torn or changed, they are sampled again")
-            record.keep(entries[: self.n_chunks_kept])
-        self.notes = [entry["notes"] for entry in entries[: self.n_chunks_kept]]
+    def __init__(self, output_dir: Path, prompts: Sequence[list[PromptKey]]):
+        self._file, self._record_file = output_dir / contract.ROLLOUTS, output_dir / contract.PROGRESS
+        self._prompts = json.loads(json.dumps(prompts))
+        found = list(_entries(self._record_file))
+        self.batches = [entry for entry in found if entry["kind"] == GRADIENTS]
+        self.chunks = self._sound_chunks([entry for entry in found if entry["kind"] == ROLLOUTS])
+        if n_lost := len(found) - len(self.chunks) - len(self.batches):
+            log.info(f"{self._file}: {n_lost} batches are torn or changed, they are sampled again")
+            self.batches = []
+        self._begin_record()
 
-    def append(self, rollouts: list[Rollout], notes: dict[str, Any]) -> None:
-        """Write one chunk's rollouts, on disk when this returns."""
-        piece = self._lines.append(rollout.to_record() for rollout in rollouts)
-        prompts = self._prompts[len(self.notes)]
-        self._record.append({"kind": ROLLOUTS, "prompts": prompts, **asdict(piece), "notes": notes})
-        self.notes.append(notes)
+    def add_rollouts(self, rollouts: list[Rollout], notes: dict[str, Any]) -> None:
+        """Write one chunk, on disk when this returns."""
+        end, crc32 = append_lines(self._rollouts, (rollout.to_record() for rollout in rollouts))
+        prompts = self._prompts[len(self.chunks)]
+        self.chunks.append({"kind": ROLLOUTS, "prompts": prompts, "end": end, "crc32": crc32, "notes": notes})
+        self.add(self.chunks[-1])
 
-    def finish(self) -> list[Rollout]:
+    def finish_rollouts(self) -> list[Rollout]:
         """Give the file its name; all of its rollouts."""
-        self._lines.finish()
+        self._rollouts.close()
+        replace(aside(self._file), self._file)
         return list(iter_rollouts(self._file))
 
+    def begin_gradients(
+        self, directories: list[Path], row_dims: list[int], n_rows: int, rows_of_items: list[range]
+    ) -> None:
+        """Open every target's file; `batches` are those that are sound. `rows_of_items`: that each work item fills."""
+        files = (directory / contract.GRADS for directory in directories)
+        self._grads = [GrowingRows(file, n_rows, dim) for file, dim in zip(files, row_dims, strict=True)]
 
-@dataclass(frozen=True)
-class FaultyRows:
-    """Rows of one target that no analysis can use."""
+        def is_sound(batch: dict[str, Any]) -> bool:
+            rows = np.sort(np.concatenate([np.array(rows_of_items[item]) for item in batch["items"]]))
+            return [file.crc32(rows) for file in self._grads] == batch["crc32"]
 
-    nonfinite_rows: list[int]
-    zero_rows: list[int]
-
-    def counts(self) -> dict[str, int]:
-        """How many of each kind."""
-        return {f"num_{kind}": len(rows) for kind, rows in asdict(self).items()}
-
-    def warnings(self) -> list[str]:
-        """What a person must be told."""
-        kinds = ((self.nonfinite_rows, "are not finite"), (self.zero_rows, "are zero throughout"))
-        return [
-            f"{len(rows)} rows {fault}, which the manifest names and analyses leave out ({first_of(rows)})"
-            for rows, fault in kinds
-            if rows
-        ]
-
-    @staticmethod
-    def among(rows: np.ndarray, row_numbers: np.ndarray) -> "FaultyRows":
-        """Those of `rows`, [n, row_dim], which are rows `row_numbers`, [n], of their dump."""
-        nonfinite, zero = ~np.isfinite(rows).all(axis=1), ~rows.any(axis=1)
-        return FaultyRows(row_numbers[nonfinite].tolist(), row_numbers[zero].tolist())
-
-
-class GrowingGradients:
-    """`grads.npy` of every target, growing batch by batch.
-
-    Args:
-        directories: of each target's dump.
-        row_dims: of each target.
-        n_rows: of each file.
-        rows_of_items: [items] the row numbers that each work item fills.
-        record: what is written so far.
-
-    Attributes:
-        items_kept: work items whose rows an earlier run left sound.
-        seconds_kept: what the earlier run spent on them.
-        batch_tokens_kept: the batch size in force when it ended; None if it left nothing.
-    """
-
-    def __init__(
-        self, directories: list[Path], row_dims: list[int], n_rows: int, rows_of_items: list[range], record: Record
-    ):
-        self._record, self._rows_of_items = record, rows_of_items
-        self._files = [
-            GrowingRows(directory / contract.GRADS, n_rows, dim)
-            for directory, dim in zip(directories, row_dims, strict=True)
-        ]
-        before = [entry for entry in record.entries if entry["kind"] == GRADIENTS]
-        self._entries = []
-        for entry in before:
-            if not self._is_sound(entry):
-                break
-            self._entries.append(entry)
-        if len(self._entries) < len(before):
-            n_torn = len(before) - len(self._entries)
-            log.info(f"{directories[0]}: {n_torn} batches of gradients are torn, they are redone")
-            record.keep([*(e for e in record.entries if e["kind"] != GRADIENTS), *self._entries])
-        self.items_kept = [item for entry in self._entries for item in entry["items"]]
-        self.seconds_kept = sum(entry["seconds"] for entry in self._entries)
+        sound = list(itertools.takewhile(is_sound, self.batches))
+        if n_lost := len(self.batches) - len(sound):
+            log.info(f"{directories[0]}: {n_lost} batches of gradients are torn, they are redone")
+            self.batches = sound
+            self._begin_record()
         self._since = time.perf_counter()
-        self.batch_tokens_kept: int | None = self._entries[-1]["batch_tokens"] if self._entries else None
 
-    def append(self, items: list[int], row_numbers: np.ndarray, rows: Sequence[np.ndarray], batch_tokens: int) -> None:
+    def add_gradients(
+        self, items: list[int], row_numbers: np.ndarray, rows: Sequence[np.ndarray], batch_tokens: int
+    ) -> None:
         """Write one batch's rows, [n, row_dim] for each target, to `row_numbers`, [n]; on disk when this returns."""
         order = np.argsort(row_numbers)
         ordered = [part[order] for part in rows]
-        for file, part in zip(self._files, ordered, strict=True):
+        for file, part in zip(self._grads, ordered, strict=True):
             file.write(row_numbers[order], part)
-        entry = {
-            "kind": GRADIENTS,
-            "items": items,
-            "crc32": list(map(crc32_of, ordered)),
-            "faulty": [asdict(FaultyRows.among(part, row_numbers[order])) for part in ordered],
-            "batch_tokens": batch_tokens,
-            "seconds": round(time.perf_counter() - self._since, 3),
-        }
-        self._since = time.perf_counter()
-        self._record.append(entry)
-        self._entries.append(entry)
+        before, self._since = self._since, time.perf_counter()
+        entry = {"kind": GRADIENTS, "items": items, "crc32": list(map(crc32_of, ordered))}
+        self.batches.append({**entry, "batch_tokens": batch_tokens, "seconds": round(self._since - before, 3)})
+        self.add(self.batches[-1])
 
-    def finish(self) -> list[FaultyRows]:
-        """Give the files their names; for each target, which rows no analysis can use."""
-        for file in self._files:
+    def finish_gradients(self) -> None:
+        """Give the files their names."""
+        for file in self._grads:
             file.finish()
-        return [
-            FaultyRows(*(sorted(row for found in of_target for row in found[kind]) for kind in KINDS))
-            for of_target in zip(*(entry["faulty"] for entry in self._entries), strict=True)
-        ] or [FaultyRows([], [])] * len(self._files)
 
-    def _is_sound(self, entry: dict[str, Any]) -> bool:
-        rows = np.sort(np.concatenate([np.array(self._rows_of_items[item]) for item in entry["items"]]))
-        return [crc32_of(file.read(rows)) for file in self._files] == entry["crc32"]
+    def add(self, entry: dict[str, Any]) -> None:
+        """Add an entry to the record, on disk when this returns."""
+        append_lines(self._record, [_sealed(entry)])
+
+    def close(self) -> None:
+        """Close the record."""
+        self._record.close()
+        self._rollouts.close()
+
+    def _sound_chunks(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The longest sound beginning of the chunks that the record tells of; the file is cut off behind it."""
+        if self._file.exists():
+            replace(self._file, aside(self._file))
+        self._rollouts = aside(self._file).open("a+b")
+        self._rollouts.seek(0)
+        kept, end = [], 0
+        for entry, due in zip(found, self._prompts, strict=False):
+            content = self._rollouts.read(entry["end"] - end)
+            if entry["prompts"] != due or zlib.crc32(content) != entry["crc32"]:
+                break
+            kept, end = [*kept, entry], entry["end"]
+        self._rollouts.truncate(end)
+        self._rollouts.seek(end)
+        return kept
+
+    def _begin_record(self) -> None:
+        """Write the record of what is kept, whole or not at all, and open it for more."""
+        write_jsonl(self._record_file, map(_sealed, [*self.chunks, *self.batches]))
+        self._record = self._record_file.open("ab")
+
+
+def _sealed(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"crc32": zlib.crc32(json_line(entry).encode()), "entry": entry}
+
+
+def _entries(file: Path) -> Iterator[dict[str, Any]]:
+    """The record's entries, up to the first line that is torn or changed."""
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        try:
+            entry = json.loads(line)["entry"]
+        except (ValueError, TypeError, KeyError):
+            return
+        if line != json_line(_sealed(entry)).encode():
+            return
+        yield entry

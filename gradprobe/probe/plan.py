@@ -13,11 +13,10 @@ from torch import nn
 
 from .. import __version__
 from ..common.errors import InputError, first_of
-from ..common.files import read_json, real_path
+from ..common.files import read_json
 from ..dump import format as contract
-from ..dump.buckets import fit_edges
+from ..dump.buckets import BUCKET, POOLING, fit_edges
 from ..dump.on_policy import are_same_weights
-from ..dump.pooled import BUCKET, POOLING
 from ..gradients.targets import AnyTarget, Projection, expand_projected, expand_targets
 from ..model.checkpoint import (
     end_token_ids,
@@ -377,6 +376,6 @@ def rollout_files_of(settings: ProbeSettings) -> list[Path]:
     """The files that `rollouts` names; none of them is the output directory's own."""
     files = rollout_files(settings.rollouts)
     for file in files:
-        if real_path(file) == real_path(settings.output_dir / contract.ROLLOUTS):
+        if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
             raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
     return files

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..common.console import progress
-from ..common.errors import InputError
+from ..common.errors import InputError, first_of
 from ..common.files import write_json
 from ..dump import format as contract
-from ..dump.buckets import choose_positions
-from ..dump.check import checksums_of
-from ..dump.growing import Record
+from ..dump.buckets import buckets_of, choose_positions, pooled_tokens
+from ..dump.consistency import checksums_of, read_content
 from ..dump.on_policy import OFF_POLICY, OnPolicy, Tokens, claims_on_policy
-from ..dump.pooled import buckets_of, pooled_tokens
 from ..dump.records import PooledTokens, Position, Rollout, prompt_hash, write_records
 from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
@@ -34,7 +32,7 @@ from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
 from ..rollouts.sources import SampledRollouts, Source, judged
-from .output import FaultyRows, GrowingGradients, GrowingRollouts
+from .output import Progress
 from .plan import Plan, fitted_edges, pooling_of
 from .self_check import refuse_unfit
 from .stopwatch import Stopwatch
@@ -75,9 +73,11 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         refuse_changed_model(plan, checkpoint)
         is_sampled = settings.rollouts is None and settings.sampler == "own"
         refuse_unfit(checkpoint.model, settings.model_path, plan.targets, is_sampled)
-    record_file = settings.output_dir / contract.RECORD
-    with closing(Record(record_file)) as record:
-        rollouts, notes = collect_rollouts(plan, checkpoint, record, watch)
+    rounds = plan.source.rounds_on(input_device(checkpoint.model).type)
+    chunks = list(chunks_of(plan.source.rows_per_prompt, rounds * plan.sample_rows))
+    prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
+    with closing(Progress(settings.output_dir, prompts)) as growing:
+        rollouts, notes = collect_rollouts(plan, checkpoint, chunks, growing, watch)
         tokens = Tokens.of(rollouts)
         on_policy = tokens.test(is_claimed=False)
         refuse_copies(plan, rollouts, on_policy.verdict == OFF_POLICY)
@@ -87,27 +87,31 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         edges = plan.edges or fitted_edges(tokens.score, settings.bins)
         chosen = choose(plan, rollouts, np.array(edges["entropy_edges"]))
         engine = GradientEngine(checkpoint.model, plan.targets)
-        faulty = write_gradients(plan, engine, rollouts, chosen, record, watch)
+        write_gradients(plan, engine, rollouts, chosen, growing, watch)
     lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)
     common["on_policy"] = asdict(tokens.test(claims_on_policy(common)))
     refuse_changed_model(plan, checkpoint)  # weights may have been read until now
-    for directory, target, row_dim, rows in zip(plan.directories, plan.targets, plan.row_dims, faulty, strict=True):
+    for directory, target, row_dim in zip(plan.directories, plan.targets, plan.row_dims, strict=True):
         write_records(directory / contract.META, lines)
+        content = read_content(directory)
+        faulty = {"nonfinite_rows": content.nonfinite.tolist(), "zero_rows": content.zero.tolist()}
         manifest = {
             **target.described(checkpoint.model),
             "row_dim": row_dim,
             "num_positions": len(lines),
             **common,
-            **asdict(rows),
-            **rows.counts(),
+            **faulty,
+            **{f"num_{kind}": len(rows) for kind, rows in faulty.items()},
             **notes,
-            "checksums": checksums_of(directory),
+            "checksums": checksums_of(directory, content),
             "seconds": watch.total(),
         }
         write_json(directory / contract.MANIFEST, manifest)
-        for warning in rows.warnings():
-            log.warning(f"{directory}: {warning}")
+        for rows, fault in zip(faulty.values(), ("not finite", "zero throughout"), strict=True):
+            if rows:
+                said = f"{len(rows)} rows are {fault}, which the manifest names and analyses leave out"
+                log.warning(f"{directory}: {said} ({first_of(rows)})")
         yield Written(
             str(directory),
             manifest["target"],
@@ -116,7 +120,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
             manifest["num_correct_rollouts"],
             manifest["num_rollouts"],
         )
-    record_file.unlink()
+    (settings.output_dir / contract.PROGRESS).unlink()
 
 
 def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], on_policy: OnPolicy) -> None:
@@ -138,7 +142,7 @@ def refuse_changed_model(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def collect_rollouts(
-    plan: Plan, checkpoint: Checkpoint, record: Record, watch: Stopwatch
+    plan: Plan, checkpoint: Checkpoint, chunks: list[range], growing: Progress, watch: Stopwatch
 ) -> tuple[list[Rollout], dict[str, Any]]:
     """All of this shard's rollouts, sampled (or taken from elsewhere), judged and scored, written chunk by chunk.
 
@@ -146,15 +150,11 @@ def collect_rollouts(
         The rollouts, and what the manifest says of how it went.
     """
     settings = plan.settings
-    rounds = plan.source.rounds_on(input_device(checkpoint.model).type)
-    chunks = list(chunks_of(plan.source.rows_per_prompt, rounds * plan.sample_rows))
-    prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
-    growing = GrowingRollouts(settings.output_dir / contract.ROLLOUTS, record, prompts)
-    for notes in growing.notes:
-        watch.add(notes["seconds"])
-    if growing.n_chunks_kept:
-        log.info(f"continuing: {growing.n_chunks_kept} of {len(chunks)} batches of rollouts are there")
-    left = chunks[growing.n_chunks_kept :]
+    for chunk in growing.chunks:
+        watch.add(chunk["notes"]["seconds"])
+    if growing.chunks:
+        log.info(f"continuing: {len(growing.chunks)} of {len(chunks)} batches of rollouts are there")
+    left = chunks[len(growing.chunks) :]
     if left:
         rollouts_of = plan.source.opened(checkpoint, plan.sample_rows)
         tokens = Budget(plan.batch_tokens)
@@ -169,11 +169,11 @@ def collect_rollouts(
                 notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
                 if isinstance(plan.source, SampledRollouts):  # a server that ignores seeds, known before hours are lost
                     refuse_copies(plan, rollouts)
-                growing.append(rollouts, notes | server_gap(plan.source, sampled, rollouts))
-    rollouts = growing.finish()
+                growing.add_rollouts(rollouts, notes | server_gap(plan.source, sampled, rollouts))
+    rollouts = growing.finish_rollouts()
     if not rollouts:
         raise InputError(f"`verifier` {settings.verifier}: no rollout is left")
-    return rollouts, summed(growing.notes)
+    return rollouts, summed([chunk["notes"] for chunk in growing.chunks])
 
 
 def refuse_copies(plan: Plan, rollouts: list[Rollout], is_off_policy: bool = False) -> None:
@@ -272,32 +272,29 @@ def write_gradients(
     engine: GradientEngine,
     rollouts: list[Rollout],
     chosen: list[Chosen],
-    record: Record,
+    growing: Progress,
     watch: Stopwatch,
-) -> list[FaultyRows]:
-    """Differentiate and write `grads.npy` of every target, gradients in the order of rollouts and positions.
-
-    Returns:
-        For each target, the gradients that no analysis can use.
-    """
+) -> None:
+    """Differentiate and write `grads.npy` of every target, gradients in the order of rollouts and positions."""
     starts = np.concatenate([[0], np.cumsum([of.n_gradients for of in chosen])])
     rows_of_items = [range(starts[i], starts[i + 1]) for i in engine.rollouts_of(chosen)]
     item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
-    growing = GrowingGradients(plan.directories, plan.row_dims, int(starts[-1]), rows_of_items, record)
-    budget = Budget(growing.batch_tokens_kept or plan.batch_tokens)
+    growing.begin_gradients(plan.directories, plan.row_dims, int(starts[-1]), rows_of_items)
+    done = [item for batch in growing.batches for item in batch["items"]]
+    budget = Budget(growing.batches[-1]["batch_tokens"] if growing.batches else plan.batch_tokens)
     batches = engine.batches(
-        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, budget, done=growing.items_kept
+        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, budget, done=done
     )
-    n_left = int(starts[-1]) - sum(len(rows_of_items[item]) for item in growing.items_kept)
-    if growing.items_kept:
+    n_left = int(starts[-1]) - sum(len(rows_of_items[item]) for item in done)
+    if done:
         log.info(f"continuing: {int(starts[-1]) - n_left} of {int(starts[-1])} gradient rows are there")
-    watch.add({"gradients": growing.seconds_kept})
+    watch.add({"gradients": sum(batch["seconds"] for batch in growing.batches)})
     with watch.phase("gradients"):
         for members, passes, gradients in progress(batches, "gradients", n_left, "rows", lambda batch: len(batch[0])):
             rows = starts[members] + passes
             items = np.unique(item_of_row[rows]).tolist()
-            growing.append(items, rows, [g.cpu().numpy() for g in gradients], budget.tokens)
-    return growing.finish()
+            growing.add_gradients(items, rows, [g.cpu().numpy() for g in gradients], budget.tokens)
+    growing.finish_gradients()
 
 
 def lines_of(

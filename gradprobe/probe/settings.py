@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from ..common.errors import InputError, raise_if_any
-from ..dump.pooled import BUCKET, NO_POOLING
+from ..dump.buckets import BUCKET, NO_POOLING
 from ..model.checkpoint import CheckpointSource
 from ..problems.verify import BOXED, SECONDS_PER_ANSWER
 from ..rollouts.formats import FORMATS

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from ..common.errors import InputError, reason_of
-from ..common.files import read_bytes
+from ..common.files import read_json
 from ..common.record_files import (
     Record,
     RecordFile,
@@ -15,7 +15,6 @@ from ..common.record_files import (
     library,
     numbered,
     open_record_file,
-    parse_json,
 )
 from .gym import GYM, open_gym
 
@@ -48,10 +47,9 @@ def open_data_set(source: str) -> RecordFile:
 def _open_directory(path: Path) -> RecordFile:
     splits_file = path / "dataset_dict.json"
     if splits_file.is_file():
-        found, fault = parse_json(read_bytes(splits_file).decode("utf-8", errors="replace"))
-        splits = found.get("splits") if isinstance(found, dict) else None
-        if not splits or not isinstance(splits, list):
-            raise InputError(f"`dataset` {splits_file}: {fault or 'names no splits'}")
+        splits = read_json(splits_file).get("splits")
+        if not splits:
+            raise InputError(f"`dataset` {splits_file}: names no splits")
         if len(splits) != 1:
             raise InputError(f"`dataset` {path}: has the splits {', '.join(splits)}; name one: {path / 'SPLIT'}")
         path = path / splits[0]

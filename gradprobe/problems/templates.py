@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..common.files import read_bytes
 from .chat import ChatRefusal, ChatTemplate
 from .data_set import Problem, ProblemSet
 
@@ -27,7 +26,7 @@ def read_template(given: str) -> str:
     if PLACEHOLDER in given:
         return given
     try:
-        text = read_bytes(Path(given)).decode("utf-8")
+        text = Path(given).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"`prompt_template` {given}: not UTF-8 at byte {error.start}") from error
     except OSError as error:

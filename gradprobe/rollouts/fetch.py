@@ -80,7 +80,7 @@ def json_at(url: str, seconds: float, body: dict[str, Any] | None = None, api_ke
             said = said.replace(api_key, "(the key)")
         hint = "; `api_key_env` names the variable that holds its key" if response.status in (401, 403) else ""
         raise InputError(f"{url}: HTTP {response.status} {one_line(said)}{hint}")
-    return json_object(content, url, is_strict=True)
+    return json_object(content, url)
 
 
 @contextmanager

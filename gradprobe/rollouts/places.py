@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.errors import InputError, first_of
-from ..common.files import real_path
 from ..dump import format as contract
 
 COMPLETIONS = "completions"
@@ -24,7 +23,7 @@ def rollout_files(given: Sequence[Path]) -> list[Path]:
     """
     files = [_file_at(place) for place in given]
     for i, file in enumerate(files):
-        if real_path(file) in map(real_path, files[:i]):
+        if file.resolve() in (other.resolve() for other in files[:i]):
             raise InputError(f"`rollouts` {file}: stands there twice")
         if len(files) > 1 and contract.find_manifest(file) is not None:
             raise InputError(

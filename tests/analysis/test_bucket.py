@@ -19,7 +19,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
 @pytest.mark.parametrize("block_bytes", [64 << 20, 800])
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (30, 9), (9, 30), (50, 50), (450, 400)])
 def test_products_and_decompositions_are_those_of_numpy(monkeypatch, n: int, dim: int, block_bytes: int):
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", block_bytes)
     grads = np.random.default_rng(n).standard_normal((n + 3, dim)).astype(np.float32)
     rows = np.random.default_rng(0).permutation(n + 3)[:n]
     x, bucket = grads[rows].astype(np.float64), planted.bucket_of(grads, rows)

@@ -14,7 +14,7 @@ import analyze_exp3_signal
 import plot_exp12_intuitive
 from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.prompts import BY_DATA_SET, BY_HASH, BY_INDEX, number_prompts
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 from gradprobe.dump.records import prompt_hash
 
 N_PROMPTS = 8

@@ -11,7 +11,7 @@ import analyze_exp3_signal
 import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
-from gradprobe import __version__
+from gradprobe import __version__, check, show, verify
 from gradprobe.common import console
 
 SCRIPTS = [
@@ -20,6 +20,9 @@ SCRIPTS = [
     analyze_exp1_compression,
     analyze_exp2_direction,
     plot_exp12_intuitive,
+    check,
+    show,
+    verify,
 ]
 
 

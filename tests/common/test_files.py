@@ -1,4 +1,4 @@
-"""The lock of a directory: one holder, named; none that outlives its process."""
+"""Files whole or not at all, and the lock of a directory: one holder, named; none that outlives its process."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from gradprobe.common.errors import InputError
-from gradprobe.common.files import LOCK, locked
+from gradprobe.common.files import LOCK, locked, write_jsonl
 
 HOLDER = """
 import sys, time
@@ -46,12 +46,10 @@ def test_patience_outlasts_a_holder_that_is_about_to_end(tmp_path):
             assert 0.5 < time.monotonic() - start < 30
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
-    (tmp_path / "precious").write_text("all I have")
-    (tmp_path / LOCK).symlink_to(tmp_path / "precious")
-    with pytest.raises(InputError, match="can't be locked"), locked(tmp_path):
+def test_the_lock_makes_no_directory(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such directory"), locked(tmp_path / "nowhere"):
         pass
-    assert (tmp_path / "precious").read_text() == "all I have"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_faults_inside_are_not_the_locks(tmp_path):
@@ -59,3 +57,20 @@ def test_faults_inside_are_not_the_locks(tmp_path):
         raise TimeoutError("mine")
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("there", [None, "before"])
+def test_a_file_appears_whole_or_not_at_all(tmp_path, there):
+    file = tmp_path / "lines.jsonl"
+    if there:
+        file.write_text(there)
+
+    def lines():
+        yield {"a": 1}
+        raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        write_jsonl(file, lines())
+    assert [found.read_text() for found in tmp_path.iterdir()] == ([there] if there else [])
+    write_jsonl(file, [{"a": "π"}])
+    assert file.read_bytes() == b'{"a": "\xcf\x80"}\n'

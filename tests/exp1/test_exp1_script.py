@@ -9,7 +9,7 @@ import pytest
 
 import analyze_exp1_compression
 from gradprobe.analysis.inputs import open_dumps
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 from gradprobe.exp1.measure import Exp1Settings, chance_outside_null, measure_dumps, place_in_null, sample_rollouts
 from gradprobe.figures import exp1 as figures_compression
 from gradprobe.figures.look import subjects_of

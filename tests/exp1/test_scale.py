@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradprobe.analysis.bucket import Bucket, rollout_codes
 from gradprobe.analysis.bucket import bucket_of as dump_bucket
-from gradprobe.dump.blocks import SelectedRows
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
+from gradprobe.dump.mapped import SelectedRows
 from gradprobe.exp1 import compression
 from gradprobe.exp1.compression import Sums, compare_buckets, half_sample_interval, sums_of
 from gradprobe.exp1.measure import Exp1Settings, measure_dump, measure_dumps, sample_rollouts
@@ -136,7 +136,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_the_gradients(monkeypatch: pytest.MonkeyPatch, tmp_path):
     """Twice the positions of 512 numbers each (2 KiB): both experiments and the projection keep less than a tenth."""
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr("gradprobe.analysis.bucket.HELD_BYTES", 8 << 20)
     monkeypatch.setattr("gradprobe.analysis.bucket.MAX_EXACT", 100)
     peaks, largest = [], []

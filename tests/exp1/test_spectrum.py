@@ -74,7 +74,7 @@ def test_blocks_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch, tmp_p
     whole = [(spectrum_of(grads, some), top_direction(grads, some)) for some in (rows, all_rows(grads))]
     plane = project_to_plane(grads, rows)
     np.save(tmp_path / "grads.npy", grads)
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", 1000)
     mapped = np.load(tmp_path / "grads.npy", mmap_mode="r")
     for (expected, direction), some in zip(whole, (rows, all_rows(grads)), strict=True):
         np.testing.assert_allclose(spectrum_of(mapped, some).energies, expected.energies, rtol=1e-10)
@@ -169,7 +169,7 @@ def test_projection_shows_a_sample_of_points_and_finds_the_components_of_all(mon
 @pytest.mark.parametrize(("n", "dim"), [(900, 400), (300, 900)])
 def test_projection_of_many_rows_is_that_of_numpys_svd(monkeypatch: pytest.MonkeyPatch, n: int, dim: int, exact: int):
     monkeypatch.setattr(linear_algebra, "MAX_EXACT", exact)
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 200_000)
+    monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", 200_000)
     rng = np.random.default_rng(0)
     scales = np.concatenate([[6.0, 4.0], 2 / np.sqrt(1 + np.arange(dim - 2) / 9)])
     grads = (rng.standard_normal((n, dim)) * scales + 3).astype(np.float32)
@@ -309,7 +309,7 @@ def test_krylov_survives_low_rank_and_zero():
 
 @pytest.mark.parametrize("n_rows", [25, 14])
 def test_sums_give_every_subset_its_numbers(monkeypatch: pytest.MonkeyPatch, n_rows: int):
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 2000)  # several panels
+    monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", 2000)  # several panels
     grads, prompt, rollout, _ = clustered(3, 3, 3, 17)
     grads[4] = 0
     rows = np.random.default_rng(5).permutation(27)[:n_rows]

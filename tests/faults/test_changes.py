@@ -7,6 +7,7 @@ fails the test. A kill is an exception out of the record of what is written; tes
 import json
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merge_grad_vector_shards
 import probe_grad_vectors
-from gradprobe.dump.check import problems_of
-from gradprobe.dump.growing import Record
+from gradprobe.dump.consistency import problems_of
+from gradprobe.probe.output import Progress
 from gradprobe.probe.settings import ProbeSettings
 
 DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
@@ -315,17 +316,17 @@ def probe(urls: list[str]) -> Callable[..., int]:
 
     def probe(scenario: str, output: str, flags: str = "", *, kill_after: int | None = None) -> int:
         given = f"{SCENARIOS[scenario]} --output-dir {output} {flags}".replace("URL", urls[0]).replace("OTHER", urls[1])
-        append, n_written = Record.append, 0
+        add, n_written = Progress.add, 0
 
-        def append_or_die(record: Record, entry: dict) -> None:
+        def add_or_die(progress: Progress, entry: dict) -> None:
             nonlocal n_written
-            append(record, entry)
+            add(progress, entry)
             n_written += 1
             if n_written == kill_after:
                 raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Record, "append", append_or_die)
+            patch.setattr(Progress, "add", add_or_die)
             return probe_grad_vectors.main([*COMMON, *given.split()])
 
     return probe
@@ -467,6 +468,41 @@ def test_prompts_are_neither_lost_nor_doubled(probe, rows, n_written):
 
 
 @pytest.mark.usefixtures("here")
+def test_a_resume_takes_the_threads_of_now_and_says_so(probe, capsys):
+    """It forced the number that the dump was begun with: 1 of 32 cores, or 32 threads on 2."""
+    torch.set_num_threads(2)
+    assert probe("own", "own_killed") == 0
+    assert torch.get_num_threads() == 2
+    assert "threads 2, but it was begun with 1: what is left may round differently" in capsys.readouterr().err
+    assert json.loads(Path("own_killed/manifest.json").read_text())["threads"] == 2
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dump_that_was_begun_before_is_continued(probe, capsys):
+    """The record named the faulty rows of each batch; they are read from the gradients now."""
+    with pytest.raises(Killed):
+        probe("own", "out", kill_after=6)
+    record = Path("out/progress.jsonl")
+    entries = [json.loads(line)["entry"] for line in record.read_text().splitlines()]
+    assert [entry["kind"] for entry in entries] == ["rollouts"] * 4 + ["gradients"] * 2
+    lines = []
+    for entry in entries:
+        if entry["kind"] == "gradients":
+            entry = {**entry, "faulty": [{"nonfinite_rows": [], "zero_rows": []}]}
+        crc32 = zlib.crc32((json.dumps(entry, ensure_ascii=False) + "\n").encode())
+        lines.append(json.dumps({"crc32": crc32, "entry": entry}, ensure_ascii=False) + "\n")
+    record.write_text("".join(lines))
+    n_rows = sum(len(entry["items"]) for entry in entries if entry["kind"] == "gradients")
+    capsys.readouterr()
+    assert probe("own", "out") == 0
+    said = capsys.readouterr().err
+    assert "4 of 4 batches of rollouts are there" in said
+    assert n_rows > 0
+    assert "gradient rows are there" in said
+    assert content("out") == content("own_whole")
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("dump", ["own_s0", "own_whole", "own_merged", "given_s1"])
 def test_a_dump_without_all_that_was_due_is_not_sound(dump):
     file = Path(dump, "manifest.json")
@@ -474,17 +510,13 @@ def test_a_dump_without_all_that_was_due_is_not_sound(dump):
     assert problems_of(Path(dump)) == ([], [])
     file.write_text(json.dumps(manifest | {"num_rollouts_due": manifest["num_rollouts_due"] + 2}))
     assert "rollouts were due" in problems_of(Path(dump))[0][0]
-    if not dump.startswith("given"):  # dumps of before say it by their place among the shards
-        del manifest["num_rollouts_due"], manifest["prompts_due"]
-        file.write_text(json.dumps(manifest | {"num_rollouts": manifest["num_rollouts"] - 2}))
-        assert "rollouts were due" in problems_of(Path(dump))[0][0]
 
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("moment", ["before loading", "at the end"])
 def test_weights_are_those_that_were_hashed(probe, capsys, monkeypatch, moment):
     """A directory `latest` that a trainer writes over while the probe starts."""
-    owner, name = {"before loading": (probe_grad_vectors, "run_probe"), "at the end": (Record, "close")}[moment]
+    owner, name = {"before loading": (probe_grad_vectors, "run_probe"), "at the end": (Progress, "close")}[moment]
     original = getattr(owner, name)
 
     def overwrite_first(*arguments: object) -> object:

@@ -16,7 +16,7 @@ import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
 from gradprobe import check
-from gradprobe.probe.output import GrowingGradients
+from gradprobe.probe.output import Progress
 
 SMALL = "--num-prompts 4 --num-samples 2 --max-new-tokens 4 --device cpu --bins 2 --pos-per-bin-per-rollout 1 -q"
 SMALL += " --sample-rows 2 --batch-tokens 40"
@@ -43,15 +43,15 @@ def finished(sampling, tmp_path_factory) -> Path:
 @pytest.fixture
 def unfinished(sampling, tmp_path, monkeypatch) -> Path:
     """A probe that ended in the middle of its gradients."""
-    append, n_calls = GrowingGradients.append, iter(range(100))
+    add, n_calls = Progress.add_gradients, iter(range(100))
 
-    def append_or_end(self: GrowingGradients, *arguments: object) -> None:
-        append(self, *arguments)
+    def add_or_end(self: Progress, *arguments: object) -> None:
+        add(self, *arguments)
         if next(n_calls) == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(GrowingGradients, "append", append_or_end)
+        patch.setattr(Progress, "add_gradients", add_or_end)
         assert probe_grad_vectors.main([*sampling, "--output-dir", str(tmp_path / "out")]) == 130
     return tmp_path / "out"
 

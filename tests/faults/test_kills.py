@@ -18,7 +18,7 @@ import pytest
 from tiny import tiny_checkpoint
 
 from gradprobe.common.files import locked
-from gradprobe.dump.check import problems_of
+from gradprobe.dump.consistency import problems_of
 
 ROOT = Path(__file__).parents[2]
 N_KILLS = int(os.environ.get("GRADPROBE_KILLS", "20"))

@@ -8,8 +8,8 @@ import pytest
 import analyze_exp1_compression
 import merge_grad_vector_shards
 import probe_grad_vectors
-from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import load_dump, target_directories
+from gradprobe.dump.consistency import load_dump, problems_of
+from gradprobe.dump.format import target_directories
 from gradprobe.dump.records import iter_rollouts
 
 SMALL = ["--num-samples", 3, "--max-new-tokens", 9, "--device", "cpu", "--bins", 3, "--verifier", "numeric"]

@@ -14,7 +14,7 @@ import analyze_exp2_direction
 import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 from gradprobe.dump.records import iter_rollouts
 
 SMALL = ["--num-prompts", "6", "--num-samples", "3", "--max-new-tokens", "12", "--device", "cpu", "--bins", "3"]

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import probe_grad_vectors
 from gradprobe.common.errors import InputError
-from gradprobe.dump.check import problems_of
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump, problems_of
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.figures.look import subjects_of
 

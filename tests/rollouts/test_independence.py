@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import probe_grad_vectors
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 from gradprobe.dump.records import Rollout
 from gradprobe.rollouts.independence import shared_noise
 

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 import analyze_exp1_compression
 import analyze_exp2_direction
 import plot_exp12_intuitive
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 from gradprobe.exp1.measure import Exp1Settings, measure_dumps
 from gradprobe.exp2.measure import bucket_directions
 from gradprobe.figures import exp1 as figures_compression

@@ -9,10 +9,11 @@ import pytest
 import analyze_exp2_direction
 import merge_grad_vector_shards
 import probe_grad_vectors
-from gradprobe import verify
+from gradprobe import check, verify
+from gradprobe.analysis.inputs import open_dumps, pooled_of
 from gradprobe.common import files
 from gradprobe.dump import relabel
-from gradprobe.dump.check import problems_of
+from gradprobe.dump.consistency import problems_of
 
 SMALL = "--num-prompts 6 --num-samples 4 --max-new-tokens 10 --device cpu --bins 2".split()
 EVEN, BOTH_FAIL = "judges_by_length:even", "judges_by_length:fails_on_some"
@@ -108,6 +109,62 @@ def test_a_changed_file_or_one_target_alone_is_refused(capsys):
         stream.write("{}\n")
     assert verify.main(["tokens_boxed"]) == 2
     assert "has changed since it was written" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [("meta.jsonl", b'"token_id": ', b'"token_id": 1'), ("rollouts.jsonl", b'"prompt_ids": [', b'"prompt_ids": [1, ')],
+)
+def test_a_changed_line_is_not_blessed(name, old, new, capsys):
+    """The lines get new checksums with their new verdicts: they were not looked at before."""
+    target = Path("targets_boxed/L1.mlp.down_proj.weight.r0")
+    file = (target if name == "meta.jsonl" else target.parent) / name
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    before = content("targets_boxed")
+    assert verify.main(["targets_boxed", "--verifier", EVEN]) == 2
+    assert f"{file}: has changed since it was written" in capsys.readouterr().err
+    assert content("targets_boxed") == before
+
+
+def test_a_directory_that_is_not_there_is_not_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert verify.main(["./nonexistent"]) == 2
+    assert capsys.readouterr().err == "error: nonexistent: no such directory\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("here")
+def test_a_target_is_checked_from_within(monkeypatch, capsys):
+    monkeypatch.chdir("targets_boxed/L1.mlp.down_proj.weight.r0")
+    assert check.main(["."]) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out == ".: sound\n"
+
+
+@pytest.mark.usefixtures("here")
+def test_rewards_of_who_judged_before_are_not_used(checkpoint_dir, capsys):
+    lines = list(map(json.loads, Path("pooled_boxed/rollouts.jsonl").read_text().splitlines()))
+    given = [line | {"reward": float(line["correct"] + number % 3)} for number, line in enumerate(lines)]
+    Path("given.jsonl").write_text("".join(json.dumps(line) + "\n" for line in given))
+    flags = "--rollouts given.jsonl --output-dir given --pool bucket --device cpu --bins 2".split()
+    assert probe_grad_vectors.main(["--model-path", str(checkpoint_dir), *flags]) == 0
+    assert set(outcomes("given")) == {0.0, 1.0, 2.0}
+    shutil.copytree("given", "of_before")  # a dump that was judged anew when its rewards stayed in it
+    manifest = json.loads(Path("of_before/manifest.json").read_text())
+    judged = manifest["rollouts_from"] | {"correct_from": "verifier"}
+    Path("of_before/manifest.json").write_text(json.dumps(manifest | {"rollouts_from": judged}))
+    assert set(outcomes("of_before")) == {0.0}
+    assert verify.main(["given", "--verifier", EVEN]) == 0
+    assert f"{len(lines)} rewards of who judged before are left out" in capsys.readouterr().out
+    assert outcomes("given") == [float(len(line["response"]) % 2 == 0) for line in lines]
+    assert '"reward"' not in Path("given/meta.jsonl").read_text() + Path("given/rollouts.jsonl").read_text()
+    assert problems_of(Path("given")) == ([], [])
+
+
+def outcomes(dump: str) -> list[float]:
+    """What Exp 3 weighs by."""
+    return pooled_of(open_dumps({None: Path(dump)})[None][0]).outcome.tolist()
 
 
 @pytest.mark.usefixtures("here")

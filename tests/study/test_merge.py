@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import merge_grad_vector_shards
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -65,7 +65,7 @@ def test_prompts_stay_integers_where_the_data_set_is_known_to_be_one(shards, tmp
 
 def test_copying_in_small_blocks_changes_nothing(shards, tmp_path, monkeypatch):
     merge(tmp_path / "merged", *shards)
-    monkeypatch.setattr("gradprobe.dump.blocks.BLOCK_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", 7 * 64 * 4)
     merge(tmp_path / "blocks", *shards)
     for name in ("grads.npy", "meta.jsonl", "manifest.json"):
         assert (tmp_path / "blocks" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()

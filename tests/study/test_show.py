@@ -10,7 +10,7 @@ import pytest
 from gradprobe import show
 from gradprobe.common.console import printable
 from gradprobe.dump.buckets import bucket_of
-from gradprobe.dump.format import load_dump
+from gradprobe.dump.consistency import load_dump
 from gradprobe.dump.records import iter_rollouts, write_records
 from gradprobe.figures.tokens import Token, commonest_tokens, tokens_of, two_of_one_prompt, visible
 from gradprobe.show import coloured, marked

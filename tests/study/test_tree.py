@@ -89,7 +89,7 @@ def test_an_upward_import_is_found(module, source):
         ("gradprobe.dump.__init__", "from .format import load_dump\nfrom ..common import files"),
         ("gradprobe.probe.plan", "from .. import __version__\nfrom ..dump import format as contract"),
         ("gradprobe.figures.exp1", "from ..exp1.measure import Exp1\nfrom ..exp2 import direction"),
-        ("gradprobe.check", "from .dump.check import problems_of"),
+        ("gradprobe.check", "from .dump.consistency import problems_of"),
     ],
 )
 def test_a_downward_import_passes(module, source):
