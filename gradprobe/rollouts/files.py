@@ -13,8 +13,8 @@ from typing import Any
 
 from ..common.console import SURROGATE
 from ..common.errors import FaultyRecord, InputError
-from ..common.fields import is_finite, is_index
-from ..dump.records import PromptKey, Rollout, prompt_key_from_json
+from ..common.fields import is_finite
+from ..dump.records import PromptKey, Rollout
 from ..problems.chat import ChatRefusal, ChatTemplate
 from ..problems.data_set import Problem
 from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
@@ -47,7 +47,7 @@ NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "comple
 
 @dataclass(frozen=True)
 class ForeignRollouts:
-    """Rollouts still to be scored: `entropies` and `logprobs` are empty, `correct` is None where to be verified."""
+    """Rollouts to be scored, a file's of ours with the scores that they had; `correct` is None where to be verified."""
 
     rollouts: list[Rollout]
     report: RolloutReport
@@ -77,8 +77,11 @@ def read_rollouts(
     problems: Sequence[Problem] | None = None,
     correct_from: str = "auto",
     correct_above: float | None = None,
+    score_key: str | None = None,
 ) -> ForeignRollouts:
     """Read rollouts of any of `FORMATS` from JSONL, JSON or parquet, one file or several of one shape.
+
+    All faults are named with their lines.
 
     Args:
         vocabulary: of the model to be probed; what is longer than its context is dropped.
@@ -88,31 +91,27 @@ def read_rollouts(
         correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
             bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
-
-    Raises:
-        InputError: a file can't be read or understood; all faults are named with their lines.
+        score_key: a field that holds a number for each response token, to bucket them by.
     """
     files = [files] if isinstance(files, Path) else files
     file = in_words(files)
-    found_format, completions, report = completions_of(files, file_format)
-    if found_format == "gradprobe" and problems is not None:
+    completions, report = completions_of(files, file_format)
+    if report.format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
-    judge = _Judge(found_format, correct_from, correct_above)
+    judge = _Judge(report.format, correct_from, correct_above)
+    resolve = _Resolver(vocabulary, report, problems)
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
-    n_samples_of: Counter = Counter()
-    resolve = _Resolver(vocabulary, found_format, report, problems)
     for completion in completions:
         try:
             correct, source = judge.verdict(completion.fields)
-            rollout = resolve.rollout(completion, correct, n_samples_of)
+            rollout = resolve.rollout(completion, correct)
             if rollout is not None:
                 judge.keep(source, completion.where)
+                scores = [] if score_key is None else _scores_of(completion, score_key, rollout)
+                rollouts.append(replace(rollout, reward=judge.reward(completion.fields), bucket_scores=scores))
         except FaultyRecord as error:
             faults.append((completion.where, str(error)))
-            continue
-        if rollout is not None:
-            rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
     raise_folded(faults)
     if correct_above is not None and rollouts and " > " not in judge.source:
         took = "" if judge.source == "verifier" else f"; its verdicts are taken from '{judge.source}', which needs none"
@@ -124,6 +123,13 @@ def read_rollouts(
     report.verdict_from = judge.source
     report.n_to_verify = sum(rollout.correct is None for rollout in rollouts)
     return ForeignRollouts(rollouts, report)
+
+
+def _scores_of(completion: Completion, key: str, rollout: Rollout) -> list[float]:
+    found, ids = completion.fields.get(key), completion.response_ids or rollout.response_ids
+    if not isinstance(found, list) or len(found) != len(ids) or not all(map(is_finite, found)):
+        raise FaultyRecord(f"`bucket_by`: '{key}' is not a list of finite numbers, one for each of {len(ids)} tokens")
+    return found[: len(rollout.response_ids)]
 
 
 @dataclass
@@ -210,8 +216,10 @@ class _Judge:
         return ("score",) if self.format == "verl" else ("correct", "score", "reward")
 
     def reward(self, fields: dict[str, Any]) -> float | None:
-        """The number that a completion was rewarded with, where one and only one is known."""
-        named = [self.correct_from] if self.correct_from not in ("auto", "verifier") else self._reward_keys(fields)
+        """The number that a completion was rewarded with, where one and only one is known and its verdict counts."""
+        if self.correct_from == "verifier":
+            return None
+        named = self._reward_keys(fields) if self.correct_from == "auto" else [self.correct_from]
         found = [fields[key] for key in named if is_finite(fields.get(key))]
         return float(found[0]) if len(found) == 1 else None
 
@@ -250,39 +258,35 @@ class _Codec:
 class _Resolver:
     """Makes rollouts of completions: ids of prompt and response, the problem, the place among its samples."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        file_format: str,
-        report: RolloutReport,
-        problems: Sequence[Problem] | None,
-    ):
+    def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
-        self.tokenizer, self.end_ids, self.vocabulary = tokenizer, end_ids, vocabulary
-        self.format, self.report = file_format, report
+        self.tokenizer, self.end_ids, self.vocabulary, self.report = tokenizer, end_ids, vocabulary, report
         self.chat_template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
         self.own_samples: set[tuple[PromptKey, int]] = set()
+        self.n_samples_of: Counter = Counter()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
-        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer, self.chat_template)
+        self.strips_specials = report.format == "verl" and _template_has_specials(tokenizer, self.chat_template)
 
-    def rollout(self, completion: Completion, correct: bool | None, n_samples_of: Counter) -> Rollout | None:
+    def rollout(self, completion: Completion, correct: bool | None) -> Rollout | None:
         """The completion's rollout, or None where it was dropped (and counted).
 
         Raises:
             FaultyRecord: the completion can't be used; says why.
         """
+        if completion.own is not None:
+            return self._own(completion, completion.own, correct)
         prompt = self._prompt_text(completion)
         problem = None if self.problems is None else self.problems.of(completion, prompt)
         ground_truth = _ground_truth(completion.fields, problem, correct)
         prompt_ids = self._prompt_ids(completion, prompt, problem)
-        prompt_idx = self._prompt_idx(completion, problem, prompt_ids)
-        is_own = self.format == "gradprobe"
-        sample_idx = self._own_sample_idx(completion, prompt_idx) if is_own else n_samples_of[prompt_idx]
-        n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
+        number = self.prompt_idx_of.setdefault(tuple(prompt_ids), len(self.prompt_idx_of))
+        prompt_idx = number if problem is None else problem.idx
+        sample_idx = self.n_samples_of[prompt_idx]
+        self.n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
         reason = completion.unusable or self._fault_of_text(completion)
         ids = [] if reason else self._response_ids(completion)
         reason = reason or self._fault_of_length(prompt_ids, ids)
@@ -292,11 +296,6 @@ class _Resolver:
         for remark in (*self._prompt_remarks(completion, prompt, problem, prompt_ids), *self._remarks(completion, ids)):
             self.report.note(remark, completion.where)
         given_id = completion.fields.get("problem_id")
-        if not isinstance(given_id, str | int | float | None):
-            raise FaultyRecord("'problem_id' is neither a text nor a number")
-        for name, text in (("problem_id", given_id), ("ground truth", ground_truth)):
-            if isinstance(text, str) and SURROGATE.search(text):
-                raise FaultyRecord(f"half a surrogate pair in its {name}")
         return Rollout(
             prompt_idx=prompt_idx,
             sample_idx=sample_idx,
@@ -310,14 +309,20 @@ class _Resolver:
             correct=correct,
         )
 
-    def _own_sample_idx(self, completion: Completion, prompt_idx: PromptKey) -> int:
-        sample_idx = completion.fields.get("sample_idx")
-        if not is_index(sample_idx):
-            raise FaultyRecord("'sample_idx' is missing or not an integer from 0")
-        if (prompt_idx, sample_idx) in self.own_samples:
-            raise FaultyRecord(f"prompt {prompt_idx} sample {sample_idx} stands twice")
-        self.own_samples.add((prompt_idx, sample_idx))
-        return sample_idx
+    def _own(self, completion: Completion, own: Rollout, correct: bool | None) -> Rollout | None:
+        for ids, what in ((own.prompt_ids, "prompt ids"), (own.response_ids, "response ids")):
+            self._checked(ids, what)
+        sample = own.prompt_idx, own.sample_idx
+        if sample in self.own_samples:
+            raise FaultyRecord(f"prompt {own.prompt_idx} sample {own.sample_idx} stands twice")
+        self.own_samples.add(sample)
+        reason = self._fault_of_length(own.prompt_ids, own.response_ids)
+        if reason is not None:
+            self.report.drop(reason, completion.where)
+            return None
+        for remark in self._remarks(completion, own.response_ids):
+            self.report.note(remark, completion.where)
+        return replace(own, correct=correct)
 
     def _prompt_ids(self, completion: Completion, text: str | None, problem: Problem | None) -> list[int]:
         if completion.prompt_ids is not None:
@@ -349,17 +354,9 @@ class _Resolver:
         except ChatRefusal as error:
             raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
 
-    def _prompt_idx(self, completion: Completion, problem: Problem | None, prompt_ids: list[int]) -> PromptKey:
-        if self.format == "gradprobe":
-            return prompt_key_from_json(completion.fields["prompt_idx"])
-        if problem is not None:
-            return problem.idx
-        return self.prompt_idx_of.setdefault(tuple(prompt_ids), len(self.prompt_idx_of))
-
     def _response_ids(self, completion: Completion) -> list[int]:
         if completion.response_ids is not None:
-            ids = self._checked(completion.response_ids, "response ids")
-            return ids if self.format == "gradprobe" else self._without_padding(ids)
+            return self._without_padding(self._checked(completion.response_ids, "response ids"))
         ids = self._without_padding(self.codec.encode(completion.text))
         end_id = completion.end if type(completion.end) is int else self.tokenizer.eos_token_id
         has_end = bool(ids) and ids[-1] in self.end_ids

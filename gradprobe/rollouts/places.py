@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..common.errors import InputError, first_of
-from ..common.files import real_path
 from ..dump import format as contract
 
 COMPLETIONS = "completions"
@@ -17,14 +16,10 @@ def rollout_files(given: Sequence[Path]) -> list[Path]:
 
     Args:
         given: files, dumps, or folders with the completions of one training step.
-
-    Raises:
-        InputError: a place holds no rollouts, or those of several policies; a file is named twice, or is a dump's and
-            not the only one.
     """
     files = [_file_at(place) for place in given]
     for i, file in enumerate(files):
-        if real_path(file) in map(real_path, files[:i]):
+        if file.resolve() in [other.resolve() for other in files[:i]]:
             raise InputError(f"`rollouts` {file}: stands there twice")
         if len(files) > 1 and contract.find_manifest(file) is not None:
             raise InputError(

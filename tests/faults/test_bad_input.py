@@ -252,8 +252,8 @@ def test_data_sets(refuses, sampling, tmp_path, case):
 @pytest.mark.parametrize(("prompt", "says"), [("7" * 64, "the model's context 64"), ("", "at least 1")])
 def test_prompts_that_the_model_can_not_take(refuses, sampling, tmp_path, prompt, says):
     (tmp_path / "problems.jsonl").write_text(json.dumps({"id": "far", "prompt": prompt, "ground_truth": "3"}))
-    flags = ["--dataset", tmp_path / "problems.jsonl", "--num-prompts", 1]
-    refuses(probe_grad_vectors.main, [*sampling, *flags], "problem 'far'", says, may_add=True)
+    flags = ["--dataset", tmp_path / "problems.jsonl", "--num-prompts", 1, "--check-only"]
+    refuses(probe_grad_vectors.main, [*sampling, *flags], "problem 'far'", says)
 
 
 # Checkpoints

@@ -198,9 +198,6 @@ def test_splits_of_a_datasets_directory(tmp_path):
         ("data-00000-of-00001.arrow", b""),
         ("data-00000-of-00001.arrow", (DATA / "saved" / "data-00000-of-00001.arrow").read_bytes()[:700]),
         ("data-00000-of-00001.arrow", None),
-        ("dataset_dict.json", b"{"),
-        ("dataset_dict.json", b'{"splits": []}'),
-        ("dataset_dict.json", b'{"splits": ["nix"]}'),
     ],
 )
 def test_a_damaged_datasets_directory_is_an_input_error(tmp_path, name, content):
