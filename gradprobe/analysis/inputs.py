@@ -93,7 +93,7 @@ def pooled_of(dump: Dump) -> Pooled:
     code_of = {key: code for code, key in enumerate(keys)}
     codes = np.array([code_of[key] for key in dump.prompt_keys], np.int64)
     columns = np.array([list(facts) for facts in rollouts.values()], np.float64).reshape(-1, 3)
-    is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any()
+    is_rewarded = len(columns) > 0 and not bool(np.isnan(columns[:, 2]).any())
     return Pooled(
         grads=dump.grads,
         prompt=codes[dump.prompt],
@@ -107,6 +107,7 @@ def pooled_of(dump: Dump) -> Pooled:
         correct=columns[:, 0] > 0,
         n_response_tokens=columns[:, 1].astype(np.int64),
         n_buckets=dump.bins,
+        is_rewarded=is_rewarded,
     )
 
 

@@ -23,6 +23,7 @@ class Pooled:
         correct: [m] bool.
         n_response_tokens: [m] tokens of the whole response.
         n_buckets: B, empty buckets included.
+        is_rewarded: whether outcomes are rewards.
     """
 
     grads: np.ndarray | SelectedRows
@@ -37,6 +38,7 @@ class Pooled:
     correct: np.ndarray
     n_response_tokens: np.ndarray
     n_buckets: int
+    is_rewarded: bool = False
 
 
 @dataclass(frozen=True)

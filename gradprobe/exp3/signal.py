@@ -119,6 +119,7 @@ class Exp3:
         n_prompts_mixed: prompts whose rollouts' outcomes differ.
         bins: buckets.
         objective: what made the weights.
+        outcome: what they are made of, each rollout's "reward" or whether it is "correct".
         signal: of the full update.
         noise_scale_prompts: of the full update.
         buckets: one each.
@@ -134,6 +135,7 @@ class Exp3:
     n_rollouts: int
     bins: int
     objective: str
+    outcome: str
     signal: Signal
     noise_scale_prompts: Estimate
     buckets: tuple[BucketSignal, ...]
@@ -168,6 +170,7 @@ def signal_of_pooled(pooled: Pooled, objective: str = "dapo") -> Exp3:
         n_rollouts=len(pooled.rollout_prompt),
         bins=pooled.n_buckets,
         objective=objective,
+        outcome="reward" if pooled.is_rewarded else "correct",
         signal=_signal(moments),
         noise_scale_prompts=_noise_scale(moments, everything),
         buckets=tuple(_bucket(pooled, tables, moments, tokens, index) for index in range(pooled.n_buckets)),

@@ -13,7 +13,7 @@ from gradprobe.analysis.inputs import open_dumps, pooled_of
 from gradprobe.common.errors import InputError
 
 FIGURES = {"exp3_headline.png", "exp3_keep_top.png"}
-KEYS = {"n_prompts", "n_prompts_mixed", "n_rollouts", "bins", "objective", "target", "on_policy", "signal"}
+KEYS = {"n_prompts", "n_prompts_mixed", "n_rollouts", "bins", "objective", "outcome", "target", "on_policy", "signal"}
 KEYS |= {"noise_scale_prompts", "per_bucket", "keep_top", "keep_bottom", "keep_random", "at_20_percent", "bucket_by"}
 KEYS |= {"model", "manifest_sha256", "row_idx", "projection", "is_chosen_by_prefix", "edges"}
 KEYS |= {"differences", "study", "content_sha256"}
@@ -124,6 +124,7 @@ def test_objectives_and_rewards_make_the_update(tmp_path):
     assert found["dapo"]["a"]["signal"] != found["dr-grpo"]["a"]["signal"]
     assert found["dapo"]["a"]["signal"] != found["dapo"]["b"]["signal"]
     assert found["dr-grpo"]["a"]["objective"] == "dr-grpo"
+    assert [found["dapo"][tag]["outcome"] for tag in "ab"] == ["correct", "reward"]
     pooled = pooled_of(open_dumps({"b": rewarded})["b"][0])
     np.testing.assert_allclose(np.sort(pooled.outcome), np.sort(rewards.ravel()))
     assert set(pooled_of(open_dumps({"a": plain})["a"][0]).outcome) == {0.0, 1.0}
