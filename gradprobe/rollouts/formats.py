@@ -74,14 +74,15 @@ class RolloutReport:
 
     def drop(self, reason: str, where: str) -> None:
         """Count a completion that is left out."""
-        self._count(self.dropped, reason, where)
+        self.dropped[reason] += 1
+        self._show(reason, where)
 
     def note(self, remark: str, where: str) -> None:
         """Count a completion that is kept and of which something must be said."""
-        self._count(self.notes, remark, where)
+        self.notes[remark] += 1
+        self._show(remark, where)
 
-    def _count(self, counter: Counter, reason: str, where: str) -> None:
-        counter[reason] += 1
+    def _show(self, reason: str, where: str) -> None:
         place = Path(where).name
         if len(self.examples[reason]) < N_EXAMPLES and place not in self.examples[reason]:
             self.examples[reason].append(place)
@@ -99,16 +100,8 @@ class RolloutReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report for the manifest; no paths in it."""
-        return {
-            "format": self.format,
-            "n_completions": self.n_completions,
-            "n_rollouts": self.n_rollouts,
-            "n_prompts": self.n_prompts,
-            "n_to_verify": self.n_to_verify,
-            "verdict_from": self.verdict_from,
-            "dropped": dict(self.dropped),
-            "notes": dict(self.notes),
-        }
+        shown = {name: value for name, value in vars(self).items() if name not in ("sha256", "examples")}
+        return shown | {"dropped": dict(self.dropped), "notes": dict(self.notes)}
 
 
 def completions_of(files: Sequence[Path], file_format: str) -> tuple[list[Completion], RolloutReport]:
@@ -127,8 +120,8 @@ def completions_of(files: Sequence[Path], file_format: str) -> tuple[list[Comple
             if not IS_SHAPE[report.format](record):
                 raise FaultyRecord(f"not of the shape {report.format}: {_keys_of(record)}")
             completions += PARSERS[report.format](where, record)
-        except _UnusableRecord as error:
-            report.drop(error.reason, where)
+        except Unusable as error:
+            report.drop(str(error), where)
         except FaultyRecord as error:
             faults.append((where, str(error)))
         else:
@@ -162,12 +155,8 @@ def _repeated_requests(completions: list[Completion]) -> Iterator[tuple[str, str
         )
 
 
-class _UnusableRecord(FaultyRecord):
-    """A well-formed record without completions to probe; dropped and counted under `reason`."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+class Unusable(FaultyRecord):
+    """Well-formed, and without anything to probe: dropped, and counted under the reason given."""
 
 
 IS_SHAPE: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -249,7 +238,7 @@ def _request_and_response(record: dict[str, Any]) -> tuple[dict[str, Any], dict[
     response = record.get("response", record)
     response = response.get("body", response) if isinstance(response, dict) else response
     if record.get("error") or not isinstance(response, dict) or response.get("error"):
-        raise _UnusableRecord(FAILED_REQUEST)
+        raise Unusable(FAILED_REQUEST)
     request = record.get("request", record)
     if not isinstance(request, dict):
         raise FaultyRecord("'request' is not an object")
