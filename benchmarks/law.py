@@ -47,6 +47,7 @@ from gradprobe.gradients.targets import Target  # noqa: E402
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from gradprobe.problems.boxed import is_correct  # noqa: E402
 from gradprobe.problems.data_set import load_problems, shard_of_study  # noqa: E402
+from gradprobe.problems.templates import encode_prompts  # noqa: E402
 from gradprobe.rollouts import sample as sampling  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 from gradprobe.rollouts.sources import SampledRollouts, SamplingSettings  # noqa: E402
@@ -98,7 +99,9 @@ def rollouts_of(checkpoint: Checkpoint, args: argparse.Namespace, seed: int, way
     problem_set = load_problems(str(ROOT / "demo" / "problems.jsonl"), None, None, None)
     shard = shard_of_study(len(problem_set.problems), args.num_prompts, 0, 0, 1)
     settings = SamplingSettings(args.num_samples, 256, 1.0, seed)
-    source = SampledRollouts([problem_set.problems[i] for i in shard], settings)
+    problems = [problem_set.problems[i] for i in shard]
+    prompts = encode_prompts(problems, checkpoint.tokenizer, checkpoint.model.config.vocab_size, None)
+    source = SampledRollouts(problems, prompts, settings)
     plain = sampling.sample_from
     sampling.sample_from = drawn_by(way, plain)
     try:

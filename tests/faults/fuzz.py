@@ -1,7 +1,6 @@
 """Feed spoilt files to the readers: whatever is in a file, the only answer is an `InputError` that names it.
 
-    python tests/faults/fuzz.py --seconds 600 --seed 1                        # dumps and data sets
-    python tests/faults/fuzz.py --seconds 600 --seed 1 --readers rollouts     # rollouts of other tools
+    python tests/faults/fuzz.py --seconds 600 --seed 1
 
 Every case is a pure function of the seed and its number. A crash is printed, its files are kept under --keep, and
 `--seed SEED --only NUMBER` runs it alone. Exit status 1 if there was one.
@@ -353,13 +352,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all cases (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="run this one case")
     parser.add_argument("--keep", type=Path, default=Path("fuzz_crashes"), help="where files that crash a reader go")
-    parser.add_argument("--readers", choices=["dumps", "rollouts"], default="dumps", help="(default: %(default)s)")
     args = parser.parse_args()
-    suite_of = dumps
-    if args.readers == "rollouts":
-        from fuzz_rollouts import rollouts as suite_of
     one = {} if args.only is None else {"cases": 1, "first": args.only}
-    tally = fuzz(args.seed, args.keep, seconds=args.seconds, suite_of=suite_of, **one)
+    tally = fuzz(args.seed, args.keep, seconds=args.seconds, **one)
     print(f"{tally.n_cases} cases, {len(tally.crashes)} crashes")
     for outcome, n in sorted(tally.outcomes.items()):
         print(f"  {outcome}: {n}")

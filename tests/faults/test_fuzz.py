@@ -1,11 +1,6 @@
 """A short run of the fuzzer; 10 minutes of it:  python tests/faults/fuzz.py --seconds 600 --seed 1"""
 
-import math
-
 import fuzz
-import fuzz_rollouts
-
-from gradprobe.rollouts import files as rollout_files
 
 
 def test_spoilt_files_are_refused_or_taken_and_never_crash_a_reader(tmp_path):
@@ -26,17 +21,3 @@ def test_the_fuzzer_finds_a_reader_that_crashes(tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.iterdir())) == len(tally.crashes)
     number = tally.crashes[0].split()[3]
     assert fuzz.fuzz(seed=0, keep=tmp_path, cases=1, first=int(number)).crashes[0] == tally.crashes[0]
-
-
-def test_spoilt_rollouts_of_other_tools_are_refused_or_taken_and_never_crash_a_reader(tmp_path):
-    tally = fuzz.fuzz(seed=0, keep=tmp_path, cases=300, suite_of=fuzz_rollouts.rollouts)
-    assert tally.crashes == []
-    kinds = {(name.rpartition(".")[2], outcome) for name, outcome in (key.split() for key in tally.outcomes)}
-    assert kinds == {(end, outcome) for end in ("json", "jsonl", "parquet") for outcome in ("taken", "refused")}
-
-
-def test_the_fuzzer_finds_a_bug_in_the_reader_of_rollouts(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_files, "is_finite", lambda value: value is not None and math.isfinite(value))
-    tally = fuzz.fuzz(seed=0, keep=tmp_path, cases=200, suite_of=fuzz_rollouts.rollouts)
-    assert tally.crashes
-    assert all("math.isfinite" in crash for crash in tally.crashes)
