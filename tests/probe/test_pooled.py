@@ -162,7 +162,7 @@ def test_shards_take_edges_and_origin_from_a_dump_of_several_targets(tmp_path, c
         (["--project", "2by2"], "--project 2by2: must be"),
         (["--param-suffix", "all-linear"], "go with --project only"),
         (["--pool", "bucket", "--bucket-by", "luck"], "--bucket-by luck: must be one of"),
-        (["--pool", "bucket", "--bucket-by", "score:nix"], "--bucket-by: 'nix' is not a list of finite numbers, one for each of"),
+        (["--pool", "bucket", "--bucket-by", "score:nix"], "--bucket-by: 'nix' is not a list of finite numbers"),
     ],
 )
 def test_what_can_not_be_asked_for(tmp_path, checkpoint_dir, sampled, flags, complaint, capsys):
