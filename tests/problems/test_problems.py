@@ -149,10 +149,10 @@ def test_hub_data_sets():
 @pytest.mark.parametrize(
     ("rest", "complaint"),
     [
-        ("", "has the configurations main, short; name one"),
+        ("", "pick one among the available configs: ['main', 'short']"),
         (":main", "has the splits train, test; name one"),
-        (":main:nix", "no configuration or split 'nix' (splits: train, test)"),
-        (":nix:test", "no configuration 'nix' (there: main, short)"),
+        (":main:nix", "Unknown split \"nix\". Should be one of ['train', 'test']"),
+        (":nix:test", "BuilderConfig 'nix' not found. Available: ['main', 'short']"),
         (":a:b:c", "not of the form"),
         ("/nix", "hub/nix"),
     ],
