@@ -246,7 +246,7 @@ def wrong_tokens(model: torch.nn.Module) -> tuple[int, int]:
     n_steps, ends = 14, frozenset(range(3, VOCAB, 9))
     prompts, _ = rollouts_of(4, 1)
     uniforms = lambda p, s: rollout_uniforms(1, p, s, n_steps)  # noqa: E731
-    batches = sample_responses(model, prompts, uniforms, Sampling(3, n_steps, 1.0, ends), rounds=2)
+    batches = sample_responses(model, prompts, uniforms, Sampling(3, n_steps, 1.0, ends))
     wrong = total = 0
     for p, samples in enumerate(samples for batch in batches for samples in batch):
         for s, response in enumerate(samples):

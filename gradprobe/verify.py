@@ -16,7 +16,7 @@ from .common.errors import InputError, first_few, raise_if_any
 from .common.files import locked
 from .dump.records import Rollout, iter_rollouts
 from .dump.relabel import relabel, rollouts_of
-from .problems.verify import BOXED, SECONDS_PER_ANSWER, RunningVerifier, Verdict, Verifier, load_verifier
+from .problems.verifiers import BOXED, SECONDS_PER_ANSWER, RunningVerifier, Verdict, Verifier, load_verifier
 
 
 @script_main

@@ -157,10 +157,22 @@ ROLLOUT_KEYS = frozenset(name for name, kind in ROLLOUT_KINDS.items() if not kin
 def iter_rollouts(file: Path) -> Iterator[Rollout]:
     """Yield the rollouts of a `rollouts.jsonl`."""
     for number, record in iter_jsonl(file):
-        for fault in _rollout_faults(record):
-            raise InputError(f"{file}:{number}: {fault}")
-        values = {name: record[name] for name in ROLLOUT_KINDS if name in record}
-        yield Rollout(**values | {"prompt_idx": prompt_key_from_json(record["prompt_idx"])})
+        try:
+            yield rollout_from_json(record)
+        except FaultyRecord as error:
+            raise InputError(f"{file}:{number}: {error}") from error
+
+
+def rollout_from_json(record: dict[str, Any]) -> Rollout:
+    """What a line of a `rollouts.jsonl` holds.
+
+    Raises:
+        FaultyRecord: it is malformed, or the numbers per token don't match the tokens.
+    """
+    for fault in _rollout_faults(record):
+        raise FaultyRecord(fault)
+    values = {name: record[name] for name in ROLLOUT_KINDS if name in record}
+    return Rollout(**values | {"prompt_idx": prompt_key_from_json(record["prompt_idx"])})
 
 
 def _rollout_faults(record: dict[str, Any]) -> Iterator[str]:

@@ -110,7 +110,8 @@ def _parts_of(tag: str, numbers: dict[str, Any]) -> list[str]:
 def _sentences(tag: str, numbers: dict[str, Any]) -> str:
     """What it is about, the full update, and its reading at 20% of the tokens."""
     signal, found = numbers["signal"], numbers["on_policy"]
-    source = f"{numbers['model']}, {target_name(numbers)}, buckets by {numbers['bucket_by']}, {numbers['objective']}"
+    source = f"{numbers['model']}, {target_name(numbers)}, buckets by {numbers['bucket_by']}"
+    source += f", {numbers['objective']} of '{numbers['outcome']}'"
     counts = f"{numbers['n_prompts']} prompts, {numbers['n_prompts_mixed']} of them mixed"
     counts += f"; {numbers['n_rollouts']} rollouts, {found['verdict'] or 'on-policy or not: not known'}"
     counts += f" (mean {format_number(found['mean'], 4)} nats, z {format_number(found['z'], 1)})"

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ from ..model.past import refuse_lengths, refuse_without_cache
 from ..model.placement import Placement, read_placement
 from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.gym import ENTRY, GYM_VERIFIER
-from ..problems.templates import preview, read_template, render_prompts
-from ..problems.verify import Verifier, load_verifier
+from ..problems.templates import encode_prompts, preview, read_template, render_prompts
+from ..problems.verifiers import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.independence import shared_noise
 from ..rollouts.places import in_words, rollout_files
 from ..rollouts.server import connect, key_in
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
-from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, stored_scores
+from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, score_key_of, stored_scores
 from .settings import BATCH_TOKENS, ProbeSettings
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
     targets = targets_of(settings, skeleton)
     # 2. Whose tokens, judged by whom, in which buckets.
     verifier = load_verifier(settings.verifier)
+    rule = rule_of(settings.bucket_by, settings.seed, settings.rollouts is not None)
     read = read_problem_source if settings.rollouts is None else read_rollout_source
     source, description = read(settings, skeleton, tokenizer, verifier)
     # 3. Where and how it is computed.
@@ -135,8 +137,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
     device = resolve_device(settings.device) if placement is None else placement.main_device
     dtype, attention = resolve_dtype(settings.dtype, device), resolve_attention(settings.attention, skeleton)
     identity_of_model = checkpoint_identity(settings.checkpoint, skeleton)
-    rule = rule_of(settings.bucket_by, settings.seed, rollout_files_of(settings) if settings.rollouts else [])
-    edges = given_edges(settings) or edges_of_file(settings, rule, identity_of_model)
+    edges = given_edges(settings) or edges_of_file(settings, rule, source, identity_of_model)
     # 4. What makes the dump this one and no other.
     identity = {
         "format_version": contract.FORMAT_VERSION,
@@ -224,19 +225,17 @@ def given_edges(settings: ProbeSettings) -> dict[str, Any] | None:
     }
 
 
-def edges_of_file(settings: ProbeSettings, rule: BucketRule, model: dict[str, str]) -> dict[str, Any] | None:
-    """Edges over all tokens of the file of rollouts that pooled shards share; None where each fits its own.
-
-    Raises:
-        InputError: shards need common edges, which the file can't tell.
-    """
-    if settings.rollouts is None or not settings.is_pooled:
+def edges_of_file(
+    settings: ProbeSettings, rule: BucketRule, source: Source, model: dict[str, str]
+) -> dict[str, Any] | None:
+    """Edges over all tokens of the file of rollouts that pooled shards share; None where each fits its own."""
+    if not isinstance(source, GivenRollouts) or not settings.is_pooled:
         return None
     files = rollout_files_of(settings)
     manifest = contract.find_manifest(files[0])  # where there are several, none has one
     is_of_this_model = manifest is not None and are_same_weights(read_json(manifest).get("model_identity"), model)
     if is_of_this_model and rule.name != LOGIT_NORM:
-        return fitted_edges(stored_scores(rule, files[0]), settings.bins)
+        return fitted_edges(stored_scores(rule, source.of_all_shards), settings.bins)
     if settings.num_shards > 1:
         raise InputError(
             f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {in_words(files)} does not "
@@ -259,12 +258,21 @@ def fitted_edges(scores: np.ndarray, bins: int) -> dict[str, Any]:
 def read_problem_source(
     settings: ProbeSettings, skeleton: nn.Module, tokenizer: Any, verifier: Verifier
 ) -> tuple[Source, dict[str, Any]]:
-    """This shard's problems, to be sampled; and what identity and manifest say of the sampling."""
-    problem_set = read_problems(settings, tokenizer)
-    shard = shard_of_study(
-        len(problem_set.problems), settings.num_prompts, settings.seed, settings.shard_index, settings.num_shards
-    )
-    problems = [problem_set.problems[i] for i in shard]
+    """This shard's problems, to be sampled; and what identity and manifest say of the sampling.
+
+    Problems are read, drawn, rendered and encoded, in this order: all of the study's, so that its shards agree.
+    """
+    problem_set = read_problems(settings)
+    draw = partial(shard_of_study, problem_set.n_read, settings.num_prompts, settings.seed)
+    shard = draw(settings.shard_index, settings.num_shards)
+    study = sorted(draw().tolist())
+    problem_set = rendered(settings, problem_set.only(study), tokenizer)
+    context = context_length(skeleton)
+    prompts = encode_prompts(problem_set.problems, tokenizer, vocabulary_size(skeleton), context)
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    refuse_lengths(skeleton, min(longest, context or longest), f"`max_new_tokens` {settings.max_new_tokens}")
+    mine = np.searchsorted(study, shard)
+    problems = [problem_set.problems[i] for i in mine]
     log.info(f"for example {preview(problems[0])}")
     sampling = SamplingSettings(
         settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
@@ -293,13 +301,20 @@ def read_problem_source(
             "verifier": verifier.described(settings.verifier_seconds),
         },
     }
-    return SampledRollouts(problems, sampling, server, settings.server_requests), description
+    mine_encoded = [prompts[i] for i in mine]
+    return SampledRollouts(problems, mine_encoded, sampling, server, settings.server_requests), description
 
 
-def read_problems(settings: ProbeSettings, tokenizer: Any) -> ProblemSet:
-    """The data set with its prompts rendered; what was read is said."""
+def read_problems(settings: ProbeSettings) -> ProblemSet:
+    """The data set; what was read is said."""
     answer_key = settings.answer_key or (ENTRY if settings.verifier == GYM_VERIFIER else None)
     problem_set = load_problems(settings.dataset, settings.problem_key, answer_key, settings.id_key)
+    log.info(problem_set.summary)
+    return problem_set
+
+
+def rendered(settings: ProbeSettings, problem_set: ProblemSet, tokenizer: Any) -> ProblemSet:
+    """With its prompts as the model is to see them; what may be a mistake is said."""
     template = None if settings.prompt_template is None else read_template(settings.prompt_template)
     problem_set = render_prompts(
         problem_set,
@@ -309,7 +324,6 @@ def read_problems(settings: ProbeSettings, tokenizer: Any) -> ProblemSet:
         tokenizer,
         settings.continue_final_message,
     )
-    log.info(problem_set.summary)
     for note in problem_set.notes:
         log.info(f"note: {note}")
     return problem_set
@@ -320,14 +334,15 @@ def read_rollout_source(
 ) -> tuple[Source, dict[str, Any]]:
     """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
     files = rollout_files_of(settings)
-    size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
+    size, end_ids = vocabulary_size(skeleton), end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
         files,
         Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
         file_format=settings.rollouts_format,
-        problems=None if settings.dataset is None else read_problems(settings, tokenizer).problems,
+        problems=None if settings.dataset is None else rendered(settings, read_problems(settings), tokenizer).problems,
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
+        score_key=score_key_of(settings.bucket_by),
     )
     longest = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in found.rollouts)
     refuse_lengths(skeleton, longest, f"`rollouts` {in_words(files)}")
@@ -344,12 +359,7 @@ def read_rollout_source(
         log.info(line)
     noise = shared_noise(found.rollouts)
     log.log(logging.WARNING if noise.is_shared else logging.INFO, noise.line())
-    prompts = list(dict.fromkeys(rollout.prompt_idx for rollout in found.rollouts))
-    if len(prompts) < settings.num_shards:
-        raise InputError(f"`num_shards` {settings.num_shards}: {in_words(files)} has {len(prompts)} prompts")
-    places = np.array_split(np.arange(len(prompts)), settings.num_shards)[settings.shard_index]
-    mine = {prompts[i] for i in places}
-    source = GivenRollouts([rollout for rollout in found.rollouts if rollout.prompt_idx in mine])
+    source = GivenRollouts(found.rollouts, settings.shard_index, settings.num_shards)
     judge = {} if found.report.n_to_verify == 0 else {"verifier": verifier.described(settings.verifier_seconds)}
     description = {
         "max_new_tokens": origin.get("max_new_tokens"),
@@ -370,6 +380,11 @@ def read_rollout_source(
         },
     }
     return source, description
+
+
+def vocabulary_size(skeleton: nn.Module) -> int:
+    """How many tokens the model knows."""
+    return skeleton.config.get_text_config().vocab_size
 
 
 def rollout_files_of(settings: ProbeSettings) -> list[Path]:

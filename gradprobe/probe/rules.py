@@ -1,15 +1,12 @@
 """What tokens are put into buckets by: their entropy, or another rule that people choose tokens to train on by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ..common.errors import InputError
-from ..common.fields import is_finite
-from ..common.files import iter_jsonl
-from ..dump.records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json
+from ..dump.records import Rollout
 from ..rollouts.score import TokenScores
 
 ENTROPY, SURPRISAL, LOGIT_NORM, POSITION, RANDOM, SCORE = (
@@ -19,8 +16,6 @@ ENTROPY, SURPRISAL, LOGIT_NORM, POSITION, RANDOM, SCORE = (
 RULES = (ENTROPY, SURPRISAL, LOGIT_NORM, POSITION, RANDOM)
 STREAM = 7
 """Keeps random scores apart from the choice of positions, which draws from (seed, prompt, sample) too."""
-
-RolloutKey = tuple[PromptKey, int]
 
 
 @dataclass(frozen=True)
@@ -34,12 +29,10 @@ class BucketRule:
     Attributes:
         name: as the flag has it.
         seed: of random scores.
-        own: a score of one's own, for each rollout.
     """
 
     name: str
     seed: int
-    own: Mapping[RolloutKey, list[float]] | None = None
 
     def of_scored(self, rollout: Rollout, scores: TokenScores) -> list[float]:
         """[n_tokens] what the tokens of a rollout that was just scored are bucketed by; empty for their entropy."""
@@ -48,11 +41,7 @@ class BucketRule:
         return self.of_stored(rollout)
 
     def of_stored(self, rollout: Rollout) -> list[float]:
-        """The same from what a file holds.
-
-        Raises:
-            InputError: it does not hold that, or not for this rollout.
-        """
+        """The same of a rollout whose scores stand in a file already; its own were read with it."""
         n_tokens = len(rollout.response_ids)
         if self.name == ENTROPY:
             return []
@@ -63,39 +52,26 @@ class BucketRule:
         if self.name == RANDOM:
             key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
             return np.random.default_rng([self.seed, *key, rollout.sample_idx, STREAM]).random(n_tokens).tolist()
-        found = (self.own or {}).get((rollout.prompt_idx, rollout.sample_idx))
-        if found is None or len(found) != n_tokens:
-            raise InputError(
-                f"`bucket_by` {self.name}: prompt {rollout.prompt_idx} sample {rollout.sample_idx} has no list of "
-                f"{n_tokens} numbers there"
-            )
-        return found
+        return rollout.bucket_scores
 
 
-def rule_of(name: str, seed: int, rollout_files: Sequence[Path]) -> BucketRule:
-    """The rule that `bucket_by` names.
-
-    Raises:
-        InputError: there is none of that name, or no file of rollouts to take one's own scores from.
-    """
+def rule_of(name: str, seed: int, has_rollouts: bool) -> BucketRule:
+    """The rule that `bucket_by` names."""
     if name in RULES:
         return BucketRule(name, seed)
-    key = name.removeprefix(SCORE)
-    if not name.startswith(SCORE) or not key:
+    if not score_key_of(name):
         raise InputError(f"`bucket_by` {name}: must be one of {', '.join(RULES)}, or score:KEY")
-    if not rollout_files:
+    if not has_rollouts:
         raise InputError(f"`bucket_by` {name}: scores stand in a file of rollouts; name it by `rollouts`")
-    own = {}
-    for file in rollout_files:
-        for number, record in iter_jsonl(file):
-            values = record.get(key)
-            if not isinstance(values, list) or not all(map(is_finite, values)):
-                raise InputError(f"{file}:{number}: '{key}' is not a list of finite numbers")
-            own[prompt_key_from_json(record.get("prompt_idx")), record.get("sample_idx")] = values
-    return BucketRule(name, seed, own)
+    return BucketRule(name, seed)
 
 
-def stored_scores(rule: BucketRule, rollouts_file: Path) -> np.ndarray:
-    """[n] the scores of all response tokens of a file of our own format, for edges that all shards share."""
-    parts = [np.asarray(rule.of_stored(r) or r.entropies, dtype=np.float64) for r in iter_rollouts(rollouts_file)]
+def score_key_of(name: str) -> str | None:
+    """The field of one's own scores that `bucket_by` names, or None where it names another rule."""
+    return name.removeprefix(SCORE) if name.startswith(SCORE) else None
+
+
+def stored_scores(rule: BucketRule, rollouts: Iterable[Rollout]) -> np.ndarray:
+    """[n] the scores of all response tokens of a dump's rollouts, for edges that all shards share."""
+    parts = [np.asarray(rule.of_stored(r) or r.entropies, dtype=np.float64) for r in rollouts]
     return np.concatenate([np.zeros(0), *parts])

@@ -23,15 +23,14 @@ from ..gradients.engine import GradientEngine
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.identity import refuse_changed_checkpoint
-from ..model.placement import input_device
-from ..problems.verify import RunningVerifier
+from ..problems.verifiers import RunningVerifier
 from ..rollouts.copies import problem_of_copies
 from ..rollouts.early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
 from ..rollouts.places import in_words
 from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
-from ..rollouts.sources import SampledRollouts, Source, judged
+from ..rollouts.sources import SampledRollouts, judged
 from .output import Progress
 from .plan import Plan, fitted_edges, pooling_of
 from .self_check import refuse_unfit
@@ -73,8 +72,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         refuse_changed_model(plan, checkpoint)
         is_sampled = settings.rollouts is None and settings.sampler == "own"
         refuse_unfit(checkpoint.model, settings.model_path, plan.targets, is_sampled)
-    rounds = plan.source.rounds_on(input_device(checkpoint.model).type)
-    chunks = list(chunks_of(plan.source.rows_per_prompt, rounds * plan.sample_rows))
+    chunks = list(chunks_of(plan.source.rows_per_prompt, plan.sample_rows))
     prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
     with closing(Progress(settings.output_dir, prompts)) as growing:
         rollouts, notes = collect_rollouts(plan, checkpoint, chunks, growing, watch)
@@ -163,13 +161,14 @@ def collect_rollouts(
                 before = dict(watch.seconds)
                 with watch.phase("sample"):
                     sampled = rollouts_of(chunk)
-                    rollouts = judged(sampled, running)
+                    verified = judged(sampled, running)
                 with watch.phase("score"):
-                    rollouts = score(plan, checkpoint, rollouts, tokens)
+                    rollouts = score(plan, checkpoint, verified, tokens)
                 notes = {"seconds": watch.since(before), "unverified": len(sampled) - len(rollouts)}
                 if isinstance(plan.source, SampledRollouts):  # a server that ignores seeds, known before hours are lost
                     refuse_copies(plan, rollouts)
-                growing.add_rollouts(rollouts, notes | server_gap(plan.source, sampled, rollouts))
+                    notes |= server_gap(verified, rollouts)
+                growing.add_rollouts(rollouts, notes)
     rollouts = growing.finish_rollouts()
     if not rollouts:
         raise InputError(f"`verifier` {settings.verifier}: no rollout is left")
@@ -200,16 +199,9 @@ def refuse_copies(plan: Plan, rollouts: list[Rollout], is_off_policy: bool = Fal
         raise InputError(f"`base_url` {settings.base_url}: {problem}; does the server ignore a request's seed?")
 
 
-def server_gap(source: Source, sampled: list[Rollout], scored: list[Rollout]) -> dict[str, float]:
-    """How far a server's log-probs are from ours, in nats per token; nothing where no server told any."""
-    answers = source.answers if isinstance(source, SampledRollouts) else []
-    logprobs = {(r.prompt_idx, r.sample_idx): r.logprobs for r in scored}
-    pairs = [
-        (answer, logprobs[key])
-        for answer, r in zip(answers, sampled, strict=False)
-        if (key := (r.prompt_idx, r.sample_idx)) in logprobs
-    ]
-    gap = mean_logprob_gap([a for a, _ in pairs], [ours for _, ours in pairs]) if pairs else None
+def server_gap(sampled: list[Rollout], scored: list[Rollout]) -> dict[str, float]:
+    """How far the log-probs that a server gave with its rollouts are from ours; nothing where it gave none."""
+    gap = mean_logprob_gap([r.logprobs for r in sampled], [r.logprobs for r in scored])
     if gap is not None and gap > LARGEST_LOGPROB_GAP:
         log.warning(f"the server's log-probs are {gap:.2f} nats per token from this checkpoint's: another model's?")
     return {} if gap is None else {"logprob_gap": gap}

@@ -13,7 +13,7 @@ import torch
 from ..common.errors import InputError, raise_if_any
 from ..dump.buckets import BUCKET, NO_POOLING
 from ..model.checkpoint import CheckpointSource
-from ..problems.verify import BOXED, SECONDS_PER_ANSWER
+from ..problems.verifiers import BOXED, SECONDS_PER_ANSWER
 from ..rollouts.formats import FORMATS
 from .rules import ENTROPY, RULES
 

@@ -2,20 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ..common.errors import InputError, reason_of
-from ..common.files import read_json
-from ..common.record_files import (
-    Record,
-    RecordFile,
-    arrow_keys,
-    columns_of,
-    library,
-    numbered,
-    open_record_file,
-)
+from ..common.record_files import Record, RecordFile, arrow_keys, columns_of, library, numbered, open_record_file
 from .gym import GYM, open_gym
 
 HUB = "hf:"
@@ -30,9 +20,6 @@ def open_data_set(source: str) -> RecordFile:
     - `gym:NAME[:key=value,...]`: one that reasoning-gym makes up, see `open_gym`.
     - a directory: one that `datasets.save_to_disk` wrote; of several splits one is named as `DIR/SPLIT`.
     - a file: see `open_record_file`.
-
-    Raises:
-        InputError: there is no such source, it can't be read, or the library that reads it is not installed.
     """
     if source.startswith(HUB):
         return _open_hub(source)
@@ -45,25 +32,16 @@ def open_data_set(source: str) -> RecordFile:
 
 
 def _open_directory(path: Path) -> RecordFile:
-    splits_file = path / "dataset_dict.json"
-    if splits_file.is_file():
-        splits = read_json(splits_file).get("splits")
-        if not splits:
-            raise InputError(f"`dataset` {splits_file}: names no splits")
-        if len(splits) != 1:
-            raise InputError(f"`dataset` {path}: has the splits {', '.join(splits)}; name one: {path / 'SPLIT'}")
-        path = path / splits[0]
-    if not (path / "state.json").is_file():
-        raise InputError(
-            f"`dataset` {path}: a directory, but not one that datasets.save_to_disk wrote; "
-            f"name a file in it, or give {HUB}{path} for a directory of data files"
-        )
-    datasets, arrow = library("datasets", f"`dataset` {path}"), library("pyarrow", f"`dataset` {path}")
+    named = f"`dataset` {path}"
+    datasets, arrow = library("datasets", named), library("pyarrow", named)
     try:
-        dataset = datasets.load_from_disk(str(path))
+        found = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        hint = f"name a file in it, or give {HUB}{path} for a directory of data files"
+        raise InputError(f"{named}: {reason_of(error)}; {hint}") from error
     except (OSError, ValueError, KeyError, TypeError, arrow.ArrowException) as error:
-        raise InputError(f"`dataset` {path}: not readable as a datasets directory ({reason_of(error)})") from error
-    return _records_of(str(path), DIRECTORY, dataset)
+        raise InputError(f"{named}: not readable as a datasets directory ({reason_of(error)})") from error
+    return _records_of(str(path), DIRECTORY, _only_split(found, named, str(path / "SPLIT")))
 
 
 def _open_hub(source: str) -> RecordFile:
@@ -72,33 +50,23 @@ def _open_hub(source: str) -> RecordFile:
         raise InputError(f"`dataset` {source}: not of the form {HUB}NAME[:CONFIG][:SPLIT]")
     datasets = library("datasets", f"`dataset` {source}")
     try:
-        config, split = _config_and_split(datasets, source, name, rest)
-        dataset = datasets.load_dataset(name, config, split=split)
+        # A single part after the name is a configuration if the data set has one so called, else a split.
+        is_split = len(rest) == 1 and rest[0] not in datasets.get_dataset_config_names(name)
+        config, split = (None, *rest) if is_split else (*rest, None, None)[:2]
+        found = datasets.load_dataset(name, config, split=split)
     # What the library is known to raise: no connection, no such data set, a broken one, one that is a script.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"`dataset` {source}: {reason_of(error)}") from error
-    return _records_of(source, HUB_DATASET, dataset)
+    form = f"{HUB}{name}:{config + ':' if config else ''}SPLIT"
+    return _records_of(source, HUB_DATASET, _only_split(found, f"`dataset` {source}", form))
 
 
-def _config_and_split(datasets: ModuleType, source: str, name: str, rest: list[str]) -> tuple[str, str]:
-    """A single part after the name is a configuration if the data set has one so called, else a split."""
-    configs = datasets.get_dataset_config_names(name)
-    config = rest[0] if rest and (len(rest) == 2 or rest[0] in configs) else ""
-    split = rest[-1] if rest and (len(rest) == 2 or not config) else ""
-    if not config and len(configs) > 1:
-        there = ", ".join(configs)
-        raise InputError(f"`dataset` {source}: has the configurations {there}; name one: {HUB}{name}:CONFIG")
-    config = config or configs[0]
-    if config not in configs:
-        raise InputError(f"`dataset` {source}: no configuration '{config}' (there: {', '.join(configs)})")
-    splits = datasets.get_dataset_split_names(name, config)
-    if not split and len(splits) > 1:
-        there = ", ".join(splits)
-        raise InputError(f"`dataset` {source}: has the splits {there}; name one: {HUB}{name}:{config}:SPLIT")
-    split = split or splits[0]
-    if split not in splits:
-        raise InputError(f"`dataset` {source}: no configuration or split '{split}' (splits: {', '.join(splits)})")
-    return config, split
+def _only_split(found: Any, named: str, form: str) -> Any:
+    """A data set, or the one of a dictionary of them."""
+    splits = dict(found) if isinstance(found, dict) else {"": found}
+    if len(splits) != 1:
+        raise InputError(f"{named}: has the splits {', '.join(splits)}; name one: {form}")
+    return next(iter(splits.values()))
 
 
 def _records_of(source: str, kind: str, dataset: Any) -> RecordFile:

@@ -6,12 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..common.console import SURROGATE
 from ..common.errors import FaultyRecord, first_few, first_of, raise_if_any
 from ..common.record_files import JSONL, Record, RecordFile, lookup
 from .boxed import last_boxed
@@ -61,10 +62,19 @@ class ProblemSet:
     rendering: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def only(self, indices: Sequence[int]) -> "ProblemSet":
+        """With these problems alone; `description` and `summary` say what was read, which is all of them."""
+        return replace(self, problems=[self.problems[i] for i in indices])
+
+    @property
+    def n_read(self) -> int:
+        """How many problems were read."""
+        return self.n_rows - sum(self.dropped.values())
+
     @property
     def description(self) -> dict[str, Any]:
         """What the manifest says of the data set; of the original's schema no more than it always did."""
-        described = {"path": self.source, "sha256": self.sha256, "num_problems": len(self.problems)}
+        described = {"path": self.source, "sha256": self.sha256, "num_problems": self.n_read}
         if self.kind == JSONL and self.columns == ORIGINAL_SCHEMA:
             return described
         return {
@@ -80,7 +90,7 @@ class ProblemSet:
         """What was read, in a line."""
         ids = "ids are row numbers" if self.columns["id"] == NO_ID else f"id from '{self.columns['id']}'"
         line = (
-            f"{self.source}: {self.kind}, {self.n_rows} rows, {len(self.problems)} problems "
+            f"{self.source}: {self.kind}, {self.n_rows} rows, {self.n_read} problems "
             f"(problem from '{self.columns['problem']}', answer from '{self.columns['answer']}', {ids})"
         )
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
@@ -103,9 +113,6 @@ def load_problems(
     them is an error. Of other data sets rows without a problem or an answer (null, blank, not a number), with
     several answers, or without a final answer where most rows of that field have one, are dropped and counted.
     A row of a wrong shape is an error everywhere: not JSON, a missing key, a wrong type, an id used before.
-
-    Raises:
-        InputError: the source can't be read, lacks a field, has bad rows, or has no problems; all faults are named.
     """
     opened = open_data_set(str(source))
     columns = _choose_columns(opened, {"problem": problem_key, "answer": answer_key, "id": id_key})
@@ -136,13 +143,10 @@ def _canonical_sha256(problems: list[Problem]) -> str:
 
 
 def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[str, str]:
-    """The field of each of `problem`, `answer` and `id`, given or found by name.
-
-    Raises:
-        InputError: there is no field of the name, or of any of the common names.
-    """
+    """The field of each of `problem`, `answer` and `id`, given or found by name."""
     if not opened.keys:
         raise_if_any(first_few(opened.faults or [f"`dataset` {opened.source}: no problems in it"], "faults"))
+    there = f"(there: {first_of(opened.keys, MOST_KEYS_SHOWN)})"
     columns: dict[str, str] = {}
     faults: list[str] = []
     for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
@@ -153,12 +157,12 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
         elif what == "id" and key in (None, NO_ID):
             columns[what] = NO_ID
         elif key:
-            faults.append(f"`{what}_key` {key}: not in {opened.source} ({_those_there(opened)})")
+            faults.append(f"`{what}_key` {key}: not in {opened.source} {there}")
         else:
+            place = opened.read([])[0].place if opened.kind == JSONL else opened.source
             others = ", ".join(f"'{name}'" for name in common[1:])
             faults.append(
-                f"{_first_place(opened)}: key '{common[0]}' is missing, and so are {others} "
-                f"({_those_there(opened)}); name another with --{what}-key"
+                f"{place}: key '{common[0]}' is missing, and so are {others} {there}; name another with --{what}-key"
             )
     if faults:
         raise_if_any(first_few([*opened.faults, *faults], "faults"))
@@ -168,18 +172,8 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
 def _first_of(names: Sequence[str], keys: list[str]) -> str:
     """The first of `names` among `keys`, spelt as there; "" if none is."""
     by_lower_case = {key.lower(): key for key in reversed(keys)}
-    for name in names:
-        if name in keys or name.lower() in by_lower_case:
-            return name if name in keys else by_lower_case[name.lower()]
-    return ""
-
-
-def _those_there(opened: RecordFile) -> str:
-    return f"there: {first_of(opened.keys, MOST_KEYS_SHOWN)}"
-
-
-def _first_place(opened: RecordFile) -> str:
-    return opened.read([])[0].place if opened.kind == JSONL else opened.source
+    found = (name if name in keys else by_lower_case.get(name.lower()) for name in names)
+    return next(filter(None, found), "")
 
 
 # A row's problem
@@ -232,15 +226,9 @@ def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked
     else:
         answer = _answer_of(values["answer"], columns["answer"], is_worked)
     for text in (str(values["id"]), prompt, answer, *(content for _, content in messages)):
-        _check_unicode(text)
+        if half := SURROGATE.search(text):
+            raise FaultyRecord(f"half a surrogate pair ({half[0]!a}) in its text")
     return Problem(row.idx, str(values["id"]), prompt, answer, messages)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise FaultyRecord(f"half a surrogate pair ({text[error.start]!a}) in its text") from error
 
 
 def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -248,18 +236,14 @@ def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[
         raise _EmptyRecord(f"without '{key}'")
     if isinstance(value, str):
         return value, ()
-    if isinstance(value, list):
-        return "", tuple(_message_of(message, key) for message in value)
-    raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
-
-
-def _message_of(message: Any, key: str) -> tuple[str, str]:
-    if not isinstance(message, dict):
+    if not isinstance(value, list):
+        raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
+    if not all(isinstance(message, dict) for message in value):
         raise FaultyRecord(f"'{key}' is a list, but not one of chat messages (role and content)")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
+    messages = tuple((message.get("role"), message.get("content")) for message in value)
+    if not all(isinstance(text, str) for message in messages for text in message):
         raise FaultyRecord(f"'{key}' has a chat message whose role or content is not text")
-    return role, content
+    return "", messages
 
 
 def _is_blank(value: Any) -> bool:
@@ -326,9 +310,6 @@ def shard_of_study(
 
     Returns:
         [n] int64 indices into a `ProblemSet`'s problems, in the permutation's order.
-
-    Raises:
-        InputError: more prompts than problems, more shards than prompts, or an index outside the shards.
     """
     faults = []
     if num_prompts > n_problems:

@@ -1,32 +1,30 @@
-"""Problems into prompts: a text template, the tokenizer's own chat template, or both."""
+"""Problems into prompts, by a text template, the tokenizer's own chat template, or both; and prompts into tokens."""
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_few, raise_if_any
 from .chat import ChatRefusal, ChatTemplate
 from .data_set import Problem, ProblemSet
 
+ASSISTANT = "assistant"
 PLACEHOLDER = "{problem}"
 PREVIEW_CHARACTERS = 600
-ASSISTANT = "assistant"
 
 
 def read_template(given: str) -> str:
     """The text of `prompt_template`: `given` itself if it holds `{problem}`, else that of the file it names.
 
     A file's text is taken as it is, its last newline included.
-
-    Raises:
-        InputError: there is no such file, it is not UTF-8, or has no `{problem}`.
     """
     if PLACEHOLDER in given:
         return given
     try:
-        text = Path(given).read_text(encoding="utf-8")
+        text = Path(given).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"`prompt_template` {given}: not UTF-8 at byte {error.start}") from error
     except OSError as error:
@@ -54,18 +52,8 @@ def render_prompts(
     they end in one of the assistant, that is the answer's beginning if `continue_final_message` says so; else it is
     taken for a solution, which leaves nothing to sample.
 
-    `rendering` holds all that goes into the prompts, and a hash of all of them: a chat template may well print
-    today's date.
-
-    Raises:
-        InputError: lists of messages without `chat` or with `template`, or that end in a solution, nothing that could
-            be continued, a system prompt without `chat` or twice, a tokenizer without a chat template, or with one
-            that refuses a problem or takes too much time or room.
+    `rendering` holds all that goes into the prompts, and a hash of them: a chat template may well print today's date.
     """
-    if template is not None and PLACEHOLDER not in template:
-        raise InputError(f"`prompt_template`: no {PLACEHOLDER} in it")
-    if system_prompt is not None and not chat:
-        raise InputError("`system_prompt`: only a chat template has a place for it; add `chat_template`")
     in_messages = next((problem for problem in problem_set.problems if problem.messages), None)
     if in_messages and not chat:
         raise InputError(
@@ -90,29 +78,47 @@ def render_prompts(
     if template is None and not chat:
         notes = () if tokenizer is None else _without_specials([p.prompt for p in problem_set.problems], tokenizer)
         return replace(problem_set, notes=(*problem_set.notes, *notes)) if notes else problem_set
-
     rendering: dict[str, Any] = {"prompt_template": template}
     notes: list[str] = []
-    prompts = [fill(template, problem.prompt) if template else problem.prompt for problem in problem_set.problems]
+    problems = problem_set.problems
+    if template is not None:
+        problems = [replace(problem, prompt=fill(template, problem.prompt)) for problem in problems]
     if chat:
         chat_template = ChatTemplate(tokenizer)
-        notes = _notes(problem_set.problems, prompts, tokenizer, chat_template.text)
+        notes = _notes(problems, tokenizer, chat_template.text)
         rendering["chat_template_sha256"] = _sha256(chat_template.text)
         rendering["system_prompt"] = system_prompt
-        prompts = [
-            _in_chat(problem, prompt, system_prompt, chat_template)
-            for problem, prompt in zip(problem_set.problems, prompts, strict=True)
-        ]
+        problems = [_in_chat(problem, system_prompt, chat_template) for problem in problems]
         if continue_final_message:
             rendering["continue_final_message"] = True
     elif tokenizer is not None:
-        notes = _without_specials(prompts, tokenizer)
-    rendering["prompts_sha256"] = _sha256(json.dumps(prompts))
-    problems = [
-        replace(problem, prompt=prompt, messages=())
-        for problem, prompt in zip(problem_set.problems, prompts, strict=True)
-    ]
+        notes = _without_specials([problem.prompt for problem in problems], tokenizer)
+    rendering["prompts_sha256"] = _sha256(json.dumps([problem.prompt for problem in problems]))
     return replace(problem_set, problems=problems, rendering=rendering, notes=(*problem_set.notes, *notes))
+
+
+def encode_prompts(
+    problems: Sequence[Problem], tokenizer: Any, vocab_size: int, context: int | None
+) -> list[list[int]]:
+    """Token ids of each prompt, with nothing added.
+
+    Args:
+        context: the model's, in which a prompt has to leave room for an answer; None for no bound.
+    """
+    prompts = tokenizer([problem.prompt for problem in problems], add_special_tokens=False)["input_ids"]
+
+    def faults() -> Iterator[str]:
+        for problem, ids in zip(problems, prompts, strict=True):
+            its_prompt = f"problem '{problem.id}': its prompt has"
+            if not ids:
+                yield f"{its_prompt} 0 tokens, at least 1 is needed"
+            elif context is not None and len(ids) >= context:
+                yield f"{its_prompt} {len(ids)} tokens, the model's context {context}"
+            elif max(ids) >= vocab_size:
+                yield f"{its_prompt} token id {max(ids)}, the model's vocabulary {vocab_size}: another tokenizer?"
+
+    raise_if_any(first_few(faults(), "prompts"))
+    return prompts
 
 
 def fill(template: str, problem: str) -> str:
@@ -134,17 +140,19 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _in_chat(problem: Problem, prompt: str, system_prompt: str | None, chat_template: ChatTemplate) -> str:
-    given = problem.messages or (("user", prompt),)
+def _in_chat(problem: Problem, system_prompt: str | None, chat_template: ChatTemplate) -> Problem:
+    given = problem.messages or (("user", problem.prompt),)
     if system_prompt is not None and any(role == "system" for role, _ in given):
         raise InputError(f"`system_prompt`: problem '{problem.id}' brings a system message of its own; leave it out")
     if system_prompt is not None:
         given = (("system", system_prompt), *given)
-    messages = [{"role": role, "content": content} for role, content in given]
     try:
-        return chat_template.render(messages, _is_begun(problem))
+        prompt = chat_template.render(
+            [{"role": role, "content": content} for role, content in given], _is_begun(problem)
+        )
     except ChatRefusal as error:
         raise InputError(f"`chat_template`: the tokenizer's refuses problem '{problem.id}' ({error})") from error
+    return replace(problem, prompt=prompt, messages=())
 
 
 def _is_begun(problem: Problem) -> bool:
@@ -163,20 +171,15 @@ def _without_specials(prompts: list[str], tokenizer: Any) -> list[str]:
     ]
 
 
-def _notes(problems: list[Problem], prompts: list[str], tokenizer: Any, chat_template: str) -> list[str]:
+def _notes(problems: Sequence[Problem], tokenizer: Any, chat_template: str) -> list[str]:
     """What may well be a mistake, in plain words."""
     notes = []
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    suspects = [
-        (problem.id, token)
-        for problem, prompt in zip(problems, prompts, strict=True)
-        for token in special
-        if token in prompt or any(token in content for _, content in problem.messages)
-    ]
+    texts = [(problem.id, problem.prompt + "".join(text for _, text in problem.messages)) for problem in problems]
+    suspects = [(problem_id, found[0]) for problem_id, text in texts if (found := [t for t in special if t in text])]
     if suspects:
-        n_problems = len({problem_id for problem_id, _ in suspects})
         notes.append(
-            f"`chat_template`: {n_problems} problems hold special tokens before it is applied "
+            f"`chat_template`: {len(suspects)} problems hold special tokens before it is applied "
             f"(problem '{suspects[0][0]}': {suspects[0][1]}); are they rendered already?"
         )
     if "strftime_now" in chat_template:

@@ -5,21 +5,22 @@ care: what does not come back from its ids is dropped and counted, for its token
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..common.console import SURROGATE
 from ..common.errors import FaultyRecord, InputError
-from ..common.fields import is_finite, is_index
-from ..dump.records import PromptKey, Rollout, prompt_key_from_json
+from ..common.fields import is_finite
+from ..dump.records import PromptKey, Rollout
 from ..problems.chat import ChatRefusal, ChatTemplate
 from ..problems.data_set import Problem
-from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
+from .formats import TRUTH_KEYS, Completion, RolloutReport, Unusable, completions_of, is_list_of, raise_folded
 from .places import in_words
 from .server import are_token_ids
+from .verdicts import Verdicts
 
 CACHED_TEXTS = 4096
 LOST_BYTES = "\ufffd"
@@ -38,16 +39,10 @@ OTHER_THAN_DATASET = "have a prompt other than the data set's rendering of their
 RENDERED = "have a prompt of messages, rendered with the tokenizer's chat template"
 SPECIALS_NOT_ADDED = "have a prompt as text, tokenised without the special tokens this tokenizer would add"
 
-VERIFIER, ANEW = "the verifier", "`correct_from` verifier judges them anew"
-VERDICTS = ("correct", "acc")
-"""Fields that hold verdicts, by themselves or (verl's `acc`) as 1 and 0."""
-NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "completion_ids", *TRUTH_KEYS}
-"""TRL's columns that are no reward; each reward function has a column of its name."""
-
 
 @dataclass(frozen=True)
 class ForeignRollouts:
-    """Rollouts still to be scored: `entropies` and `logprobs` are empty, `correct` is None where to be verified."""
+    """Rollouts to be scored, a file's of ours with the scores that they had; `correct` is None where to be verified."""
 
     rollouts: list[Rollout]
     report: RolloutReport
@@ -77,8 +72,11 @@ def read_rollouts(
     problems: Sequence[Problem] | None = None,
     correct_from: str = "auto",
     correct_above: float | None = None,
+    score_key: str | None = None,
 ) -> ForeignRollouts:
     """Read rollouts of any of `FORMATS` from JSONL, JSON or parquet, one file or several of one shape.
+
+    All faults are named with their lines.
 
     Args:
         vocabulary: of the model to be probed; what is longer than its context is dropped.
@@ -88,136 +86,47 @@ def read_rollouts(
         correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
             bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
-
-    Raises:
-        InputError: a file can't be read or understood; all faults are named with their lines.
+        score_key: a field that holds a number for each response token, to bucket them by.
     """
     files = [files] if isinstance(files, Path) else files
     file = in_words(files)
-    found_format, completions, report = completions_of(files, file_format)
-    if found_format == "gradprobe" and problems is not None:
+    completions, report = completions_of(files, file_format)
+    if report.format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
-    judge = _Judge(found_format, correct_from, correct_above)
+    verdicts = Verdicts(report.format, correct_from, correct_above)
+    resolve = _Resolver(vocabulary, report, problems)
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
-    n_samples_of: Counter = Counter()
-    resolve = _Resolver(vocabulary, found_format, report, problems)
     for completion in completions:
         try:
-            correct, source = judge.verdict(completion.fields)
-            rollout = resolve.rollout(completion, correct, n_samples_of)
-            if rollout is not None:
-                judge.keep(source, completion.where)
+            correct, source = verdicts.of(completion.fields)
+            rollout = resolve.rollout(completion, correct)
+            verdicts.keep(source, completion.where)
+            scores = [] if score_key is None else _scores_of(completion, score_key, rollout)
+            rollouts.append(replace(rollout, reward=verdicts.reward(completion.fields), bucket_scores=scores))
+        except Unusable as error:
+            report.drop(str(error), completion.where)
         except FaultyRecord as error:
             faults.append((completion.where, str(error)))
-            continue
-        if rollout is not None:
-            rollouts.append(replace(rollout, reward=judge.reward(completion.fields)))
     raise_folded(faults)
-    if correct_above is not None and rollouts and " > " not in judge.source:
-        took = "" if judge.source == "verifier" else f"; its verdicts are taken from '{judge.source}', which needs none"
+    if correct_above is not None and rollouts and " > " not in verdicts.source:
+        source = verdicts.source
+        took = "" if source == "verifier" else f"; its verdicts are taken from '{source}', which needs none"
         raise InputError(f"`correct_above` {correct_above:g}: {file} has no reward to hold against it{took}")
     if not rollouts:
         raise InputError("; ".join((f"`rollouts` {file}: no rollouts left", *report.lines()[1:])))
     report.n_rollouts = len(rollouts)
     report.n_prompts = len({rollout.prompt_idx for rollout in rollouts})
-    report.verdict_from = judge.source
+    report.verdict_from = verdicts.source
     report.n_to_verify = sum(rollout.correct is None for rollout in rollouts)
     return ForeignRollouts(rollouts, report)
 
 
-@dataclass
-class _Judge:
-    """Takes the verdict from a completion's fields; None leaves it to the verifier.
-
-    Attributes:
-        places: where each kind of verdict that was kept is first: a field, a field and its threshold, or the verifier.
-    """
-
-    format: str
-    correct_from: str
-    correct_above: float | None
-    places: dict[str, str] = field(default_factory=dict)
-
-    def verdict(self, fields: dict[str, Any]) -> tuple[bool | None, str]:
-        """The verdict, and what it is from."""
-        key = self._key(fields)
-        if key is None:
-            return None, VERIFIER
-        value = fields[key]
-        if isinstance(value, bool):
-            return value, key
-        if value is None or value != value:
-            raise FaultyRecord(f"'{key}' is {'null' if value is None else 'NaN'}, no verdict: {ANEW}")
-        if not isinstance(value, int | float):
-            raise FaultyRecord(f"'{key}' is neither true or false nor a number")
-        if not is_finite(value):
-            raise FaultyRecord(f"'{key}' is not a finite number")
-        if self._is_verdict(key, value):
-            return value == 1, key
-        if self.correct_above is None:
-            raise FaultyRecord(
-                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, {ANEW}"
-            )
-        return value > self.correct_above, f"{key} > {self.correct_above:g}"
-
-    def keep(self, source: str, where: str) -> None:
-        """Count a rollout whose verdict is from `source`.
-
-        Raises:
-            FaultyRecord: others' are from elsewhere.
-        """
-        first, place = next(iter(self.places.items()), (source, where))
-        if source != first:
-            said, before = (name if name == VERIFIER else f"'{name}'" for name in (source, first))
-            raise FaultyRecord(
-                f"would take its verdict from {said}, {place} from {before}: one file needs one kind; "
-                "`correct_from` names a field that all have, or verifier"
-            )
-        self.places[source] = place
-
-    @property
-    def source(self) -> str:
-        """What all verdicts are from."""
-        return next(iter(self.places), VERIFIER).removeprefix("the ")
-
-    def _is_verdict(self, key: str, value: Any) -> bool:
-        """Whether a value is a verdict as it stands: true or false, or `acc` (or `correct`) as 1 or 0."""
-        if isinstance(value, bool):
-            return key in VERDICTS
-        # With a threshold for it, a number in `correct` is a reward; verl's `acc` is one only where it is asked for.
-        is_reward = self.correct_above is not None and (key != "acc" or self.correct_from == key)
-        return key in VERDICTS and not is_reward and _is_number(value) and value in (0, 1)
-
-    def _key(self, fields: dict[str, Any]) -> str | None:
-        if self.correct_from == "verifier":
-            return None
-        if self.correct_from != "auto":
-            if self.correct_from not in fields:
-                raise FaultyRecord(f"`correct_from` {self.correct_from}: key '{self.correct_from}' is missing")
-            return self.correct_from
-        for key in VERDICTS:
-            if self._is_verdict(key, fields.get(key)):
-                return key
-        rewards = [key for key in self._reward_keys(fields) if _is_number(fields.get(key))]
-        if len(rewards) > 1:
-            raise FaultyRecord(f"several rewards; `correct_from` names one of {', '.join(rewards)}, or verifier")
-        return rewards[0] if rewards else None
-
-    def _reward_keys(self, fields: dict[str, Any]) -> Sequence[str]:
-        if self.format == "trl":
-            return [key for key in fields if key not in NO_REWARDS]
-        return ("score",) if self.format == "verl" else ("correct", "score", "reward")
-
-    def reward(self, fields: dict[str, Any]) -> float | None:
-        """The number that a completion was rewarded with, where one and only one is known."""
-        named = [self.correct_from] if self.correct_from not in ("auto", "verifier") else self._reward_keys(fields)
-        found = [fields[key] for key in named if is_finite(fields.get(key))]
-        return float(found[0]) if len(found) == 1 else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _scores_of(completion: Completion, key: str, rollout: Rollout) -> list[float]:
+    found, ids = completion.fields.get(key), completion.response_ids or rollout.response_ids
+    if not isinstance(found, list) or len(found) != len(ids) or not all(map(is_finite, found)):
+        raise FaultyRecord(f"`bucket_by`: '{key}' is not a list of finite numbers, one for each of {len(ids)} tokens")
+    return found[: len(rollout.response_ids)]
 
 
 class _Codec:
@@ -250,53 +159,40 @@ class _Codec:
 class _Resolver:
     """Makes rollouts of completions: ids of prompt and response, the problem, the place among its samples."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        file_format: str,
-        report: RolloutReport,
-        problems: Sequence[Problem] | None,
-    ):
+    def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
-        self.tokenizer, self.end_ids, self.vocabulary = tokenizer, end_ids, vocabulary
-        self.format, self.report = file_format, report
+        self.tokenizer, self.end_ids, self.vocabulary, self.report = tokenizer, end_ids, vocabulary, report
         self.chat_template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
         self.own_samples: set[tuple[PromptKey, int]] = set()
+        self.n_samples_of: Counter = Counter()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
-        self.strips_specials = file_format == "verl" and _template_has_specials(tokenizer, self.chat_template)
+        self.strips_specials = report.format == "verl" and _template_has_specials(tokenizer, self.chat_template)
 
-    def rollout(self, completion: Completion, correct: bool | None, n_samples_of: Counter) -> Rollout | None:
-        """The completion's rollout, or None where it was dropped (and counted).
+    def rollout(self, completion: Completion, correct: bool | None) -> Rollout:
+        """The completion's rollout; what must be said of it is counted.
 
         Raises:
-            FaultyRecord: the completion can't be used; says why.
+            Unusable: there is nothing in it to probe.
+            FaultyRecord: it can't be used; says why.
         """
+        if completion.own is not None:
+            return self._own(completion, completion.own, correct)
         prompt = self._prompt_text(completion)
         problem = None if self.problems is None else self.problems.of(completion, prompt)
         ground_truth = _ground_truth(completion.fields, problem, correct)
         prompt_ids = self._prompt_ids(completion, prompt, problem)
-        prompt_idx = self._prompt_idx(completion, problem, prompt_ids)
-        is_own = self.format == "gradprobe"
-        sample_idx = self._own_sample_idx(completion, prompt_idx) if is_own else n_samples_of[prompt_idx]
-        n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
-        reason = completion.unusable or self._fault_of_text(completion)
-        ids = [] if reason else self._response_ids(completion)
-        reason = reason or self._fault_of_length(prompt_ids, ids)
-        if reason is not None:
-            self.report.drop(reason, completion.where)
-            return None
-        for remark in (*self._prompt_remarks(completion, prompt, problem, prompt_ids), *self._remarks(completion, ids)):
-            self.report.note(remark, completion.where)
+        number = self.prompt_idx_of.setdefault(tuple(prompt_ids), len(self.prompt_idx_of))
+        prompt_idx = number if problem is None else problem.idx
+        sample_idx = self.n_samples_of[prompt_idx]
+        self.n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
+        ids, remarks = self._response(completion)
+        self._check_length(prompt_ids, ids)
+        self._note(completion, [*self._remarks_on_prompt(completion, prompt, problem, prompt_ids), *remarks])
         given_id = completion.fields.get("problem_id")
-        if not isinstance(given_id, str | int | float | None):
-            raise FaultyRecord("'problem_id' is neither a text nor a number")
-        for name, text in (("problem_id", given_id), ("ground truth", ground_truth)):
-            if isinstance(text, str) and SURROGATE.search(text):
-                raise FaultyRecord(f"half a surrogate pair in its {name}")
         return Rollout(
             prompt_idx=prompt_idx,
             sample_idx=sample_idx,
@@ -310,19 +206,20 @@ class _Resolver:
             correct=correct,
         )
 
-    def _own_sample_idx(self, completion: Completion, prompt_idx: PromptKey) -> int:
-        sample_idx = completion.fields.get("sample_idx")
-        if not is_index(sample_idx):
-            raise FaultyRecord("'sample_idx' is missing or not an integer from 0")
-        if (prompt_idx, sample_idx) in self.own_samples:
-            raise FaultyRecord(f"prompt {prompt_idx} sample {sample_idx} stands twice")
-        self.own_samples.add((prompt_idx, sample_idx))
-        return sample_idx
+    def _own(self, completion: Completion, own: Rollout, correct: bool | None) -> Rollout:
+        sample = own.prompt_idx, own.sample_idx
+        if sample in self.own_samples:
+            raise FaultyRecord(f"prompt {own.prompt_idx} sample {own.sample_idx} stands twice")
+        self.own_samples.add(sample)
+        ids = self._checked(own.response_ids, "response ids")
+        self._check_length(self._checked(own.prompt_ids, "prompt ids"), ids)
+        self._note(completion, self._remarks_on_text(own.response, ids))
+        return replace(own, correct=correct)
 
     def _prompt_ids(self, completion: Completion, text: str | None, problem: Problem | None) -> list[int]:
         if completion.prompt_ids is not None:
             return self._checked(completion.prompt_ids, "prompt ids")
-        if problem is not None and (text is None or text == self.problems.readable_prompt_of(problem)):
+        if problem is not None and (text is None or text == self.problems.readable_prompts[problem.idx]):
             return self.codec.encode(problem.prompt)
         if text is None:
             raise FaultyRecord("neither text nor token ids of the prompt; `dataset` brings them where ids match")
@@ -349,23 +246,28 @@ class _Resolver:
         except ChatRefusal as error:
             raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
 
-    def _prompt_idx(self, completion: Completion, problem: Problem | None, prompt_ids: list[int]) -> PromptKey:
-        if self.format == "gradprobe":
-            return prompt_key_from_json(completion.fields["prompt_idx"])
-        if problem is not None:
-            return problem.idx
-        return self.prompt_idx_of.setdefault(tuple(prompt_ids), len(self.prompt_idx_of))
-
-    def _response_ids(self, completion: Completion) -> list[int]:
+    def _response(self, completion: Completion) -> tuple[list[int], list[str]]:
+        """The response's ids, and what must be said of them."""
         if completion.response_ids is not None:
-            ids = self._checked(completion.response_ids, "response ids")
-            return ids if self.format == "gradprobe" else self._without_padding(ids)
-        ids = self._without_padding(self.codec.encode(completion.text))
+            given = self._checked(completion.response_ids, "response ids")
+            if completion.unusable is not None:
+                raise Unusable(completion.unusable)
+            ids = self._without_padding(given)
+            return ids, [PADDING_CUT] * (len(ids) < len(given)) + self._remarks_on_text(completion.text, ids)
+        if not isinstance(completion.text, str):
+            raise FaultyRecord("neither text nor token ids of the completion")
+        if LOST_BYTES in completion.text or not self.codec.comes_back(completion.text):
+            raise Unusable(NOT_ROUND_TRIP)
+        given = self.codec.encode(completion.text)
+        ids = self._without_padding(given)
+        if len(ids) < len(given):
+            return ids, [PADDING_CUT]
         end_id = completion.end if type(completion.end) is int else self.tokenizer.eos_token_id
-        has_end = bool(ids) and ids[-1] in self.end_ids
-        if completion.end in ("cut", None) or end_id is None or has_end:
-            return ids
-        return self._checked([*ids, end_id], "response ids")
+        if completion.end == "cut" or (ids and ids[-1] in self.end_ids):
+            return ids, []
+        if completion.end is None or end_id is None:
+            return ids, [END_UNKNOWN]
+        return self._checked([*ids, end_id], "response ids"), [END_APPENDED]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
         # An end id further ahead stays: it may be one of this checkpoint and not of the one that sampled.
@@ -385,21 +287,17 @@ class _Resolver:
             raise FaultyRecord("its prompt has no tokens, at least 1 is needed")
         return ids
 
-    def _fault_of_text(self, completion: Completion) -> str | None:
-        if completion.response_ids is not None:
-            return None
-        if not isinstance(completion.text, str):
-            raise FaultyRecord("neither text nor token ids of the completion")
-        is_whole = LOST_BYTES not in completion.text and self.codec.comes_back(completion.text)
-        return None if is_whole else NOT_ROUND_TRIP
-
-    def _fault_of_length(self, prompt_ids: list[int], ids: list[int]) -> str | None:
+    def _check_length(self, prompt_ids: list[int], ids: list[int]) -> None:
         if not ids:
-            return EMPTY
-        context = self.vocabulary.context
-        return TOO_LONG if context is not None and len(prompt_ids) + len(ids) > context else None
+            raise Unusable(EMPTY)
+        if self.vocabulary.context is not None and len(prompt_ids) + len(ids) > self.vocabulary.context:
+            raise Unusable(TOO_LONG)
 
-    def _prompt_remarks(
+    def _note(self, completion: Completion, remarks: Iterable[str]) -> None:
+        for remark in remarks:
+            self.report.note(remark, completion.where)
+
+    def _remarks_on_prompt(
         self, completion: Completion, text: str | None, problem: Problem | None, prompt_ids: list[int]
     ) -> Iterator[str]:
         has_ids = completion.prompt_ids is not None
@@ -418,26 +316,11 @@ class _Resolver:
             if joint != prompt_ids + self.codec.encode(completion.text):
                 yield BOUNDARY_DIFFERS
 
-    def _remarks(self, completion: Completion, ids: list[int]) -> Iterator[str]:
-        if completion.response_ids is None:
-            yield from self._text_remarks(completion, ids)
-            return
-        if len(ids) < len(completion.response_ids):
-            yield PADDING_CUT
+    def _remarks_on_text(self, text: str | None, ids: list[int]) -> list[str]:
         # The last is how our own sampler decodes; a tokenizer that tidies up makes another text of it.
         plain = self.tokenizer.decode(ids, skip_special_tokens=True)
-        texts_of_ids = (self.codec.decode(ids), self.codec.readable(ids), plain)
-        if isinstance(completion.text, str) and completion.text not in texts_of_ids:
-            yield TEXT_DIFFERS
-
-    def _text_remarks(self, completion: Completion, ids: list[int]) -> Iterator[str]:
-        from_text = self.codec.encode(completion.text)
-        if len(ids) < len(from_text):
-            yield PADDING_CUT
-        elif len(ids) > len(from_text):
-            yield END_APPENDED
-        elif completion.end != "cut" and ids[-1] not in self.end_ids:
-            yield END_UNKNOWN
+        is_of_ids = text is None or text in (self.codec.decode(ids), self.codec.readable(ids), plain)
+        return [] if is_of_ids else [TEXT_DIFFERS]
 
 
 def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:
@@ -464,7 +347,11 @@ def _template_has_specials(tokenizer: Any, chat_template: ChatTemplate | None) -
 
 
 class _ProblemIndex:
-    """Finds a completion's problem: by id, by the prompt's ids, by its text, by its text without special tokens."""
+    """Finds a completion's problem: by id, by the prompt's ids, by its text, by its text without special tokens.
+
+    Attributes:
+        readable_prompts: without their special tokens, as verl writes them, by the problems' idx.
+    """
 
     def __init__(self, problems: Sequence[Problem], codec: _Codec):
         self.by_id = {problem.id: problem for problem in problems}
@@ -476,16 +363,8 @@ class _ProblemIndex:
             for key in {tuple(ids), problem.prompt, self.readable_prompts[problem.idx]}:
                 self.by_prompt[key].append(problem)
 
-    def readable_prompt_of(self, problem: Problem) -> str:
-        """The prompt without its special tokens, as verl writes it."""
-        return self.readable_prompts[problem.idx]
-
     def of(self, completion: Completion, prompt: str | None) -> Problem:
-        """The problem that a completion answers; `prompt` is its prompt's text.
-
-        Raises:
-            FaultyRecord: none does, or several with different ground truths.
-        """
+        """The problem that a completion answers; `prompt` is its prompt's text."""
         given_id = completion.fields.get("problem_id")
         if given_id is not None and str(given_id) in self.by_id:
             return self.by_id[str(given_id)]

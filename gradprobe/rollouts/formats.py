@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import FaultyRecord, InputError, first_few, one_line, raise_if_any
-from ..common.fields import ANYTHING, INDEX, faults_of
 from ..common.record_files import open_record_file
-from ..dump.records import PROMPT_KEY
+from ..dump.records import Rollout, rollout_from_json
 from .server import logprob_entries, object_at, token_ids_of
 
 FORMATS = ("gradprobe", "vllm", "openai", "trl", "verl")
@@ -38,6 +37,7 @@ class Completion:
         fields: what else stands in its record: problem_id, ground truth, verdicts, rewards.
         unusable: why it has to be dropped.
         sample: its request's id and its number among that request's samples.
+        own: the rollout that it is, in a file of ours.
     """
 
     where: str
@@ -49,6 +49,7 @@ class Completion:
     fields: dict[str, Any]
     unusable: str | None = None
     sample: tuple[str, Any] | None = None
+    own: Rollout | None = None
 
 
 @dataclass
@@ -73,14 +74,15 @@ class RolloutReport:
 
     def drop(self, reason: str, where: str) -> None:
         """Count a completion that is left out."""
-        self._count(self.dropped, reason, where)
+        self.dropped[reason] += 1
+        self._show(reason, where)
 
     def note(self, remark: str, where: str) -> None:
         """Count a completion that is kept and of which something must be said."""
-        self._count(self.notes, remark, where)
+        self.notes[remark] += 1
+        self._show(remark, where)
 
-    def _count(self, counter: Counter, reason: str, where: str) -> None:
-        counter[reason] += 1
+    def _show(self, reason: str, where: str) -> None:
         place = Path(where).name
         if len(self.examples[reason]) < N_EXAMPLES and place not in self.examples[reason]:
             self.examples[reason].append(place)
@@ -98,51 +100,36 @@ class RolloutReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report for the manifest; no paths in it."""
-        return {
-            "format": self.format,
-            "n_completions": self.n_completions,
-            "n_rollouts": self.n_rollouts,
-            "n_prompts": self.n_prompts,
-            "n_to_verify": self.n_to_verify,
-            "verdict_from": self.verdict_from,
-            "dropped": dict(self.dropped),
-            "notes": dict(self.notes),
-        }
+        shown = {name: value for name, value in vars(self).items() if name not in ("sha256", "examples")}
+        return shown | {"dropped": dict(self.dropped), "notes": dict(self.notes)}
 
 
-def completions_of(files: Sequence[Path], file_format: str) -> tuple[str, list[Completion], RolloutReport]:
-    """The files' format, their completions in order, and a report that has counted them."""
-    hashes, records = [], []
-    for file in files:
-        sha256, of_file = _records(file)
-        if not of_file:
-            raise InputError(f"`rollouts` {file}: no rollouts in it")
-        hashes.append(sha256)
-        records += of_file
+def completions_of(files: Sequence[Path], file_format: str) -> tuple[list[Completion], RolloutReport]:
+    """The files' completions in order, and a report that names their format and has counted them."""
+    opened = [open_record_file(file, "rollouts") for file in files]
+    raise_if_any(first_few([fault for file in opened for fault in file.faults], "faults"))
+    records = [(record.place, record.fields) for file in opened for record in file.read(file.keys)]
+    raise_if_any(f"`rollouts` {file.source}: no rollouts in it" for file in opened if not file.keys)
+    hashes = [file.sha256 for file in opened]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    if file_format == "auto":
-        file_format = _recognise(*records[0])
-    report = RolloutReport(file_format, sha256)
+    report = RolloutReport(_recognise(*records[0]) if file_format == "auto" else file_format, sha256)
     completions: list[Completion] = []
     faults: list[tuple[str, str]] = []
-    first_step = records[0][1].get("step")
     for where, record in records:
         try:
-            if not IS_SHAPE[file_format](record):
-                raise FaultyRecord(f"not of the shape {file_format}: {_keys_of(record)}")
-            found = PARSERS[file_format](where, record)
-        except _UnusableRecord as error:
-            report.drop(error.reason, where)
-            continue
+            if not IS_SHAPE[report.format](record):
+                raise FaultyRecord(f"not of the shape {report.format}: {_keys_of(record)}")
+            completions += PARSERS[report.format](where, record)
+        except Unusable as error:
+            report.drop(str(error), where)
         except FaultyRecord as error:
             faults.append((where, str(error)))
-            continue
-        if file_format in ("trl", "verl") and record.get("step") != first_step:
-            report.note(OTHER_STEPS, where)
-        completions += found
+        else:
+            if report.format in ("trl", "verl") and record.get("step") != records[0][1].get("step"):
+                report.note(OTHER_STEPS, where)
     raise_folded([*faults, *_repeated_requests(completions)])
     report.n_completions = len(completions)
-    return file_format, completions, report
+    return completions, report
 
 
 def _repeated_requests(completions: list[Completion]) -> Iterator[tuple[str, str]]:
@@ -168,26 +155,10 @@ def _repeated_requests(completions: list[Completion]) -> Iterator[tuple[str, str
         )
 
 
-def _records(file: Path) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """The file's SHA-256 and (place, record) of each; every line that is none is named at once."""
-    opened = open_record_file(file, "rollouts")
-    raise_if_any(first_few(opened.faults, "faults"))
-    return opened.sha256, [(record.place, record.fields) for record in opened.read(opened.keys)]
+class Unusable(FaultyRecord):
+    """Well-formed, and without anything to probe: dropped, and counted under the reason given."""
 
 
-class _UnusableRecord(FaultyRecord):
-    """A well-formed record without completions to probe; dropped and counted under `reason`."""
-
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
-
-
-OWN_KINDS = {
-    **dict.fromkeys(("problem_id", "ground_truth", "correct"), ANYTHING),
-    "sample_idx": INDEX,
-    "prompt_idx": PROMPT_KEY,
-}
 IS_SHAPE: dict[str, Callable[[dict[str, Any]], bool]] = {
     "gradprobe": lambda r: {"prompt_idx", "sample_idx", "prompt_ids", "response_ids"} <= r.keys(),
     "vllm": lambda r: isinstance(r.get("outputs"), list),
@@ -210,10 +181,8 @@ def _keys_of(record: dict[str, Any]) -> str:
 
 
 def _own(where: str, record: dict[str, Any]) -> list[Completion]:
-    for fault in faults_of(record, OWN_KINDS):
-        raise FaultyRecord(fault)
-    text = record.get("response")
-    return [Completion(where, None, record["prompt_ids"], text, record["response_ids"], "cut", record)]
+    own = rollout_from_json(record)
+    return [Completion(where, None, own.prompt_ids, own.response, own.response_ids, "cut", record, own=own)]
 
 
 def _vllm(where: str, record: dict[str, Any]) -> list[Completion]:
@@ -269,7 +238,7 @@ def _request_and_response(record: dict[str, Any]) -> tuple[dict[str, Any], dict[
     response = record.get("response", record)
     response = response.get("body", response) if isinstance(response, dict) else response
     if record.get("error") or not isinstance(response, dict) or response.get("error"):
-        raise _UnusableRecord(FAILED_REQUEST)
+        raise Unusable(FAILED_REQUEST)
     request = record.get("request", record)
     if not isinstance(request, dict):
         raise FaultyRecord("'request' is not an object")
@@ -343,11 +312,7 @@ def _end_of(output: dict[str, Any], may_be_stop_string: bool = False) -> str | i
 
 
 def raise_folded(faults: list[tuple[str, str]]) -> None:
-    """Raise one `InputError` naming each (place, fault); the same fault in many places is said once, with a count.
-
-    Raises:
-        InputError: there are faults.
-    """
+    """Raise one `InputError` naming each (place, fault); the same fault in many places is said once, with a count."""
     places_of: dict[str, list[str]] = defaultdict(list)
     for place, fault in faults:
         places_of[fault].append(place)

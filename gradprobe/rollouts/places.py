@@ -16,10 +16,6 @@ def rollout_files(given: Sequence[Path]) -> list[Path]:
 
     Args:
         given: files, dumps, or folders with the completions of one training step.
-
-    Raises:
-        InputError: a place holds no rollouts, or those of several policies; a file is named twice, or is a dump's and
-            not the only one.
     """
     files = [_file_at(place) for place in given]
     for i, file in enumerate(files):

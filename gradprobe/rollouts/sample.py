@@ -13,10 +13,10 @@ from ..common.errors import InputError
 from ..model.batches import Budget, pad_left, run_in_batches
 from ..model.past import cache_name, keeps_tokens_apart, no_cache, refuse_lengths, refuse_without_cache
 from ..model.placement import input_device
-from .tape import Tape
+from .key_values import KeyValues
 
 FREE_AT_ONCE = 0.125
-"""So large a share of the places is given to other rollouts, or given up, at once."""
+"""So large a share of the rows is given up at once."""
 WORDS_PER_BLOCK = 256
 STEPS_UNSEEN = {"cpu": 1, "cuda": 8}
 """How many tokens are drawn between two looks at which rollouts are over: a look waits for the device."""
@@ -107,9 +107,6 @@ def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
 
     Returns:
         [batch] token ids.
-
-    Raises:
-        InputError: a row of logits makes no distribution (NaN, or +infinity).
     """
     drawn, is_sound = _draw(logits, uniforms, temperature)
     _raise_unless(is_sound.all())
@@ -153,7 +150,6 @@ def sample_responses(
     uniforms: Uniforms,
     sampling: Sampling,
     max_rows: int | Budget = 256,
-    rounds: int = 1,
 ) -> Iterator[list[list[list[int]]]]:
     """Sample responses to each prompt from the model's full softmax.
 
@@ -163,8 +159,7 @@ def sample_responses(
     Args:
         prompts: token ids of each prompt.
         uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
-        max_rows: how many responses are taken together.
-        rounds: one in so many of them is under way at once; where one is over, the next takes its place.
+        max_rows: how many responses are under way at once.
 
     Yields:
         The next few prompts' responses: [prompt][sample][token].
@@ -181,8 +176,7 @@ def sample_responses(
 
     def run(batch: list[int]) -> list[list[int]]:
         steps = np.stack([uniforms(p, s)[: sampling.max_new_tokens] for p in batch for s in range(n_samples)])
-        slots = _Slots(model, sampling, [prompts[p] for p in batch], steps, -(-len(steps) // rounds))
-        return slots.run()
+        return _Rows(model, sampling, [prompts[p] for p in batch], steps).run()
 
     # Every prompt counts for as many rows as it has samples, so that prompts keep their order.
     for _, rows in run_in_batches([n_samples] * len(prompts), max_rows, run):
@@ -235,101 +229,74 @@ def _one_prompt_at_a_time(
         yield [[of_prompt[s] for s in range(sampling.n_samples)]]
 
 
-class _Slots:
-    """Rollouts under way side by side, each in a slot of its own; when it is over, the next one takes the slot.
+class _Rows:
+    """Rollouts under way side by side, each in a row of its own; what is over gives its row up.
 
-    What a rollout is hangs on nothing in the other slots. One may run on past its end, until it is looked at; what it
+    What a rollout is hangs on nothing in the other rows. One may run on past its end, until it is looked at; what it
     draws there is cut off.
 
     Args:
         prompts: token ids; each has `sampling.n_samples` rows of `uniforms`, [rows, steps].
-        n_slots: how many rollouts are under way at once.
     """
 
-    def __init__(
-        self, model: nn.Module, sampling: Sampling, prompts: list[list[int]], uniforms: np.ndarray, n_slots: int
-    ) -> None:
+    def __init__(self, model: nn.Module, sampling: Sampling, prompts: list[list[int]], uniforms: np.ndarray) -> None:
         self._model, self._sampling, self._prompts, self._device = model, sampling, prompts, input_device(model)
-        self._uniforms = torch.from_numpy(uniforms)
         self._responses: list[list[int]] = [[] for _ in uniforms]
-        self._n_begun = 0
-        self._tape: Tape | None = None
         self._unseen = STEPS_UNSEEN[self._device.type]
-        longest = max(len(prompt) + sampling.room_after(prompt) for prompt in prompts)
-        is_taken_over = n_slots < len(uniforms)
-        self._columns = longest + max(self._unseen, longest // 8 * is_taken_over)
         self._ends = torch.tensor(sorted(sampling.end_ids), device=self._device)
         self._is_sound = torch.ones((), dtype=torch.bool, device=self._device)
-        # Of each slot: which rollout is in it (-1: none), and the column where its prompt begins.
-        self._row, self._start = np.full(n_slots, -1), np.zeros(n_slots, dtype=np.int64)
-        n_steps = uniforms.shape[1]
-        on_device = {"dtype": torch.long, "device": self._device}
-        self._tokens = torch.zeros((n_slots, n_steps + 1), **on_device)  # the last column is for what is cut off
-        self._u = torch.zeros((n_slots, n_steps + 1), dtype=torch.float64, device=self._device)
-        self._last, self._step, self._room, self._n_prompt = torch.zeros((4, n_slots), **on_device)
-        self._is_over = torch.ones(n_slots, dtype=torch.bool, device=self._device)
+        # Of each row: which rollout is in it (-1: it is over), and the column where its prompt begins.
+        self._row = np.arange(len(uniforms))
+        n_prompt = np.repeat(list(map(len, prompts)), sampling.n_samples)
+        self._start = n_prompt.max() - n_prompt
+        self._step = 0
+        room = np.repeat([sampling.room_after(prompt) for prompt in prompts], sampling.n_samples)
+        self._room, self._n_prompt = (torch.from_numpy(n).to(self._device) for n in (room, n_prompt))
+        # The last column of both is for what is cut off.
+        self._u = torch.from_numpy(np.pad(uniforms, ((0, 0), (0, 1)))).to(self._device)
+        self._tokens = torch.zeros(self._u.shape, dtype=torch.long, device=self._device)
+        self._is_over = torch.zeros(len(uniforms), dtype=torch.bool, device=self._device)
 
     @torch.inference_mode()
     def run(self) -> list[list[int]]:
         """[rows][tokens] all responses."""
-        while True:
-            free = np.flatnonzero(self._row < 0)
-            if len(free) >= FREE_AT_ONCE * len(self._row):
-                if self._n_begun < len(self._responses):
-                    self._begin(free[: len(self._responses) - self._n_begun])
-                elif len(free) == len(self._row):
-                    return self._responses
-                else:
-                    self._keep(np.flatnonzero(self._row >= 0))
-            self._make_room()
+        cache = self._begin()
+        while len(self._row):
+            cache.begin = int(self._start[self._row >= 0].min())
             for _ in range(self._unseen):
-                self._advance()
+                self._advance(cache)
             self._look()
+            is_left = self._row >= 0
+            if (~is_left).sum() >= FREE_AT_ONCE * len(self._row) or not is_left.any():
+                self._keep(np.flatnonzero(is_left), cache)
+        return self._responses
 
-    def _begin(self, slots: np.ndarray) -> None:
-        """Run the next rollouts' prompts, each once, and draw their first tokens."""
-        rows = np.arange(self._n_begun, self._n_begun + len(slots))
-        self._n_begun += len(slots)
-        numbers, prompt_of = np.unique(rows // self._sampling.n_samples, return_inverse=True)
-        prompts = [self._prompts[p] for p in numbers]
-        input_ids, mask = pad_left(prompts, self._device)
+    def _begin(self) -> KeyValues:
+        """Run the prompts, each once, and draw the first tokens."""
+        input_ids, mask = pad_left(self._prompts, self._device)
         filled = DynamicCache()
         logits = _next_logits(self._model, filled, input_ids, mask, (mask.cumsum(-1) - 1).clamp_(min=0))
-        if self._tape is None:  # the first prompts tell its shape
-            self._tape = Tape(filled, len(self._row), self._columns)
-        self._make_room(input_ids.shape[1])
-        rows_of_prompts, at = torch.from_numpy(prompt_of), torch.from_numpy(slots)
-        self._tape.place(filled, rows_of_prompts, at)
+        prompt_of = torch.arange(len(self._prompts)).repeat_interleave(self._sampling.n_samples)
+        self._draw(logits[prompt_of.to(self._device)])
+        return KeyValues(filled, prompt_of, input_ids.shape[1] + int(self._room.max()) + self._unseen)
 
-        n_prompt = np.array([len(prompts[p]) for p in prompt_of])
-        self._row[slots], self._start[slots] = rows, self._tape.end - n_prompt
-        at = at.to(self._device)
-        self._n_prompt[at] = torch.from_numpy(n_prompt).to(self._device)
-        self._room[at] = torch.tensor([self._sampling.room_after(prompts[p]) for p in prompt_of], device=self._device)
-        self._u[at, : self._uniforms.shape[1]] = self._uniforms[rows].to(self._device)
-        self._step[at] = 0
-        self._is_over[at] = False
-        self._draw(at, logits[rows_of_prompts.to(self._device)])
-
-    def _draw(self, slots: torch.Tensor, logits: torch.Tensor) -> None:
-        step = self._step[slots]
-        at = step.clamp(max=self._tokens.shape[1] - 1)
-        drawn, is_sound = _draw(logits, self._u[slots, at], self._sampling.temperature)
-        self._tokens[slots, at] = self._last[slots] = drawn
-        self._step[slots] = step + 1
-        self._is_over[slots] |= torch.isin(drawn, self._ends) | (step + 1 >= self._room[slots])
+    def _draw(self, logits: torch.Tensor) -> None:
+        at = min(self._step, self._tokens.shape[1] - 1)
+        self._last, is_sound = _draw(logits, self._u[:, at], self._sampling.temperature)
+        self._tokens[:, at] = self._last
+        self._step += 1
+        self._is_over |= torch.isin(self._last, self._ends) | (self._step >= self._room)
         self._is_sound &= is_sound.all()
 
-    def _advance(self) -> None:
-        """One more token in every slot."""
-        tape = self._tape
-        columns = torch.arange(tape.begin, tape.end + 1, device=self._device)
+    def _advance(self, cache: KeyValues) -> None:
+        """One more token in every row."""
+        columns = torch.arange(cache.begin, cache.end + 1, device=self._device)
         mask = (columns >= torch.from_numpy(self._start).to(self._device)[:, None]).long()
         # A rollout that runs on past its end must not leave the model's context.
-        position = self._n_prompt + torch.minimum(self._step, self._room) - 1
-        logits = _next_logits(self._model, tape, self._last[:, None], mask, position[:, None])
-        tape.end += 1
-        self._draw(torch.arange(len(self._row), device=self._device), logits)
+        position = self._n_prompt + self._room.clamp(max=self._step) - 1
+        logits = _next_logits(self._model, cache, self._last[:, None], mask, position[:, None])
+        cache.end += 1
+        self._draw(logits)
 
     def _look(self) -> None:
         """Take out what is over."""
@@ -337,39 +304,29 @@ class _Slots:
         is_over = self._is_over.cpu().numpy()
         if self._sampling.stop is not None:
             is_over |= self._stopped()
-        for slot in np.flatnonzero(is_over & (self._row >= 0)).tolist():
-            ids = self._tokens[slot, : self._room[slot]].tolist()
-            self._responses[self._row[slot]] = ids[: self._sampling.n_until_over(ids)]
-            self._row[slot] = -1
+        for row in np.flatnonzero(is_over & (self._row >= 0)).tolist():
+            ids = self._tokens[row, : self._room[row]].tolist()
+            self._responses[self._row[row]] = ids[: self._sampling.n_until_over(ids)]
+            self._row[row] = -1
 
     def _stopped(self) -> np.ndarray:
-        """[slots] whether the stop text stands in what was drawn since the last look."""
-        tokens, steps, stop = self._tokens.tolist(), self._step.tolist(), self._sampling.stop
-
-        def is_stopped(slot: int) -> bool:
-            new = range(max(1, steps[slot] - self._unseen), steps[slot] + 1)
-            return any(stop.ends(tokens[slot][stop.tail_of(n)]) for n in new)
-
-        return np.array([row >= 0 and is_stopped(slot) for slot, row in enumerate(self._row)])
-
-    def _keep(self, slots: np.ndarray) -> None:
-        """Go on with fewer slots."""
-        at = torch.from_numpy(slots)
-        self._tape.keep(at)
-        self._row, self._start, at = self._row[slots], self._start[slots], at.to(self._device)
-        self._tokens, self._u, self._is_over = self._tokens[at], self._u[at], self._is_over[at]
-        self._last, self._step, self._room, self._n_prompt = (
-            x[at] for x in (self._last, self._step, self._room, self._n_prompt)
+        """[rows] whether the stop text stands in what was drawn since the last look."""
+        tokens, stop = self._tokens.tolist(), self._sampling.stop
+        new = range(max(1, self._step - self._unseen), self._step + 1)
+        return np.array(
+            [
+                number >= 0 and any(stop.ends(tokens[row][stop.tail_of(n)]) for n in new)
+                for row, number in enumerate(self._row)
+            ]
         )
 
-    def _make_room(self, before: int = 0) -> None:
-        """Have so many columns before those next to come, and enough behind them until the next look."""
-        tape, is_live = self._tape, self._row >= 0
-        tape.begin = int(self._start[is_live].min(initial=tape.end))
-        if tape.end < before or tape.end + self._unseen > tape.room:
-            by = max(before - tape.end, -tape.begin)
-            tape.move(by)
-            self._start += by
+    def _keep(self, rows: np.ndarray, cache: KeyValues) -> None:
+        """Go on with these rows alone."""
+        at = torch.from_numpy(rows)
+        cache.keep(at)
+        self._row, self._start, at = self._row[rows], self._start[rows], at.to(self._device)
+        self._tokens, self._u, self._is_over = self._tokens[at], self._u[at], self._is_over[at]
+        self._last, self._room, self._n_prompt = self._last[at], self._room[at], self._n_prompt[at]
 
 
 def _next_logits(

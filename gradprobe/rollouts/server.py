@@ -6,15 +6,13 @@ how to sample. A server that keeps the token ids to itself is refused, since tex
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import InputError, first_of, one_line, raise_if_any
-from ..common.fields import OBJECT, TEXT, Kind, is_finite, list_of
-from ..common.fields import faults_of as faults_of_kinds
 from .fetch import json_at
 from .sample import Sampling
 
@@ -38,29 +36,6 @@ FULL_SOFTMAX = {
 WITH_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True, "logprobs": 1}
 """How to ask for token ids: vLLM and SGLang by the first key, llama.cpp by the two after it."""
 
-LARGEST_LOGPROB = 1e-3
-"""Rounding puts the log-prob of a certain token a little above 0."""
-
-
-def is_logprob(value: Any) -> bool:
-    """Whether it is a number that can be a log-prob."""
-    return is_finite(value) and value <= LARGEST_LOGPROB
-
-
-ANSWER_KINDS = {"usage": OBJECT.or_null()}
-CHOICE_KINDS = {
-    "text": TEXT.or_null(),
-    "prompt_token_ids": list_of(lambda value: type(value) is int, "integers").or_null(),
-    "logprobs": Kind(OBJECT.accepts, "an object of log-probs").or_null(),
-}
-LOGPROB_KINDS = {
-    "token_logprobs": list_of(is_logprob, "log-probs (numbers up to 0)").or_null(),
-    "content": list_of(
-        lambda entry: isinstance(entry, dict) and is_logprob(entry.get("logprob")), "objects with a 'logprob' up to 0"
-    ).or_null(),
-}
-"""What stands in an answer beside the ids, which are looked at first. Fields that are not named are free."""
-
 Seeds = Callable[[int, int], int]
 """(prompt number, sample number) -> seed of that request."""
 
@@ -83,20 +58,14 @@ class CompletionsServer:
     api_key: str | None = field(default=None, repr=False)
 
     def post(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The JSON answer to one completions request.
-
-        Raises:
-            InputError: the server can't be reached, refuses the request, or answers with something else.
-        """
+        """The JSON answer to one completions request."""
         return json_at(f"{self.url}/completions", self.timeout, {"model": self.model, **request}, self.api_key)
 
 
 def key_in(variable: str | None) -> str | None:
     """The key that an environment variable holds; None where no variable is named.
 
-    Raises:
-        InputError: there is none, or what it holds can't be sent. Neither is shown: who gives the key itself for the
-            variable's name would find it in a log.
+    Neither is shown in an error: who gives the key itself for the variable's name would find it in a log.
     """
     if variable is None:
         return None
@@ -119,18 +88,16 @@ def connect(
         model: the name under which it serves the model; None for the only one that it lists.
         timeout: seconds to wait for one answer.
         api_key: sent with every request, as a bearer token.
-
-    Raises:
-        InputError: there is no such server, or it lists several models, or not `model`.
     """
     url = base_url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"`base_url` {base_url}: must start with http:// or https://")
     url = url if url.endswith("/v1") else f"{url}/v1"
-    listed = json_at(f"{url}/models", timeout, api_key=api_key).get("data")
-    if not isinstance(listed, list) or not all(isinstance(object_at({"": x}, "").get("id"), str) for x in listed):
-        raise InputError(f"{url}/models: the answer has no list 'data' of models, each with its 'id'")
-    names = [entry["id"] for entry in listed]
+    listed = json_at(f"{url}/models", timeout, api_key=api_key)
+    try:
+        names = [str(entry["id"]) for entry in listed["data"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{url}/models: the answer has no list 'data' of models, each with its 'id'") from error
     serves = one_line(first_of(names)) or "no model"
     if model is None and len(names) != 1:
         raise InputError(f"`base_url` {base_url}: serves {serves}; name one of them")
@@ -165,76 +132,58 @@ def sample_completions(
 
     Yields:
         The responses to each prompt, in the prompts' order.
-
-    Raises:
-        InputError: the server fails, returns no token ids, or ids that are not this model's.
     """
 
-    def ask(prompt_number: int, sample_idx: int) -> ServerResponse:
-        prompt = prompts[prompt_number]
+    def ask(numbers: tuple[int, int]) -> ServerResponse:
+        prompt = prompts[numbers[0]]
         request = {
             "prompt": prompt,
             "max_tokens": sampling.room_after(prompt),
             "temperature": sampling.temperature,
-            "seed": seeds(prompt_number, sample_idx),
+            "seed": seeds(*numbers),
             **FULL_SOFTMAX,
             **WITH_IDS,
         }
         answer = server.post(request)
-        faults = faults_of(answer, prompt, vocab_size, request["max_tokens"])
-        raise_if_any(f"{server.url}: {fault}" for fault in faults)
-        return _until_end(answer, sampling)
+        raise_if_any(f"{server.url}: {fault}" for fault in faults_of_answer(answer, prompt, vocab_size, sampling))
+        choice = answer["choices"][0]
+        ids, logprobs = token_ids_of(answer, choice), _logprobs_of(choice)
+        n_kept = sampling.n_until_over(ids)
+        return ServerResponse(ids[:n_kept], logprobs[:n_kept] if len(logprobs) == len(ids) else [])
 
-    with ThreadPoolExecutor(n_parallel) as pool:
-        waiting = [[pool.submit(ask, p, s) for s in range(sampling.n_samples)] for p in range(len(prompts))]
-        try:
-            for requests in waiting:
-                yield [request.result() for request in requests]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    # Leaving it, also by a signal, waits for no request that is under way.
+    with ThreadPool(n_parallel) as pool:
+        answers = pool.imap(ask, [(p, s) for p in range(len(prompts)) for s in range(sampling.n_samples)])
+        for _ in prompts:
+            yield [next(answers) for _ in range(sampling.n_samples)]
 
 
-def faults_of(answer: dict[str, Any], prompt: list[int], vocab_size: int, max_tokens: int) -> list[str]:
+def faults_of_answer(answer: dict[str, Any], prompt: list[int], vocab_size: int, sampling: Sampling) -> Iterator[str]:
     """What is wrong with the answer to a request for one completion of `prompt` with token ids."""
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        return ["one completion was asked for, the answer has no list 'choices' with one object"]
-    choice = choices[0]
-    ids = token_ids_of(answer, choice)
+    if not isinstance(answer.get("choices"), list) or len(answer["choices"]) != 1:
+        yield "one completion was asked for, the answer has no list 'choices' with one object"
+        return
+    choice = answer["choices"][0]
+    ids, most = token_ids_of(answer, choice), sampling.room_after(prompt)
     if ids is None:
-        return [
+        yield (
             "the answer has no token ids (neither choices[].token_ids nor __verbose.tokens); vLLM, SGLang and "
             "llama.cpp give them"
-        ]
-    if not are_token_ids(ids, vocab_size):
-        return [f"the answer's token ids are not integers from 0 to {vocab_size - 1}: another model's?"]
-    faults = [f"the answer's {fault}" for fault in faults_of_kinds(answer, ANSWER_KINDS)]
-    faults += [f"the answer's choice: {fault}" for fault in faults_of_kinds(choice, CHOICE_KINDS)]
-    if faults:
-        return faults
-    if not 0 < len(ids) <= max_tokens:
-        many = f"{len(ids)} tokens, more than the {max_tokens} asked for (max_tokens)"
-        faults.append(f"the answer has {many if ids else 'no tokens, not even one that ends it'}")
-    if (choice.get("prompt_token_ids") or prompt) != prompt:
-        faults.append("the model saw another prompt than was sent")
-    usage = object_at(answer, "usage")
-    for key, n_tokens in (("prompt_tokens", len(prompt)), ("completion_tokens", len(ids))):
-        if usage.get(key, n_tokens) != n_tokens:
-            faults.append(f"usage.{key} is {one_line(str(usage[key]), 40)}, but the ids are {n_tokens}")
-    return [*faults, *_faults_of_logprobs(choice, ids)]
-
-
-def _faults_of_logprobs(choice: dict[str, Any], ids: list[int]) -> Iterator[str]:
-    """Where log-probs are not one for each id; of llama.cpp's entries some may be missing."""
-    said = object_at(choice, "logprobs")
-    for fault in faults_of_kinds(said, LOGPROB_KINDS):
-        yield f"log-probs: {fault}"
+        )
         return
-    if len(said.get("token_logprobs") or ids) != len(ids):
-        yield f"the answer has {len(said['token_logprobs'])} log-probs of {len(ids)} tokens"
-    entries, left = said.get("content") or [], iter(ids)
-    if len(entries) > len(ids) or not all(entry["id"] in left for entry in entries if "id" in entry):
-        yield "the answer's log-probs are of other tokens than its ids"
+    if not are_token_ids(ids, vocab_size):
+        yield f"the answer's token ids are not integers from 0 to {vocab_size - 1}: another model's?"
+        return
+    if not ids:
+        yield "the answer has no tokens, not even one that ends it"
+    if len(ids) > most:
+        yield f"the answer has {len(ids)} tokens, more than the {most} asked for (max_tokens)"
+    if (choice.get("prompt_token_ids") or prompt) != prompt:
+        yield "the model saw another prompt than was sent"
+    for key, n_tokens in (("prompt_tokens", len(prompt)), ("completion_tokens", len(ids))):
+        found = object_at(answer, "usage").get(key, n_tokens)
+        if found != n_tokens:
+            yield f"usage.{key} is {found}, but the ids are {n_tokens}"
 
 
 def token_ids_of(answer: dict[str, Any], choice: dict[str, Any]) -> list[int] | None:
@@ -268,30 +217,21 @@ def are_token_ids(ids: Any, vocab_size: int) -> bool:
     return isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
 
 
-def mean_logprob_gap(responses: Sequence[ServerResponse], logprobs: Sequence[Sequence[float]]) -> float | None:
+def mean_logprob_gap(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float | None:
     """Mean |difference|, in nats per token, between the server's log-probs and those of our own pass.
 
     Rounding gives thousandths in float32 and hundredths in bfloat16; a quantised or another model gives more.
     llama.cpp and vLLM report log-probs at temperature 1 whatever the sampling temperature.
 
     Args:
-        logprobs: for each response, our log-probs of its ids at temperature 1.
+        theirs: of each response, one per id; empty where the server gave none.
+        ours: of its ids at temperature 1.
 
     Returns:
         None where the server gave no log-probs.
     """
-    pairs = [(r.logprobs, ours) for r, ours in zip(responses, logprobs, strict=True) if r.logprobs]
-    if not pairs:
-        return None
-    gaps = [np.abs(np.asarray(theirs) - np.asarray(ours)) for theirs, ours in pairs]
-    return float(np.concatenate(gaps).mean())
-
-
-def _until_end(answer: dict[str, Any], sampling: Sampling) -> ServerResponse:
-    choice = answer["choices"][0]
-    ids, logprobs = token_ids_of(answer, choice) or [], _logprobs_of(choice)
-    n_kept = sampling.n_until_over(ids)
-    return ServerResponse(ids[:n_kept], logprobs[:n_kept] if len(logprobs) == len(ids) else [])
+    gaps = [np.abs(np.asarray(a) - np.asarray(b)) for a, b in zip(theirs, ours, strict=True) if len(a)]
+    return float(np.concatenate(gaps).mean()) if gaps else None
 
 
 def _logprobs_of(choice: dict[str, Any]) -> list[float]:

@@ -1,28 +1,25 @@
 """Where rollouts come from: sampled here, asked of a server, or read; each stretch of prompts at a time, judged."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from torch import nn
+import numpy as np
 
-from ..common.errors import InputError, raise_if_any
+from ..common.errors import InputError
 from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
 from ..model.decoder import context_length
-from ..model.past import refuse_lengths
-from ..model.placement import input_device
 from ..problems.data_set import Problem
-from ..problems.verify import RunningVerifier
+from ..problems.verifiers import RunningVerifier
 from .sample import Sampling, StopText, rollout_uniforms, sample_responses
 from .server import CompletionsServer, ServerResponse, request_seed, sample_completions
 
 log = logging.getLogger(__name__)
 
 SHOWN_FAILURES = 5
-ROUNDS_ON_A_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -48,49 +45,51 @@ class Source(Protocol):
     n_tokens_at_most: int
     """The most response tokens that all of them can have."""
 
-    def rounds_on(self, device: str) -> int:
-        """How many times as many rollouts as run at once a stretch of prompts holds on "cpu" or "cuda"."""
-
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """What gives the rollouts of a stretch of prompts."""
 
 
 class GivenRollouts:
-    """Rollouts of another dump or another tool."""
+    """A shard's part, whole prompts, of the rollouts of another dump or another tool.
 
-    def __init__(self, rollouts: Sequence[Rollout]):
+    Attributes:
+        of_all_shards: all of them.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout], shard_index: int = 0, num_shards: int = 1):
+        self.of_all_shards = rollouts
         by_prompt: dict[PromptKey, list[Rollout]] = {}
         for rollout in rollouts:
             by_prompt.setdefault(rollout.prompt_idx, []).append(rollout)
-        self.prompts, self._groups = list(by_prompt), list(by_prompt.values())
+        if len(by_prompt) < num_shards:
+            raise InputError(f"`num_shards` {num_shards}: `rollouts` has {len(by_prompt)} prompts")
+        mine = np.array_split(np.arange(len(by_prompt)), num_shards)[shard_index]
+        self.prompts = [list(by_prompt)[i] for i in mine]
+        self._groups = [by_prompt[key] for key in self.prompts]
         self.rows_per_prompt = list(map(len, self._groups))
-        self.n_tokens_at_most = sum(len(rollout.response_ids) for rollout in rollouts)
-
-    def rounds_on(self, device: str) -> int:
-        """See `Source`."""
-        return 1
+        self.n_tokens_at_most = sum(len(rollout.response_ids) for group in self._groups for rollout in group)
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """See `Source`."""
         return lambda chunk: [rollout for index in chunk for rollout in self._groups[index]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class SampledRollouts:
     """Responses of the probed model to problems, sampled here or by a server that runs it.
 
     Attributes:
-        problems: prompts rendered.
+        problems: of the data set.
+        prompt_ids: the tokens of each one's prompt.
         settings: how to sample.
-        server: asked for responses in the place of our own sampler, `n_requests` at once.
-        answers: the server's, of the last stretch of prompts, for comparison with our own scores.
+        server: asked for responses in the place of our own sampler, `n_requests` at once; they carry its log-probs.
     """
 
     problems: Sequence[Problem]
+    prompt_ids: Sequence[list[int]]
     settings: SamplingSettings
     server: CompletionsServer | None = None
     n_requests: int = 1
-    answers: list[ServerResponse] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[PromptKey]:
@@ -107,106 +106,57 @@ class SampledRollouts:
         """See `Source`."""
         return sum(self.rows_per_prompt) * self.settings.max_new_tokens
 
-    def rounds_on(self, device: str) -> int:
-        """See `Source`. On a GPU a step with few rollouts costs what one with many does; a kill costs a stretch."""
-        return ROUNDS_ON_A_GPU if device != "cpu" and self.server is None else 1
-
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
-        """See `Source`.
-
-        Raises:
-            InputError: a prompt has no tokens, or leaves no room in the model's context; or a response could pass the
-                length up to which the model's rotary embeddings stay as they are.
-        """
-        prompts = self._encoded(checkpoint)
+        """See `Source`."""
         settings, context = self.settings, context_length(checkpoint.model)
-        if context is not None and max(map(len, prompts)) + settings.max_new_tokens > context:
+        if context is not None and max(map(len, self.prompt_ids)) + settings.max_new_tokens > context:
             log.info(f"note: responses end at the model's context of {context} tokens")
         stop = None if settings.stop is None else StopText(settings.stop, checkpoint.tokenizer.decode)
         sampling = Sampling(
             settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context, stop
         )
-        longest = max(len(prompt) + sampling.room_after(prompt) for prompt in prompts)
-        refuse_lengths(checkpoint.model, longest, f"`max_new_tokens` {settings.max_new_tokens}")
-        rounds = self.rounds_on(input_device(checkpoint.model).type)
-        rows = Budget(rounds * sample_rows)
+        rows = Budget(sample_rows)
 
         def sample(chunk: range) -> list[Rollout]:
-            prompts_of_chunk = [prompts[i] for i in chunk]
-            idxs = [self.problems[i].idx for i in chunk]
             if self.server is None:
-                responses = self._sampled(checkpoint.model, idxs, prompts_of_chunk, sampling, rows, rounds)
+                responses = self._sampled(checkpoint, chunk, sampling, rows)
             else:
-                responses = self._asked(self.server, checkpoint.model, idxs, prompts_of_chunk, sampling)
+                responses = self._asked(self.server, checkpoint, chunk, sampling)
             return [
-                self._rollout(checkpoint, self.problems[i], prompts[i], sample_idx, ids)
-                for i, samples in zip(chunk, responses, strict=True)
-                for sample_idx, ids in enumerate(samples)
+                self._rollout(checkpoint, number, sample_idx, response)
+                for number, samples in zip(chunk, responses, strict=True)
+                for sample_idx, response in enumerate(samples)
             ]
 
         return sample
 
-    def _encoded(self, checkpoint: Checkpoint) -> list[list[int]]:
-        context, size = context_length(checkpoint.model), checkpoint.model.config.get_text_config().vocab_size
-        encode = checkpoint.tokenizer
-        prompts = [encode(problem.prompt, add_special_tokens=False)["input_ids"] for problem in self.problems]
-
-        def faults() -> Iterator[str]:
-            for problem, ids in zip(self.problems, prompts, strict=True):
-                its_prompt = f"problem '{problem.id}': its prompt has"
-                if not ids:
-                    yield f"{its_prompt} 0 tokens, at least 1 is needed"
-                elif context is not None and len(ids) >= context:
-                    yield f"{its_prompt} {len(ids)} tokens, the model's context {context}"
-                elif max(ids) >= size:
-                    yield f"{its_prompt} token id {max(ids)}, the model's vocabulary {size}: another model's tokenizer?"
-
-        raise_if_any(faults())
-        return prompts
-
     def _sampled(
-        self,
-        model: nn.Module,
-        idxs: list[int],
-        prompts: list[list[int]],
-        sampling: Sampling,
-        rows: Budget,
-        rounds: int,
-    ) -> list[list[list[int]]]:
-        n_steps = sampling.room_after([])
-        uniforms = lambda p, s: rollout_uniforms(self.settings.seed, idxs[p], s, n_steps)  # noqa: E731
-        batches = sample_responses(model, prompts, uniforms, sampling, rows, rounds)
-        return [of_prompt for batch in batches for of_prompt in batch]
+        self, checkpoint: Checkpoint, chunk: range, sampling: Sampling, rows: Budget
+    ) -> list[list[ServerResponse]]:
+        seed, idxs, n_steps = self.settings.seed, [self.problems[i].idx for i in chunk], sampling.room_after([])
+        uniforms = lambda p, s: rollout_uniforms(seed, idxs[p], s, n_steps)  # noqa: E731
+        batches = sample_responses(checkpoint.model, [self.prompt_ids[i] for i in chunk], uniforms, sampling, rows)
+        return [[ServerResponse(ids, []) for ids in samples] for batch in batches for samples in batch]
 
     def _asked(
-        self, server: CompletionsServer, model: nn.Module, idxs: list[int], prompts: list[list[int]], sampling: Sampling
-    ) -> list[list[list[int]]]:
-        vocab_size = model.config.get_text_config().vocab_size
-        by_prompt = list(
-            sample_completions(
-                server,
-                prompts,
-                lambda p, s: request_seed(self.settings.seed, idxs[p], s),
-                sampling,
-                vocab_size,
-                self.n_requests,
-            )
-        )
-        self.answers = [answer for samples in by_prompt for answer in samples]
-        return [[answer.ids for answer in samples] for samples in by_prompt]
+        self, server: CompletionsServer, checkpoint: Checkpoint, chunk: range, sampling: Sampling
+    ) -> list[list[ServerResponse]]:
+        seed, idxs = self.settings.seed, [self.problems[i].idx for i in chunk]
+        seeds = lambda p, s: request_seed(seed, idxs[p], s)  # noqa: E731
+        prompts, size = [self.prompt_ids[i] for i in chunk], checkpoint.model.config.get_text_config().vocab_size
+        return list(sample_completions(server, prompts, seeds, sampling, size, self.n_requests))
 
-    def _rollout(
-        self, checkpoint: Checkpoint, problem: Problem, prompt_ids: list[int], sample_idx: int, response_ids: list[int]
-    ) -> Rollout:
+    def _rollout(self, checkpoint: Checkpoint, number: int, sample_idx: int, response: ServerResponse) -> Rollout:
+        problem = self.problems[number]
         return Rollout(
             prompt_idx=problem.idx,
             sample_idx=sample_idx,
             problem_id=problem.id,
-            prompt_ids=prompt_ids,
-            response_ids=response_ids,
+            prompt_ids=self.prompt_ids[number],
+            response_ids=response.ids,
             entropies=[],
-            logprobs=[],
-            response=checkpoint.tokenizer.decode(response_ids, skip_special_tokens=True),
+            logprobs=response.logprobs,
+            response=checkpoint.tokenizer.decode(response.ids, skip_special_tokens=True),
             ground_truth=problem.ground_truth,
             correct=None,  # still to be judged
         )
@@ -215,8 +165,7 @@ class SampledRollouts:
 def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollout]:
     """The rollouts with a verdict each; those on which the verifier fails are left out, and said so.
 
-    Raises:
-        InputError: it fails on all of several.
+    Where it fails on all of several it is itself at fault, and `InputError` says so.
     """
     verdicts = [None if r.correct is not None else running.judge(r.response, r.ground_truth) for r in rollouts]
     pairs = list(zip(rollouts, verdicts, strict=True))

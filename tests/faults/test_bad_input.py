@@ -250,8 +250,8 @@ def test_data_sets(refuses, sampling, tmp_path, case):
 @pytest.mark.parametrize(("prompt", "says"), [("7" * 64, "the model's context 64"), ("", "at least 1")])
 def test_prompts_that_the_model_can_not_take(refuses, sampling, tmp_path, prompt, says):
     (tmp_path / "problems.jsonl").write_text(json.dumps({"id": "far", "prompt": prompt, "ground_truth": "3"}))
-    flags = ["--dataset", tmp_path / "problems.jsonl", "--num-prompts", 1]
-    refuses(probe_grad_vectors.main, [*sampling, *flags], "problem 'far'", says, may_add=True)
+    flags = ["--dataset", tmp_path / "problems.jsonl", "--num-prompts", 1, "--check-only"]
+    refuses(probe_grad_vectors.main, [*sampling, *flags], "problem 'far'", says)
 
 
 # Checkpoints
@@ -881,6 +881,8 @@ def test_other_merged_dumps_are_left_alone(refuses, run, probed, tmp_path):
 
 
 FILE = "TMP/rollouts.jsonl:2"
+UNSCORED = {"tail_mass": None, "token_texts": None}
+"""As files of older versions were."""
 ROLLOUTS = {
     "missing": (Path.unlink, "--rollouts TMP/rollouts.jsonl"),
     "empty": (lambda file: os.truncate(file, 0), "rollouts.jsonl"),
@@ -890,7 +892,7 @@ ROLLOUTS = {
     "a key missing": (edit_rollout(response_ids=None), FILE),
     "ids of text": (edit_rollout(response_ids=["1"], entropies=[0.1], logprobs=[-1]), FILE, "response"),
     "ids negative": (edit_rollout(response_ids=[-1], entropies=[0.1], logprobs=[-1]), FILE),
-    "ids outside the vocabulary": (edit_rollout(response_ids=[260], entropies=[0.1], logprobs=[-1]), "260"),
+    "ids outside the vocabulary": (edit_rollout(response_ids=[260], entropies=[0.1], logprobs=[-1], **UNSCORED), "260"),
     "prompt ids outside the vocabulary": (edit_rollout(prompt_ids=[999]), "999"),
     "no prompt": (edit_rollout(prompt_ids=[]), FILE, "prompt"),
     "prompt negative": (edit_rollout(prompt_idx=-1), FILE, "prompt_idx"),
@@ -914,7 +916,7 @@ def test_rollouts(refuses, probing_rollouts, tmp_path, case):
 
 
 def test_rollouts_longer_than_the_context_are_left_out_and_counted(run, probing_rollouts, tmp_path):
-    spoil = edit_rollout(response_ids=[1] * 64, entropies=[0.1] * 64, logprobs=[-1.0] * 64)
+    spoil = edit_rollout(response_ids=[1] * 64, entropies=[0.1] * 64, logprobs=[-1.0] * 64, **UNSCORED)
     spoil(tmp_path / "rollouts.jsonl")
     outcome = run(probe_grad_vectors.main, *probing_rollouts)
     assert outcome.status == 0
@@ -923,7 +925,7 @@ def test_rollouts_longer_than_the_context_are_left_out_and_counted(run, probing_
 
 
 def test_rollouts_of_no_manifest_and_empty_responses_are_probed(run, probing_rollouts, tmp_path):
-    edit_rollout(response_ids=[], entropies=[], logprobs=[], response="")(tmp_path / "rollouts.jsonl")
+    edit_rollout(response_ids=[], entropies=[], logprobs=[], response="", **UNSCORED)(tmp_path / "rollouts.jsonl")
     outcome = run(probe_grad_vectors.main, *probing_rollouts)
     assert outcome.status == 0, outcome.err
     assert run(check.main, tmp_path / "out").status == 0

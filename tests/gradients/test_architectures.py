@@ -93,12 +93,12 @@ def test_rows_of_certain_tokens_equal_the_oracle(family):
 
 @families
 def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
-    """Left padding, cache and taking over slots change no token: each is what u draws from the model's own softmax."""
+    """Left padding, cache and rows given up change no token: each is what u draws from the model's own softmax."""
     model = tiny_of_family(family, torch.float32)  # as it is sampled; eager attention can't mask in float64
     prompts, _ = rollouts_of(4)
     n_steps, ends = 12, frozenset(range(3, VOCAB_SIZE, 5))
     sampling = Sampling(3, n_steps, 0.8, ends)
-    batches = sample_responses(model, prompts, lambda p, s: rollout_uniforms(1, p, s, n_steps), sampling, rounds=3)
+    batches = sample_responses(model, prompts, lambda p, s: rollout_uniforms(1, p, s, n_steps), sampling)
     samples = [samples for batch in batches for samples in batch]
     flat = [(p, s, samples[p][s]) for p in range(4) for s in range(3)]
     assert len({len(response) for _, _, response in flat}) > 1

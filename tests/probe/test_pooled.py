@@ -94,6 +94,27 @@ def test_buckets_by_other_rules(tmp_path, checkpoint_dir, sampled, rule):
     assert counts.min() > 0
 
 
+def test_lines_of_vllm_bring_scores_of_ones_own_and_no_reward_once_judged_anew(tmp_path, checkpoint_dir, sampled):
+    lines = [
+        {
+            "prompt_token_ids": rollout.prompt_ids,
+            "outputs": [{"token_ids": rollout.response_ids}],
+            "ground_truth": rollout.ground_truth,
+            "mine": [float(k % 4) for k in range(len(rollout.response_ids))],
+            "reward": 0.5,
+        }
+        for rollout in iter_rollouts(sampled / "rollouts.jsonl")
+    ]
+    file = tmp_path / "vllm.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--bucket-by", "score:mine", "--correct-from", "verifier"]
+    assert pooled(tmp_path / "dump", checkpoint_dir, file, *flags) == 0
+    found = list(iter_rollouts(tmp_path / "dump" / "rollouts.jsonl"))
+    assert all(r.bucket_scores == [float(k % 4) for k in range(len(r.response_ids))] for r in found)
+    assert {r.reward for r in found} == {None}
+    assert load_dump(tmp_path / "dump").reward is None
+
+
 def test_an_unfinished_pooled_dump_is_continued_in_the_same_bytes(tmp_path, checkpoint_dir, sampled):
     flags = ["--project", "3x3", "--batch-tokens", 40]
     for name in ("whole", "torn"):
@@ -141,7 +162,7 @@ def test_shards_take_edges_and_origin_from_a_dump_of_several_targets(tmp_path, c
         (["--project", "2by2"], "--project 2by2: must be"),
         (["--param-suffix", "all-linear"], "go with --project only"),
         (["--pool", "bucket", "--bucket-by", "luck"], "--bucket-by luck: must be one of"),
-        (["--pool", "bucket", "--bucket-by", "score:nix"], "'nix' is not a list of finite numbers"),
+        (["--pool", "bucket", "--bucket-by", "score:nix"], "--bucket-by: 'nix' is not a list of finite numbers"),
     ],
 )
 def test_what_can_not_be_asked_for(tmp_path, checkpoint_dir, sampled, flags, complaint, capsys):

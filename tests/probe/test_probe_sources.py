@@ -16,8 +16,10 @@ from gradprobe.common.errors import InputError
 from gradprobe.dump.consistency import load_dump, problems_of
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.figures.look import subjects_of
+from gradprobe.probe.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "demo"
 DATA = Path(__file__).parents[1] / "data"
 SMALL = "--num-samples 2 --max-new-tokens 8 --device cpu --bins 2 --pos-per-bin-per-rollout 2".split()
 VERIFIERS = """
@@ -98,6 +100,22 @@ def test_the_tokenizers_chat_template_renders_what_the_demo_has_rendered(tmp_pat
         assert tokenizer.decode(rollout.prompt_ids) == records[rollout.prompt_idx]["prompt"]
 
 
+def test_only_the_studys_problems_are_rendered_and_shards_agree(checkpoint_dir, tmp_path, monkeypatch):
+    texts = []
+    monkeypatch.setattr(
+        "gradprobe.problems.chat.ChatTemplate.render", lambda self, messages: texts.append(messages) or "1+2="
+    )
+    flags = ["--model-path", DEMO / "base", "--chat-template", "--problem-key", "meta.problem", "--num-prompts", 6]
+    of_shards = []
+    for shard in (0, 1):
+        of_shard = ["--shard-index", shard, "--num-shards", 2, "--output-dir", tmp_path, "--device", "cpu"]
+        plan = make_plan(probe_grad_vectors.parse_args(list(map(str, [*flags, *of_shard]))))
+        assert len(plan.source.prompts) == 3
+        of_shards.append(plan.identity["prompts"])
+    assert len(texts) == 2 * 6
+    assert of_shards[0] == of_shards[1]
+
+
 def test_a_verifier_of_ones_own_is_asked_and_named(tmp_path, verifiers, checkpoint_dir, problems_file):
     arguments = ["--model-path", checkpoint_dir, "--dataset", problems_file, "--num-prompts", 6, *SMALL]
     assert probe(tmp_path / "out", *arguments, "--verifier", "my_verifiers:has_even_length") == 0
@@ -159,7 +177,7 @@ def test_rollouts_of_a_dump_that_have_changed_since_are_refused(tmp_path, checkp
         assert probe(tmp_path / f"sound{given.suffix}", *model, "--rollouts", given, *SMALL[4:]) == 0
 
 
-def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, capsys):
+def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, problems_file, capsys):
     for flags, complaint in (
         (["--correct-above", "1"], "--correct-above says something of --rollouts only"),
         (["--sampler", "openai"], "--sampler openai and --base-url need each other"),
@@ -169,9 +187,9 @@ def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, ca
         (["--max-memory", "cpu=1GiB"], "--max-memory says something of --device-map only"),
         (["--device-map", "auto"], "--device can't go with --device-map"),
         (["--revision", "main"], "--revision main: only names on the Hub"),
-        (["--adapter", "nowhere"], "--adapter nowhere"),
+        (["--adapter", "nowhere", "--dataset", problems_file], "--adapter nowhere"),
         (["--rollouts", "x", "--num-samples", "3"], "--num-samples can't go with --rollouts"),
-        (["--sampler", "openai", "--base-url", "http://127.0.0.1:9"], "can't be reached"),
+        (["--sampler", "openai", "--base-url", "http://127.0.0.1:9", "--dataset", problems_file], "can't be reached"),
     ):
         assert probe(tmp_path / "out", "--model-path", checkpoint_dir, "--num-prompts", 2, *SMALL, *flags) == 2
         assert complaint in capsys.readouterr().err

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import reasoning_gym
 
 from gradprobe.common.errors import InputError
 from gradprobe.problems.data_set import load_problems
 from gradprobe.problems.gym import ENTRY
-from gradprobe.problems.verify import RunningVerifier, load_verifier
+from gradprobe.problems.verifiers import RunningVerifier, load_verifier
 
 SUMS = "gym:chain_sum:min_terms=2,max_terms=2,max_digits=1,size=20,seed=3"
 
@@ -21,6 +22,15 @@ def test_problems_are_made_up_anew_and_the_same():
         assert eval(problem.prompt.split(":")[1].rstrip("= ")) == int(problem.ground_truth)
     assert len(load_problems("gym:countdown").problems) == 500
     assert load_problems("gym:countdown:size=7,seed=0").problems == load_problems("gym:countdown:size=7").problems
+
+
+def test_each_problem_is_made_up_once(monkeypatch):
+    made = []
+    kind = type(reasoning_gym.create_dataset("chain_sum"))
+    make = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda self, index: made.append(index) or make(self, index))
+    assert len(load_problems(SUMS.replace("seed=3", "seed=5")).problems) == 20
+    assert made == list(range(20))
 
 
 def test_its_own_scorer_is_the_verifier():
@@ -52,7 +62,6 @@ def test_its_own_scorer_is_the_verifier():
         ("gym:chain_sum:min_terms=9", "max_terms must be >= min_terms"),
         ("gym:chain_sum:size", "not of the form"),
         ("gym:chain_sum:size=open('f')", "malformed node"),
-        ("gym:chain_sum:size=3) or f(", "not of the form"),
         ("gym:chain_sum:size='many'", "TypeError"),
     ],
 )

@@ -23,6 +23,23 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO / "base")
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{% if %}", "refuses problem '0'"),
+        ("{{ messages[5] }}", "makes nothing"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    ],
+)
+def test_a_chat_template_at_fault_is_one_line(tokenizer, monkeypatch, template, says):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(InputError, match="^`chat_template`: the tokenizer's refuses problem '0'") as error:
+        render_prompts(load_problems(DATA / "plain.jsonl"), None, True, None, tokenizer)
+    assert says in str(error.value)
+
+
 def prompts_of(problem_set) -> list[str]:
     return [problem.prompt for problem in problem_set.problems]
 
@@ -96,7 +113,7 @@ def test_a_chat_template_that_refuses_or_prints_the_date(checkpoint_dir):
     tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0].role == 'system' else 'ok' }}"
     problem_set = load_problems(DATA / "plain.jsonl")
     assert prompts_of(render_prompts(problem_set, None, True, None, tokenizer)) == ["ok", "ok"]
-    with pytest.raises(InputError, match="refuses problem '0' \\(no system role\\)"):
+    with pytest.raises(InputError, match="refuses problem '0' \\(TemplateError: no system role\\)"):
         render_prompts(problem_set, None, True, "system", tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%Y') }}"
     assert "date" in render_prompts(problem_set, None, True, None, tokenizer).notes[0]

@@ -29,7 +29,7 @@ from gradprobe.rollouts.server import (
     CompletionsServer,
     ServerResponse,
     connect,
-    faults_of,
+    faults_of_answer,
     mean_logprob_gap,
     request_seed,
     sample_completions,
@@ -143,15 +143,15 @@ def test_responses_are_the_models_own_to_the_raw_prompt(server, checkpoint, prom
     ours = scored(checkpoint, [prompt for prompt, _ in flat], [r.ids for _, r in flat])
     for (_, response), logprobs in zip(flat, ours, strict=True):
         np.testing.assert_allclose(response.logprobs, logprobs, atol=1e-3)
-    assert mean_logprob_gap([r for _, r in flat], ours) < 1e-4
+    assert mean_logprob_gap([r.logprobs for _, r in flat], ours) < 1e-4
 
 
 def test_another_model_shows_in_the_logprobs(server, checkpoint, prompts):
     trained = load_checkpoint(str(DEMO / "trained"), torch.device("cpu"), torch.float32)
     responses = [samples[0] for samples in sampled(server, checkpoint, prompts, 1)]
     theirs = scored(trained, prompts, [r.ids for r in responses])
-    assert mean_logprob_gap(responses, theirs) > 0.1
-    assert mean_logprob_gap([ServerResponse([1], [])], [[0.0]]) is None
+    assert mean_logprob_gap([r.logprobs for r in responses], theirs) > 0.1
+    assert mean_logprob_gap([[]], [[0.0]]) is None
 
 
 def test_seeds_repeat_and_tell_samples_apart(server, checkpoint, prompts):
@@ -199,24 +199,42 @@ def test_responses_end_as_our_own_sampler_ends_them(server, checkpoint, prompts)
     assert [len(r.ids) for r in short] == [5, 5]
 
 
-def test_answers_without_ids_or_of_another_prompt_or_vocabulary_are_refused(server, prompts):
-    request = {"prompt": prompts[0], "max_tokens": 4, "temperature": 1.0}
-    (fault,) = faults_of(server.post(request), prompts[0], 350, 4)
+def test_answers_of_llama_cpp_without_ids_or_of_another_prompt_are_refused(server, prompts):
+    request, sampling = {"prompt": prompts[0], "max_tokens": 4, "temperature": 1.0}, Sampling(1, 4)
+    (fault,) = faults_of_answer(server.post(request), prompts[0], 350, sampling)
     assert "no token ids" in fault
     answer = server.post({**request, **completions.WITH_IDS})
-    assert faults_of(answer, prompts[0], 350, 4) == []
-    (fault,) = faults_of(answer, prompts[1] + prompts[0], 350, 4)
+    assert list(faults_of_answer(answer, prompts[0], 350, sampling)) == []
+    (fault,) = faults_of_answer(answer, prompts[1] + prompts[0], 350, sampling)
     assert "usage.prompt_tokens is" in fault
-    (fault,) = faults_of(answer, prompts[0], 10, 4)
-    assert "another model's" in fault
-    answer["choices"][0]["prompt_token_ids"] = [1, *prompts[0]]
-    (fault,) = faults_of(answer, prompts[0], 350, 4)
-    assert "another prompt" in fault
-    del answer["choices"][0]["prompt_token_ids"], answer["__verbose"]["tokens"][-1]
-    fault, _ = faults_of(answer, prompts[0], 350, 4)
+    del answer["__verbose"]["tokens"][-1]
+    (fault,) = faults_of_answer(answer, prompts[0], 350, sampling)
     assert "usage.completion_tokens is 4, but the ids are 3" in fault
-    (fault,) = faults_of({"choices": []}, prompts[0], 350, 4)
-    assert "one completion was asked for" in fault
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"token_ids": None}, "no token ids"),
+        ({"token_ids": [1, 10]}, "not integers from 0 to 9: another model's"),
+        ({"token_ids": [1, "2"]}, "not integers from 0 to 9"),
+        ({"token_ids": []}, "no tokens, not even one that ends it"),
+        ({"token_ids": [1] * 5}, r"5 tokens, more than the 4 asked for \(max_tokens\)"),
+        ({"prompt_token_ids": [0, 3, 4]}, "another prompt than was sent"),
+    ],
+)
+def test_an_answer_that_would_give_a_wrong_number_is_refused(playing, changes, says):
+    """Ids of another model or of nothing, another prompt, more than was asked for."""
+    choice = {"token_ids": [1, 2], "prompt_token_ids": [3, 4], "logprobs": {"token_logprobs": [-0.5, -0.25]}}
+    playing.script = [(200, {}, json.dumps({"choices": [choice | changes]}).encode())]
+    there = CompletionsServer(f"{url_of(playing)}/v1", "demo")
+    answers = sample_completions(there, [[3, 4]], lambda p, s: s, Sampling(2, 4), vocab_size=10)
+    if says is None:
+        assert list(answers) == [[ServerResponse([1, 2], [-0.5, -0.25])] * 2]
+        return
+    with pytest.raises(InputError, match=f"^{url_of(playing)}/v1: .*{says}"):
+        list(answers)
 
 
 def test_what_the_server_refuses_is_said(server, checkpoint):
@@ -374,7 +392,7 @@ def test_a_server_that_stays_busy_ends_the_probe_with_one_line(playing, tmp_path
 
 
 def test_waiting_for_a_busy_server_is_bounded():
-    retry = urllib3.Retry(allowed_methods=None, **fetch.RETRIES)
+    retry = urllib3.Retry(**fetch.RETRIES)
     waits = []
     while not retry.is_exhausted():
         waits.append(retry.get_backoff_time())
@@ -389,26 +407,25 @@ def test_waiting_for_a_busy_server_is_bounded():
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ((307, {"Location": "http://example.com/"}, b""), "HTTP 307"),
+        ((307, {"Location": "http://example.com/"}, b""), "too many redirects"),
         ((200, {}, b"[1]"), "not a JSON object"),
         ((200, {}, b"{"), "not JSON"),
-        ((200, {}, b"[" * 200_000), "not JSON"),
-        ((200, {}, b'{"a": "' + b"x" * 300_000 + b'"}'), "more than 200,000 bytes"),
-        ((200, {"Content-Length": "99"}, b"{}"), "can't be reached|not JSON"),
+        ((200, {}, b"<html>502 Bad Gateway</html>"), "not JSON"),
+        ((200, {}, b'{"choices": [{"logprobs": {"token_logprobs": [NaN]}}]}'), "not JSON"),
+        ((200, {"Content-Length": "99"}, b'{"data": []'), "can't be reached"),
         ((404, {}, b"no `such` \x1b[31mmodel"), "HTTP 404 Not Found: no 'such'"),
     ],
 )
-def test_odd_answers_are_one_line(playing, monkeypatch, answer, says):
-    monkeypatch.setattr(fetch, "MOST_BYTES", 200_000)
+def test_odd_answers_are_one_line(playing, answer, says):
     playing.script = [answer]
     with pytest.raises(InputError, match=says):
         connect(url_of(playing))
 
 
-def test_a_server_that_drips_or_is_silent_does_not_hold_the_probe(monkeypatch):
+def test_a_server_that_is_silent_does_not_hold_the_probe():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
-        with pytest.raises(InputError, match="no whole answer within 0.5 seconds"):
+        with pytest.raises(InputError, match="can't be reached .*timed out"):
             connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.5)
         assert time.monotonic() - start < 10
 
@@ -431,3 +448,42 @@ def test_the_probe_through_a_server(address, tmp_path, capsys):
     command[1] = str(tmp_path / "other")
     assert probe_grad_vectors.main([*command, "--model-path", str(DEMO / "trained")]) == 0
     assert "another model's" in capsys.readouterr().err
+
+
+def test_a_server_that_ignores_seeds_ends_the_probe_with_one_line(playing, checkpoint, tmp_path, capsys):
+    playing.script = [MODELS, completion(checkpoint, "We see 8*3 makes 24. Thus 15*7 makes 105. It is \\boxed{129}.")]
+    command = ["--model-path", str(DEMO / "base"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--sampler", "openai", "--base-url", url_of(playing), "--num-prompts", "4", "--num-samples", "4"]
+    assert probe_grad_vectors.main(command) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: --base-url {url_of(playing)}: 12 of 16 responses repeat another one of")
+    assert said.endswith("does the server ignore a request's seed?")
+
+
+def test_a_signal_waits_for_no_request_under_way(tmp_path):
+    """A request may take the server ten minutes; who ends a probe, or Slurm, does not wait so long."""
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    class Slow(Playing):
+        def do_POST(self) -> None:
+            is_asked.set()
+            may_answer.wait(60)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        server.script, server.n_asked, server.keys = [MODELS], 0, set()
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        command = [sys.executable, str(DEMO.parent / "probe_grad_vectors.py"), "--model-path", str(DEMO / "base")]
+        command += ["--sampler", "openai", "--base-url", url_of(server), "--num-prompts", "2", "--num-samples", "2"]
+        probe = subprocess.Popen([*command, "--output-dir", str(tmp_path / "out"), "--device", "cpu"])
+        try:
+            assert is_asked.wait(120)
+            start = time.monotonic()
+            probe.terminate()
+            assert probe.wait(30) == 143
+            assert time.monotonic() - start < 15
+        finally:
+            may_answer.set()
+            probe.kill()
+            server.shutdown()
+            thread.join()

@@ -15,11 +15,11 @@ from gradprobe.rollouts.score import score_block, score_responses
 CPU = torch.device("cpu")
 
 
-def sample(model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, max_rows=256, rounds=1, **ends):
+def sample(model, prompts, n_samples, max_new_tokens, temperature=1.0, seed=0, max_rows=256, **ends):
     """All responses, [prompt][sample][token]."""
     sampling = Sampling(n_samples, max_new_tokens, temperature, **ends)
     uniforms = lambda p, s: rollout_uniforms(seed, p, s, max_new_tokens)  # noqa: E731
-    batches = sample_responses(model, prompts, uniforms, sampling, max_rows, rounds)
+    batches = sample_responses(model, prompts, uniforms, sampling, max_rows)
     return [samples for batch in batches for samples in batch]
 
 
@@ -103,15 +103,14 @@ def test_a_rollout_does_not_depend_on_the_batch_around_it():
 
 @pytest.mark.parametrize("unseen", [1, 5])
 @pytest.mark.parametrize("stop", [None, StopText("ab", lambda ids: "".join("abcde"[i % 5] for i in ids))])
-def test_a_rollout_that_takes_over_another_s_slot_is_as_it_would_be_alone(unseen, stop, monkeypatch):
+def test_a_rollout_among_others_that_end_is_as_it_would_be_alone(unseen, stop, monkeypatch):
     model, ends = tiny_model(3), frozenset(range(0, VOCAB_SIZE, 9))
     prompts = [[1, 2], [3], [4, 5, 6, 7, 8, 9, 10, 11], [9, 10, 11], [1]]
     alone = sample(model, prompts, 6, 30, end_ids=ends, max_rows=1, stop=stop, context=36)
     monkeypatch.setitem(sampling_module.STEPS_UNSEEN, "cpu", unseen)
     # What the cache was not yet given may hold anything.
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: x.new_full(shape, torch.nan))
-    for rounds in (1, 2, 7, 30):
-        assert sample(model, prompts, 6, 30, rounds=rounds, end_ids=ends, stop=stop, context=36) == alone
+    assert sample(model, prompts, 6, 30, end_ids=ends, stop=stop, context=36) == alone
 
 
 def test_responses_end_with_the_first_end_of_sequence_id(checkpoint_dir):

@@ -1,82 +1,64 @@
 """What a verifier's process does: it loads the verifier, says what identifies its code, and judges answers."""
 
+import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import json
 import logging
 import os
 import re
+import resource
+import signal
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
 from .boxed import is_correct
-from .child import Answer, Answering, Child, described, limit_memory
 from .gym import GYM_VERIFIER, load_gym_verifier
-from .own_modules import identity_of
 
 BLANKS = re.compile("[ \\t]{2,}")
 MEMORY_SHARE = 0.5
 """Of the machine's memory, what a verifier may allocate."""
+PR_SET_PDEATHSIG = 1
+INSTALLED = {"site-packages", "dist-packages"}
+"""Directories of this name hold libraries, which have versions."""
 
 Judge = Callable[[str, str], bool]
 
 
-class VerifierProcess(Child):
-    """Parent's side: one running verifier. Use it as a context manager: leaving it ends the process.
-
-    Attributes:
-        description: the verifier's name and what identifies its code.
-
-    Raises:
-        InputError: the verifier can't be loaded.
-    """
-
-    def __init__(self, name: str, seconds: float):
-        super().__init__(f"{__name__}:serve_verdicts", {"name": name}, seconds)
-        self.seconds = seconds
-        self.description: dict[str, Any] = self.greeting.get("description", {})
-        if not self.description:
-            self.end()
-            raise InputError(f"`verifier` {name}: {self.greeting.get('error')}")
-
-    def judge(self, response: str, ground_truth: str) -> bool | str:
-        """The verdict, or why there is none; after a time-out `is_alive` is False."""
-        answer = self.ask({"response": response, "ground_truth": ground_truth}, self.seconds)
-        if isinstance(answer.get("correct"), bool):
-            return answer["correct"]
-        if "error" not in answer:
-            self.end()
-        return str(answer.get("error", "its answer is neither a verdict nor an error"))
-
-
-# The child's side
-
-
-def serve_verdicts(opening: Answer) -> tuple[Answer, Answering | None]:
-    """What `child.serve` asks for: the verifier's description, and its verdict on each question."""
-    limit_memory(int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE))
+def main(name: str) -> None:
+    """Describe the verifier of a name, then judge answers until nobody asks any more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with its parent, whatever it is doing
+    with suppress(ValueError, OSError):  # a lower limit is set already
+        most = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a verifier prints is no answer
     try:
-        judge, description = _load(opening["name"])
+        judge, said = BY_LIBRARY[name]() if name in BY_LIBRARY else _load_function(name)
     except InputError as error:
-        return {"error": str(error)}, None
-    return {"description": description}, lambda question: _answer(judge, **question)
+        judge, said = None, {"error": str(error)}
+    print(json.dumps(said), file=answers, flush=True)
+    for line in sys.stdin if judge else ():
+        print(json.dumps(_answer(judge, **json.loads(line))), file=answers, flush=True)
 
 
-def _answer(judge: Judge, response: str, ground_truth: str) -> Answer:
+def _answer(judge: Judge, response: str, ground_truth: str) -> dict[str, Any]:
     try:
         correct = judge(response, ground_truth)
     # Anybody's code runs here and may raise anything; whatever it is, it is reported as this answer's error.
     except Exception as error:
-        return {"error": f"raised {described(error)}"}
+        return {"error": f"raised {type(error).__name__}: {error}"}
     if not isinstance(correct, bool):
         return {"error": f"returned {type(correct).__name__}, not bool"}
     return {"correct": correct}
-
-
-def _load(name: str) -> tuple[Judge, dict[str, Any]]:
-    return BY_LIBRARY[name]() if name in BY_LIBRARY else _load_function(name)
 
 
 def _load_function(name: str) -> tuple[Judge, dict[str, Any]]:
@@ -91,7 +73,7 @@ def _load_function(name: str) -> tuple[Judge, dict[str, Any]]:
             ) from error
         raise InputError(f"its module can't be imported ({error})") from error
     except Exception as error:  # as in _answer
-        raise InputError(f"its module, when imported, raised {described(error)}") from error
+        raise InputError(f"its module, when imported, raised {type(error).__name__}: {error}") from error
     function: Any = module
     for part in path.split("."):
         if not hasattr(function, part):
@@ -100,7 +82,25 @@ def _load_function(name: str) -> tuple[Judge, dict[str, Any]]:
     if not callable(function):
         raise InputError(f"'{path}' is of type {type(function).__name__}, not a function")
     _check_arguments(function)
-    return function, {"name": name, **identity_of(module_name, before)}
+    return function, {"name": name, **_identity_of(module_name, before)}
+
+
+def _identity_of(module: str, loaded_before: Collection[str]) -> dict[str, Any]:
+    """The hash of a module and all that importing it has loaded from the user's own directories; of several, the names.
+
+    Of a single file `source_sha256` is that of its bytes. What is imported only when a function runs is not seen.
+    """
+    libraries = [Path(sysconfig.get_path(which)) for which in ("stdlib", "platstdlib")] + [Path(__file__).parents[1]]
+    hashes = {}
+    for name in sorted({module, *sys.modules} - set(loaded_before)):
+        file = Path(getattr(sys.modules[name], "__file__", None) or os.devnull).absolute()
+        is_own = not INSTALLED & set(file.parts) and not any(map(file.is_relative_to, libraries))
+        if file.is_file() and (is_own or name == module):
+            hashes[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if len(hashes) == 1:
+        return {"source_sha256": next(iter(hashes.values()))}
+    listed = "".join(f"{name} {sha256}\n" for name, sha256 in hashes.items())
+    return {"source_sha256": hashlib.sha256(listed.encode()).hexdigest(), "modules": list(hashes)}
 
 
 def _check_arguments(function: Callable[..., Any]) -> None:

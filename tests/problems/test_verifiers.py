@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.problems.boxed import BOX, is_correct, last_boxed
-from gradprobe.problems.verify import RunningVerifier, Verdict, Verifier, load_verifier
-from gradprobe.problems.verify_process import VerifierProcess
+from gradprobe.problems.verifiers import RunningVerifier, Verdict, Verifier, load_verifier
 
 ROOT = Path(__file__).parents[2]
 
@@ -204,6 +205,7 @@ def odd(response, ground_truth):
         while True:
             try: time.sleep(1)
             except BaseException: pass
+    if response == "leak": return bool(bytearray(1 << 37))  # 128 GiB
     if response == "child":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
         open(ground_truth, "w").write(f"{os.getpid()} {child.pid}")
@@ -266,7 +268,7 @@ def test_a_function_of_ones_own(own_verifiers, capfd):
     assert verifier.description == {"name": "own:same", "source_sha256": sha256}
     pairs = [("a", "a"), ("a", "b"), ("\ud800", "\ud800"), ("x" * 10**6, "x" * 10**6), ("a\nb", "a\nb")]
     assert [verdict.correct for verdict in judged(verifier, pairs)] == [True, False, True, True, True]
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr().out == ""  # a result of ours would stand there
     assert judged(load_verifier("own:Grader.judge"), [("a", "b")]) == [Verdict(True)]
 
 
@@ -276,6 +278,7 @@ def test_a_function_of_ones_own(own_verifiers, capfd):
         ("raise", "raised ValueError: no such\nanswer"),
         ("deep", "raised RecursionError: maximum recursion depth exceeded"),
         ("int", "returned int, not bool"),
+        ("leak", "raised MemoryError"),
         ("none", "returned NoneType, not bool"),
         ("exit", "its process ended by itself (exit status 7)"),
         ("leave", "its process ended by itself (exit status 1)"),
@@ -334,7 +337,7 @@ def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how
         "    return sum(range(10**12)) > 0\n"
     )
     script = (
-        "from gradprobe.problems.verify import RunningVerifier, load_verifier; "
+        "from gradprobe.problems.verifiers import RunningVerifier, load_verifier; "
         "RunningVerifier(load_verifier('stuck:f'), 600).judge('', '')"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -350,13 +353,6 @@ def test_the_process_dies_with_its_parent_even_while_it_hangs(own_verifiers, how
         parent.kill()
         parent.wait()
     wait_until_gone([pid])
-
-
-@pytest.mark.slow
-def test_the_clock_in_the_child_ends_it_if_nobody_else_does(own_verifiers):
-    with VerifierProcess("own:odd", seconds=0.5) as process:
-        process.seconds = 60  # the parent's patience, not the child's
-        assert process.judge("spin", "") == "its process ended by itself (exit status 1)"
 
 
 @pytest.mark.parametrize(
@@ -424,3 +420,79 @@ def test_math_verify():
 def test_math_verify_is_stopped_too():
     pairs = [(r"\boxed{9^{9^9}}", "5"), (r"\boxed{5}", "5")]
     assert judged(load_verifier("math-verify"), pairs, 5) == [Verdict(None, "took longer than 5 s"), Verdict(True)]
+
+
+# What identifies its code
+
+MODULES = {
+    "checker.py": "from helper import same\nimport json, numpy\n\ndef f(response, ground_truth):\n"
+    "    return same(response, ground_truth)\n",
+    "helper.py": "from tools.texts import clean\n\ndef same(a, b): return clean(a) == clean(b)\n",
+    "tools/texts.py": "from .inner import strip as clean\n",
+    "tools/inner.py": "def strip(text): return text.strip()\n",
+    "beside.py": "never imported\n",
+}
+
+
+@pytest.fixture
+def several(tmp_path, monkeypatch) -> Path:
+    """A verifier that imports from three files around it."""
+    for name, content in MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_a_verifier_imports_is_part_of_its_description(several):
+    description = load_verifier("checker:f").description
+    imported = {name.removesuffix(".py").replace("/", ".") for name in MODULES} - {"beside"}
+    assert set(description["modules"]) == imported
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_change_of_what_it_imports_changes_its_description(several, name):
+    before = load_verifier("checker:f").description
+    with (several / name).open("a") as file:
+        file.write("# changed\n")
+    assert (load_verifier("checker:f").description != before) == (name != "beside.py")
+
+
+def test_a_package_of_ones_own_is_seen_whole(several):
+    (several / "graders").mkdir()
+    (several / "graders/__init__.py").write_text("from . import rules\n")
+    (several / "graders/rules.py").write_text("from .words import f\n")
+    (several / "graders/words.py").write_text("def f(response, ground_truth): return True\n")
+    before = load_verifier("graders.rules:f").description
+    assert before["modules"] == ["graders", "graders.rules", "graders.words"]
+    (several / "graders/__init__.py").write_text("from . import rules  # changed\n")
+    assert load_verifier("graders.rules:f").description["source_sha256"] != before["source_sha256"]
+
+
+def test_a_change_while_it_runs_is_refused(several):
+    verifier = load_verifier("checker:f")
+    (several / "helper.py").write_text("def same(a, b): return True\n")
+    with RunningVerifier(verifier) as running, pytest.raises(InputError, match="`verifier` checker:f: its source has"):
+        running.judge("a", "b")
+
+
+def test_a_helper_edited_between_kill_and_resume_is_refused(
+    several, checkpoint_dir, problems_file, monkeypatch, capsys
+):
+    arguments = ["--model-path", checkpoint_dir, "--dataset", problems_file, "--output-dir", several / "out"]
+    arguments += ["--num-prompts", 2, "--num-samples", 2, "--max-new-tokens", 5, "--device", "cpu", "--bins", 2]
+    arguments = [*map(str, arguments), "--verifier", "checker:f"]
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradprobe.probe.run.write_gradients", interrupted)
+        assert probe_grad_vectors.main(arguments) == 130
+    shutil.copytree(several / "out", several / "copy")
+    (several / "tools/inner.py").write_text("def strip(text): return text.strip().lower()\n")
+    assert probe_grad_vectors.main(arguments) == 2
+    assert "source_sha256" in capsys.readouterr().err
+    assert (several / "out/rollouts.jsonl").read_bytes() == (several / "copy/rollouts.jsonl").read_bytes()
+    (several / "tools/inner.py").write_text(MODULES["tools/inner.py"])
+    assert probe_grad_vectors.main(arguments) == 0

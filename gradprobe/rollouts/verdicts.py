@@ -1,0 +1,100 @@
+"""Whether a completion from elsewhere is correct, by what its file says of it: a verdict, a reward, or neither."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..common.errors import FaultyRecord
+from ..common.fields import is_finite
+from .formats import TRUTH_KEYS
+
+VERIFIER, ANEW = "the verifier", "`correct_from` verifier judges them anew"
+VERDICTS = ("correct", "acc")
+"""Fields that hold verdicts, by themselves or (verl's `acc`) as 1 and 0."""
+NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "completion_ids", *TRUTH_KEYS}
+"""TRL's columns that are no reward; each reward function has a column of its name."""
+
+
+@dataclass
+class Verdicts:
+    """Takes the verdict from a completion's fields; None leaves it to the verifier.
+
+    Attributes:
+        format: of the file.
+        correct_from, correct_above: as of `read_rollouts`.
+        places: where each kind of verdict that was kept is first: a field, a field and its threshold, or the verifier.
+    """
+
+    format: str
+    correct_from: str
+    correct_above: float | None
+    places: dict[str, str] = field(default_factory=dict)
+
+    def of(self, fields: dict[str, Any]) -> tuple[bool | None, str]:
+        """The verdict, and what it is from."""
+        key = self._key(fields)
+        if key is None:
+            return None, VERIFIER
+        value = fields[key]
+        if isinstance(value, bool) or self._is_verdict(key, value):
+            return bool(value), key
+        if not is_finite(value):
+            raise FaultyRecord(f"'{key}' is {json.dumps(value)[:40]}, no verdict: {ANEW}")
+        if self.correct_above is None:
+            raise FaultyRecord(
+                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, {ANEW}"
+            )
+        return value > self.correct_above, f"{key} > {self.correct_above:g}"
+
+    def keep(self, source: str, where: str) -> None:
+        """Count a rollout whose verdict is from `source`; `FaultyRecord` if others' are from elsewhere."""
+        first, place = next(iter(self.places.items()), (source, where))
+        if source != first:
+            said, before = (name if name == VERIFIER else f"'{name}'" for name in (source, first))
+            raise FaultyRecord(
+                f"would take its verdict from {said}, {place} from {before}: one file needs one kind; "
+                "`correct_from` names a field that all have, or verifier"
+            )
+        self.places[source] = place
+
+    @property
+    def source(self) -> str:
+        """What all verdicts are from."""
+        return next(iter(self.places), VERIFIER).removeprefix("the ")
+
+    def reward(self, fields: dict[str, Any]) -> float | None:
+        """What a completion was rewarded with, where one number is known; none goes with a verdict made anew."""
+        if self.correct_from == "verifier":
+            return None
+        named = self._reward_keys(fields) if self.correct_from == "auto" else [self.correct_from]
+        found = [fields[key] for key in named if is_finite(fields.get(key))]
+        return float(found[0]) if len(found) == 1 else None
+
+    def _is_verdict(self, key: str, value: Any) -> bool:
+        """Whether a value is a verdict as it stands: true or false, or `acc` (or `correct`) as 1 or 0."""
+        if isinstance(value, bool):
+            return key in VERDICTS
+        # With a threshold for it, a number in `correct` is a reward; verl's `acc` is one only where it is asked for.
+        is_reward = self.correct_above is not None and (key != "acc" or self.correct_from == key)
+        return key in VERDICTS and not is_reward and is_finite(value) and value in (0, 1)
+
+    def _key(self, fields: dict[str, Any]) -> str | None:
+        if self.correct_from == "verifier":
+            return None
+        if self.correct_from != "auto":
+            if self.correct_from not in fields:
+                raise FaultyRecord(f"`correct_from` {self.correct_from}: key '{self.correct_from}' is missing")
+            return self.correct_from
+        for key in VERDICTS:
+            if self._is_verdict(key, fields.get(key)):
+                return key
+        rewards = [key for key in self._reward_keys(fields) if type(fields.get(key)) in (int, float)]
+        if len(rewards) > 1:
+            raise FaultyRecord(f"several rewards; `correct_from` names one of {', '.join(rewards)}, or verifier")
+        return rewards[0] if rewards else None
+
+    def _reward_keys(self, fields: dict[str, Any]) -> Sequence[str]:
+        if self.format == "trl":
+            return [key for key in fields if key not in NO_REWARDS]
+        return ("score",) if self.format == "verl" else ("correct", "score", "reward")
