@@ -271,13 +271,13 @@ def judged(name: str) -> tuple[str, str]:
         sampler = "sampled side by side" if keeps_tokens_apart(model) else "sampled prompt by prompt"
         target, refused = all_maps(model)
         try:
-            refuse_unfit(model, name, [target], is_sampled=True)
+            refuse_unfit(GradientEngine(model, [target]), name, is_sampled=True)
             wrong, total = wrong_tokens(model)
             if wrong:
                 return WRONG, f"{wrong} of {total} sampled tokens"
         except InputError:
             sampler = "not sampled"
-            refuse_unfit(model, name, [target], is_sampled=False)
+            refuse_unfit(GradientEngine(model, [target]), name, is_sampled=False)
         score = worst_score(model)
         if not score < LARGEST_ERROR:
             return WRONG, f"log π by {score:.1e} nats"

@@ -137,6 +137,7 @@ class GradientEngine:
     by_hand: bool = True
     _taps: dict[Weight, _Tap] = field(init=False)
     _blocks: list[Block] | None = field(init=False, default=None)
+    _is_tried: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._taps = {}
@@ -177,8 +178,7 @@ class GradientEngine:
         # Tokens behind the last chosen position contribute nothing; log π of the token at q comes out of q - 1.
         inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(chosen[i].positions[-1])] for i in rollouts]
         refuse_lengths(self.model, max(map(len, inputs)), "`rollouts`")
-        if self.by_hand and self._blocks is None and not is_spread(self.model):
-            self._blocks = blocks_of(self.model, self._lowest, self._taps)
+        self.try_blocks()
 
         def run(batch: list[int]) -> tuple[list[_Gradient], list[torch.Tensor]]:
             gradients = []
@@ -196,6 +196,12 @@ class GradientEngine:
         for batch, (found, gradients) in run_in_batches([len(x) for x in inputs], budget, run, done):
             members = np.array([rollouts[batch[g.rollout]] for g in found])
             yield members, np.array([g.k for g in found]), gradients
+
+    def try_blocks(self) -> None:
+        """Find out, once, whether the model can be run by hand."""
+        if not self._is_tried and self.by_hand and not is_spread(self.model):
+            self._blocks = blocks_of(self.model, self._lowest, self._taps)
+        self._is_tried = True
 
     def rollouts_of(self, chosen: list[Chosen]) -> list[int]:
         """The rollouts that have gradients at all."""

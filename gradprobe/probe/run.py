@@ -71,7 +71,8 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         checkpoint = load_checkpoint(settings.checkpoint, plan.device, plan.dtype, plan.attention, plan.placement)
         refuse_changed_model(plan, checkpoint)
         is_sampled = settings.rollouts is None and settings.sampler == "own"
-        refuse_unfit(checkpoint.model, settings.model_path, plan.targets, is_sampled)
+        engine = GradientEngine(checkpoint.model, plan.targets)
+        refuse_unfit(engine, settings.model_path, is_sampled)
     chunks = list(chunks_of(plan.source.rows_per_prompt, plan.sample_rows))
     prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
     with closing(Progress(settings.output_dir, prompts)) as growing:
@@ -84,7 +85,6 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
             return
         edges = plan.edges or fitted_edges(tokens.score, settings.bins)
         chosen = choose(plan, rollouts, np.array(edges["entropy_edges"]))
-        engine = GradientEngine(checkpoint.model, plan.targets)
         write_gradients(plan, engine, rollouts, chosen, growing, watch)
     lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)

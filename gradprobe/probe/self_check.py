@@ -1,8 +1,8 @@
 """Whether a model is what sampling, scoring and differentiating take it for, tried out before hours are spent.
 
-No list of architectures can know the next one. So four things are looked at on a few random tokens, at the first
-positions and, where the model takes positions, at the last of its context (what a model does to positions beyond some
-bound shows there without a long sequence):
+No list of architectures can know the next one. So four things are looked at on a few random tokens; gradients, and rows
+of a batch against each other, near the end of the model's context, where it takes positions: what it does beyond some
+bound shows there without a long sequence.
 
 - the sampler's logits, token by token behind its cache, against a full pass over each rollout alone;
 - scores of rollouts side by side, padded on the right, and of rollouts behind a shared prompt, against the same;
@@ -67,42 +67,39 @@ class _Rollout:
         return self.prompt + self.response
 
 
-def refuse_unfit(model: nn.Module, path: str, targets: Sequence[AnyTarget], is_sampled: bool) -> None:
-    """Try the model out.
+def refuse_unfit(engine: GradientEngine, path: str, is_sampled: bool) -> None:
+    """Try the engine's model out.
 
     Args:
-        model: frozen, in eval mode.
-        path: what it is called in a refusal.
-        targets: whose gradients will be taken.
+        engine: that will take the gradients.
+        path: what its model is called in a refusal.
         is_sampled: by the model itself; else the sampler is left out.
 
     Raises:
         InputError: what differs, by how much, and what to do.
     """
-    check = _Check(model, path, _some(targets))
+    check = _Check(engine, path)
     with torch.no_grad():
-        rollouts = check.random()
-        check.scores(check.sampled(rollouts) if is_sampled else rollouts)
-        check.gradients(rollouts, is_climbed=True)
-        late = _last_start(model)
+        rollouts = check.sampled(check.random()) if is_sampled else check.random()
+        check.scores(rollouts)
+        late = _last_start(engine.model)
+        engine.try_blocks()  # at positions of its own
+        with check.shifted(torch.tensor(late)):
+            check.gradients(rollouts)
         if late:
-            with check.shifted(torch.tensor(late)):
-                if is_sampled:
-                    check.sampled(rollouts)
-                else:
-                    check.scores(rollouts)
-                check.gradients(rollouts)
             check.neighbours(rollouts[0], late)
 
 
 class _Check:
-    def __init__(self, model: nn.Module, path: str, targets: list[AnyTarget]) -> None:
-        self.model, self.path, self.targets = model, path, targets
-        self.engine, self.linears = GradientEngine(model, targets), linears_of(model, targets)
+    def __init__(self, engine: GradientEngine, path: str) -> None:
+        self.engine, self.model, self.path, model = engine, engine.model, path, engine.model
+        some, linears = _some(engine.targets), linears_of(model, engine.targets)
+        self.linears = {weight: linear for weight, linear in linears.items() if weight in some}
         self.device, self.embedding = input_device(model), model.get_input_embeddings()
         # Also under float64 weights transformers computes norms in float32.
         self.tolerance = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
         self.where = ""
+        self._alone: dict[tuple[int, ...], torch.Tensor] = {}  # logits
 
     @contextmanager
     def shifted(self, by: torch.Tensor) -> Iterator[None]:
@@ -189,43 +186,46 @@ class _Check:
     def neighbours(self, rollout: _Rollout, late: int) -> None:
         """Rows of a batch at early and late positions are what each is alone."""
         starts, ids = torch.tensor([[0], [late]]), pad_right([rollout.tokens], self.device)
-        alone = []
-        for start in starts:
-            with self.shifted(start):
-                alone.append(decoder_hidden(self.model, ids)[0])
+        alone = [self._logits(rollout.tokens)]
+        with self.shifted(starts[1]):
+            alone.append(self._logits(rollout.tokens))
         with self.shifted(starts):
-            together = decoder_hidden(self.model, ids.repeat(2, 1))
+            together = decoder_hidden(self.model, ids.repeat(2, 1))[:, :-1]
         self._refuse(
-            _share(*(head_logits(self.model, torch.cat(list(hidden))) for hidden in (together, alone))),
+            _share(head_logits(self.model, together.flatten(0, 1)), torch.cat(alone)),
             self.tolerance,
             f"in one batch near positions 0 and {late} its logits differ from those alone, in units of their spread",
             "a short rollout changes with the longest beside it",
         )
 
-    def gradients(self, rollouts: list[_Rollout], is_climbed: bool = False) -> None:
+    def gradients(self, rollouts: list[_Rollout]) -> None:
         """The targets' gradients, of log π of a whole response, are autograd's; and autograd's are the model's."""
-        expected = self._reference(rollouts[-1], is_climbed)  # of the shorter, which is padded beside the other
+        expected = self._reference(rollouts[-1])  # of the shorter, which is padded beside the other
         chosen = [Chosen.pooled(np.zeros(RESPONSE, dtype=int)) for _ in rollouts]
         prompts, responses = [r.prompt for r in rollouts], [r.response for r in rollouts]
         with torch.enable_grad():
             batches = list(self.engine.batches(prompts, responses, chosen, MOST_TOKENS))
         for members, _, gradients in batches:
-            for target, found in zip(self.targets, gradients, strict=True):
+            for target, found in zip(self.engine.targets, gradients, strict=True):
                 self._compare(target, found[list(members).index(len(rollouts) - 1)], expected)
 
     def _compare(self, target: AnyTarget, found: torch.Tensor, wholes: dict[Weight, torch.Tensor]) -> None:
+        compared = [weight for weight in target.weights if weight in wholes]
+        if not compared:
+            return
         if isinstance(target, Target):
             whole = wholes[target.weights[0]]
             expected = _wide(whole[target.row_idx])
             usual = torch.linalg.vector_norm(whole, dtype=expected.dtype) / len(whole) ** 0.5
         else:
-            parts = [self._projected(target, weight, wholes[weight]) for weight in target.weights]
-            for weight, part, of_part in zip(target.weights, parts, found.split(len(parts[0])), strict=True):
+            part_of = dict(zip(target.weights, found.chunk(len(target.weights)), strict=True))
+            parts = [self._projected(target, weight, wholes[weight]) for weight in compared]
+            for weight, part in zip(compared, parts, strict=True):
                 # However small beside the others: Mamba's `dt_proj.weight` is multiplied with, its map not called.
-                lost = float(part.norm()) if not of_part.any() else 0.0
+                lost = float(part.norm()) if not part_of[weight].any() else 0.0
                 what = f"{full_name(self.model, weight)} is used without its map, and its gradient lost"
                 self._refuse(lost, 0.0, what, "name other weights than all")
-            expected = torch.cat(parts)
+            found, expected = torch.cat([part_of[weight] for weight in compared]), torch.cat(parts)
             usual = expected.norm()
         off = (found.to(expected) - expected).norm()
         scale = expected.norm() + 0.1 * usual  # a row of next to no gradient is measured by what rows usually have
@@ -241,7 +241,7 @@ class _Check:
         left, right = (torch.from_numpy(side).to(_wide(whole)) for side in sides)
         return (left @ _wide(whole) @ right.T).flatten()
 
-    def _reference(self, rollout: _Rollout, is_climbed: bool) -> dict[Weight, torch.Tensor]:
+    def _reference(self, rollout: _Rollout) -> dict[Weight, torch.Tensor]:
         """∂ log π of a response with respect to whole weights, [out, in], by autograd.
 
         Where a weight can't have a gradient (quantised, or elsewhere until it is needed), by its map's inputs and
@@ -279,7 +279,7 @@ class _Check:
         finally:
             for weight in weights.values():
                 weight.requires_grad_(False)
-        if is_climbed and not _chooses_experts(self.model):
+        if not _chooses_experts(self.model):
             self._climb(rollout, leaves[0].detach(), slope)
         wholes, deltas = {}, iter(found)
         for weight, linear in self.linears.items():
@@ -319,8 +319,13 @@ class _Check:
         return logits.double().log_softmax(-1).gather(-1, ids[:, -RESPONSE:, None]).sum((1, 2))
 
     def _logits(self, tokens: list[int]) -> torch.Tensor:
-        """[tokens - 1, vocab] of a pass over these alone."""
-        return self.model(input_ids=pad_right([tokens], self.device), use_cache=False).logits[0, :-1]
+        """[tokens - 1, vocab] of a pass over these alone; made once where nothing is shifted."""
+        if self.where or tuple(tokens) not in self._alone:
+            logits = self.model(input_ids=pad_right([tokens], self.device), use_cache=False).logits[0, :-1]
+            if self.where:
+                return logits
+            self._alone[tuple(tokens)] = logits
+        return self._alone[tuple(tokens)]
 
     def _refuse(self, found: float, most: float, what: str, remedy: str) -> None:
         if not found <= most:  # NaN too
@@ -357,20 +362,12 @@ def _last_start(model: nn.Module) -> int:
     return max(0, min(ends, default=0) - LONGEST)
 
 
-def _some(targets: Sequence[AnyTarget]) -> list[AnyTarget]:
-    """These targets, of at most `MOST_WEIGHTS` weights: every kind of them, spread over the layers."""
+def _some(targets: Sequence[AnyTarget]) -> set[Weight]:
+    """At most `MOST_WEIGHTS` of their weights: every kind of them, spread over the layers."""
     kinds: dict[str, list[Weight]] = {}
     for weight in dict.fromkeys(weight for target in targets for weight in target.weights):
         kinds.setdefault(weight[1], []).append(weight)
     of_kinds = list(kinds.values())[:MOST_WEIGHTS]
     n = MOST_WEIGHTS // len(of_kinds) * len(of_kinds)
-    kept = set()
-    for k in range(n):
-        weights = of_kinds[k % len(of_kinds)]
-        kept.add(weights[k * (len(weights) - 1) // max(1, n - 1)])
-    found = []
-    for target in targets:
-        weights = tuple(weight for weight in target.weights if weight in kept)
-        if weights:
-            found.append(target if isinstance(target, Target) else replace(target, weights=weights))
-    return found
+    weights = [of_kinds[k % len(of_kinds)] for k in range(n)]
+    return {of_kind[k * (len(of_kind) - 1) // max(1, n - 1)] for k, of_kind in enumerate(weights)}
