@@ -7,60 +7,44 @@ from pathlib import Path
 from torch import nn
 
 from ..common.errors import InputError, first_of
-from .source import BASE, READING_ERRORS, WEIGHTS_ERRORS, checkpoints_inside, faults_as_input
+from .source import ADAPTER_WEIGHTS, BASE, READING_ERRORS, checkpoints_inside, faults_as_input
 
 log = logging.getLogger(__name__)
-WEIGHTS = "adapter_model.safetensors"
-SHOWN_WEIGHTS = 3
 
 
 def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
-    """The model with a PEFT adapter's change of its weights added to them.
-
-    Args:
-        adapter: a local directory, or a name on the Hub.
-        base: where `model` comes from; an adapter that names another base is said.
-
-    Raises:
-        InputError: peft is not installed, or there is no such adapter, or it fits another model, or is no change of
-            weights (prompt tuning).
-    """
+    """The model, which comes from `base`, with a PEFT adapter's change of its weights added to them."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise InputError(f"`adapter` {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
-    directory = Path(adapter)
-    is_local = directory.exists()
-    if is_local and not (directory / WEIGHTS).is_file():
-        inside = checkpoints_inside(directory)
+    is_local = Path(adapter).exists()
+    if is_local and not (Path(adapter) / ADAPTER_WEIGHTS).is_file():
+        inside = checkpoints_inside(Path(adapter))
         what_to_do = f"name one of those inside: {first_of(inside)}" if inside else "other formats are not read"
-        raise InputError(f"`adapter` {adapter}: no {WEIGHTS} in it; {what_to_do}")
+        raise InputError(f"`adapter` {adapter}: no {ADAPTER_WEIGHTS} in it; {what_to_do}")
     fault = f"`adapter` {adapter}: can't be merged"
-    with faults_as_input(fault, READING_ERRORS):
+    with faults_as_input(fault):
         config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
     its_base = getattr(config, BASE)
     if its_base and not _are_alike(its_base, base):
         log.warning(f"`adapter` {adapter}: was trained on {its_base}, and is merged into {base}; is that the same?")
     # RuntimeError where shapes are others. What peft warns of is refused below, or a name that transformers gives up.
-    kinds, options = (*WEIGHTS_ERRORS, RuntimeError), {"use_safetensors": True, "local_files_only": is_local}
-    with warnings.catch_warnings():
+    options = {"use_safetensors": True, "local_files_only": is_local}
+    with faults_as_input(fault, (*READING_ERRORS, RuntimeError)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with faults_as_input(fault, kinds):
-            adapted = PeftModel.from_pretrained(model, adapter, config=config, **options)
+        adapted = PeftModel.from_pretrained(model, adapter, config=config, **options)
         if not hasattr(adapted, "merge_and_unload"):
             raise InputError(f"{fault}: is of type {config.peft_type.value}, which is no change of weights")
-        with faults_as_input(fault, kinds):
-            # Once more, for what it says: weights that found no place are passed over above.
-            found = adapted.load_adapter(adapter, "default", **options)
-    if found.unexpected_keys:
-        names = first_of(found.unexpected_keys, SHOWN_WEIGHTS)
-        raise InputError(f"{fault}: has weights of which the model has no part: {names}")
-    if found.missing_keys:
-        names = first_of(found.missing_keys, SHOWN_WEIGHTS)
-        raise InputError(f"{fault}: lacks weights for parts of the model: {names}")
+        # Once more, for what it says: weights that found no place are passed over above.
+        found = adapted.load_adapter(adapter, "default", **options)
+    without_place, lacking = (first_of(names, 3) for names in (found.unexpected_keys, found.missing_keys))
+    if without_place:
+        raise InputError(f"{fault}: has weights of which the model has no part: {without_place}")
+    if lacking:
+        raise InputError(f"{fault}: lacks weights for parts of the model: {lacking}")
     _untie(adapted.get_base_model())
-    with faults_as_input(fault, kinds):
-        return adapted.merge_and_unload()
+    return adapted.merge_and_unload()
 
 
 def _untie(model: nn.Module) -> None:

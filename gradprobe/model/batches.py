@@ -2,34 +2,28 @@
 
 import gc
 import logging
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 log = logging.getLogger(__name__)
 
 
-def pad_right(sequences: list[list[int]], device: torch.device, length: int | None = None) -> torch.Tensor:
+def pad_right(sequences: list[list[int]], device: torch.device) -> torch.Tensor:
     """Token ids as one [batch, length] tensor, zeros behind each row's own tokens."""
-    length = length or max(len(sequence) for sequence in sequences)
-    padded = torch.zeros((len(sequences), length), dtype=torch.long)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = torch.tensor(sequence)
-    return padded.to(device)
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids with zeros before them, and a mask that is 0 there, both [batch, length]."""
-    length = max(map(len, sequences))
-    padded = torch.zeros((len(sequences), length), dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for i, sequence in enumerate(sequences):
-        padded[i, length - len(sequence) :] = torch.tensor(sequence)
-        mask[i, length - len(sequence) :] = 1
-    return padded.to(device), mask.to(device)
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    of_both = rows, [torch.ones_like(row) for row in rows]
+    ids, mask = (pad_sequence(of_one, batch_first=True, padding_side="left") for of_one in of_both)
+    return ids.to(device), mask.to(device)
 
 
 Result = TypeVar("Result")
@@ -53,7 +47,7 @@ def run_in_batches(
 
     The longest come first so that what does not fit into memory shows at once. Where memory runs out, the batch is
     halved, once and for all, and run again; what was yielded before stays. A sequence longer than the budget is a
-    batch of its own.
+    batch of its own; where it alone does not fit, its error is raised.
 
     Args:
         lengths: of each sequence, in tokens.
@@ -63,35 +57,29 @@ def run_in_batches(
 
     Yields:
         (indices of a batch, what `run` returned for it).
-
-    Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: a single sequence does not fit.
     """
     budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
     left = set(range(len(lengths))) - set(done)
-    waiting = deque(sorted(left, key=lambda i: (-lengths[i], i)))
+    waiting = sorted(left, key=lambda i: (-lengths[i], i))
     while waiting:
         n_rows = max(1, min(len(waiting), budget.tokens // max(1, lengths[waiting[0]])))
-        batch = [waiting[k] for k in range(n_rows)]
+        batch = waiting[:n_rows]
         try:
             result = run(batch)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if n_rows == 1 or not is_out_of_memory(error):
                 raise
-            result = None
-        if result is None:
-            # Outside the except block: the exception's traceback would keep the batch's tensors alive.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            budget.tokens = n_rows * lengths[waiting[0]] // 2
-            message = f"out of memory with {n_rows} sequences of {lengths[waiting[0]]} tokens: halving the batch"
-            log.log(logging.DEBUG if budget.was_halved else logging.INFO, message)
-            budget.was_halved = True
+        else:
+            del waiting[:n_rows]
+            yield batch, result
             continue
-        for _ in batch:
-            waiting.popleft()
-        yield batch, result
+        # Outside the except block: the exception's traceback would keep the batch's tensors alive.
+        gc.collect()
+        torch.cuda.empty_cache()
+        budget.tokens = n_rows * lengths[batch[0]] // 2
+        message = f"out of memory with {n_rows} sequences of {lengths[batch[0]]} tokens: halving the batch"
+        log.log(logging.DEBUG if budget.was_halved else logging.INFO, message)
+        budget.was_halved = True
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint in: model and tokenizer, what identifies it, its layers, and its two halves (decoder and head)."""
+"""A checkpoint in: model and tokenizer, device and dtype, attention, and what ends a rollout."""
 
 import logging
 import sys
@@ -18,21 +18,11 @@ from ..common.errors import InputError, first_of, raise_if_any
 from .adapter import with_adapter
 from .decoder import decoder_of
 from .placement import Placement, input_device
-from .soundness import faults_of_names, faults_of_size, faults_of_weights, weights_left_out
-from .source import (
-    ADAPTER_CONFIG,
-    READING_ERRORS,
-    WEIGHTS_ERRORS,
-    CheckpointSource,
-    blaming,
-    faults_as_input,
-    refuse_unsound,
-)
+from .soundness import faults_of_files, faults_of_weights, weights_left_out
+from .source import ADAPTER_CONFIG, CheckpointSource, faults_as_input, named, refuse_other_folders
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
-NO_ADAPTERS = {"adapter_kwargs": {"subfolder": "no adapter is looked for"}}
-"""With peft, transformers puts an adapter whose files lie beside whole weights on top of them: it looks elsewhere."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -47,24 +37,14 @@ class Checkpoint:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU.
-
-    Raises:
-        InputError: a GPU is asked for and torch sees none, or something else than a GPU or the CPU.
-    """
+    """`auto` is the first GPU if there is one, else the CPU."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"`device` {name}: torch {torch.__version__} sees no GPU")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"`device` {name}: must be auto, cuda or cpu") from error
-    if device.type not in ("cuda", "cpu"):
-        raise InputError(f"`device` {name}: must be auto, cuda or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"`device` {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0")
-    return device
+        name = "cuda" if gpus else "cpu"
+    if name not in ("cpu", *(("cuda", *gpus) if gpus else ())):
+        seen = f"torch {torch.__version__} sees {len(gpus)} GPUs, counted from 0"
+        raise InputError(f"`device` {name}: must be auto, cpu, cuda or cuda:N; {seen}")
+    return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -73,6 +53,29 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bfloat16" if has_bfloat16 else "float32"
     return DTYPES[name]
+
+
+def resolve_attention(name: str, model: nn.Module) -> str:
+    """`auto` is `sdpa` where the architecture has it, else (Gemma 2) `eager`."""
+    if name == "auto":
+        return "sdpa" if type(model)._supports_sdpa else "eager"
+    return name
+
+
+def load_skeleton(source: CheckpointSource) -> nn.Module:
+    """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost."""
+    refuse_other_folders(source)
+    with faults_as_input(f"{named('model_path', source.path)}: can't be loaded"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source.path, **source.options)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    decoder_of(skeleton)  # refuses what we can't serve
+    if Path(source.path).is_dir():
+        faults = faults_of_files(Path(source.path), skeleton)
+        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults)
+    options = {key: value for key, value in source.options.items() if key != "trust_remote_code"}
+    with suppress(OSError):  # many checkpoints have none
+        skeleton.generation_config = GenerationConfig.from_pretrained(source.path, **options)
+    return skeleton
 
 
 def load_checkpoint(
@@ -84,27 +87,29 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load model and tokenizer; safetensors only. An adapter is merged in float32, before the weights are rounded.
 
+    Weights that it lacks (transformers would draw them at random), or that its config leaves no place for, are refused.
+
     Args:
         device: takes all of the model, unless there is a placement.
         attention: `sdpa`, `eager` or `flash_attention_2`, see `resolve_attention`.
         placement: spreads the weights over several devices.
-
-    Raises:
-        InputError: there is no such checkpoint, it can't be loaded, it lacks weights (transformers would draw them at
-            random) or has others that its config leaves no place for, it can't be run, its tokenizer has no
-            vocabulary, it names no end-of-sequence token, or an adapter would have to be merged into weights that are
-            spread.
     """
     source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
     if placement is not None and source.adapter is not None:
         raise InputError(f"`adapter` {source.adapter}: can't go with `device_map`; merge it into a checkpoint first")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
+    refuse_other_folders(source)
     tokenizer = load_tokenizer(source)
     if source.tokenizer_place[0] == "adapter":
         log.info(f"`adapter` {source.adapter}: its own tokenizer is taken, with its end token and chat template")
-    options = _where_weights_go(source, device, placement) | source.options
-    with blaming(source, WEIGHTS_ERRORS), _without_load_report():
+    where: dict[str, Any] = {}
+    if placement is not None:
+        where = {"device_map": placement.device_map, "max_memory": placement.max_memory}
+        where["offload_folder"] = placement.offload_dir
+    elif source.adapter is None and is_accelerate_available():
+        where = {"device_map": {"": device}}  # straight there: the CPU never holds a copy of the model
+    with faults_as_input(f"{named('model_path', source.path)}: can't be loaded"), _without_load_report():
         model, found = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=dtype if source.adapter is None else torch.float32,
@@ -112,76 +117,34 @@ def load_checkpoint(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            **NO_ADAPTERS,
-            **options,
+            # With peft, an adapter whose files lie beside whole weights would be put on top of them.
+            adapter_kwargs={"subfolder": "no adapter is looked for"},
+            **where,
+            **source.options,
         )
-    raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults_of_weights(model, found))
-    if left_out := weights_left_out(model, found):
-        log.warning(f"`model_path` {source.path}: weights of no part of the model are left out: {first_of(left_out)}")
+    whose = f"`model_path` {source.path}"
+    raise_if_any(f"{whose}: {fault}" for fault in faults_of_weights(model, found))
+    if left_out := sorted(weights_left_out(model, found)):
+        log.warning(f"{whose}: weights of no part of the model are left out: {first_of(left_out)}")
     if (Path(source.path) / ADAPTER_CONFIG).is_file():
         what = "holds whole weights and an adapter beside them, which is left out"
-        log.warning(f"`model_path` {source.path}: {what}; where it is no part of them yet, name it by `adapter`")
+        log.warning(f"{whose}: {what}; where it is no part of them yet, name it by `adapter`")
     if source.adapter is not None:
         model = with_adapter(model, source.adapter, source.path).to(dtype)
     if placement is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
     checkpoint = Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
-    _try_out(source, model)
-    return checkpoint
-
-
-def _try_out(source: CheckpointSource, model: nn.Module) -> None:
-    """Raise `InputError` where the model can't be run: what a config says may load, and yet not fit together."""
-    decoder_of(model)
     ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
-    with faults_as_input(f"`model_path` {source.path}: can't be run", READING_ERRORS), torch.inference_mode():
+    # An attention may load, and yet not run: flash_attention_2 in float32.
+    with faults_as_input(f"{whose}: can't be run", (ValueError, ImportError, RuntimeError)), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
-
-
-def _where_weights_go(source: CheckpointSource, device: torch.device, placement: Placement | None) -> dict[str, Any]:
-    """With accelerate, weights are read straight onto their device: the CPU never holds a copy of the model."""
-    if placement is not None:
-        return placement.options
-    is_direct = source.adapter is None and is_accelerate_available()
-    return {"device_map": {"": device}} if is_direct else {}
-
-
-def load_skeleton(source: CheckpointSource) -> nn.Module:
-    """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost.
-
-    Raises:
-        InputError: there is no such checkpoint, or no causal language model in it, or not one that can be served.
-    """
-    refuse_unsound(source)
-    with blaming(source, READING_ERRORS), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.path, **source.options)
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
-    decoder_of(skeleton)  # refuses what we can't serve
-    directory = Path(source.path)
-    if directory.is_dir():
-        faults = (*faults_of_size(directory, skeleton), *faults_of_names(directory, skeleton))
-        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults)
-    with suppress(OSError):  # many checkpoints have none
-        skeleton.generation_config = GenerationConfig.from_pretrained(
-            source.path, **{key: value for key, value in source.options.items() if key != "trust_remote_code"}
-        )
-    return skeleton
-
-
-def resolve_attention(name: str, model: nn.Module) -> str:
-    """`auto` is `sdpa` where the architecture has it, else (Gemma 2) `eager`."""
-    if name == "auto":
-        return "sdpa" if type(model)._supports_sdpa else "eager"
-    return name
+    return checkpoint
 
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Without transformers' coloured table of weights that are missing or left over, unless it was asked to say more.
-
-    These weights are refused, or named in a line.
-    """
+    """Without transformers' table of weights that are missing or left over, unless it was asked to say more."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(before if before < logging.WARNING else logging.ERROR)
     try:
@@ -191,26 +154,18 @@ def _without_load_report() -> Iterator[None]:
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """The union of what generation config, model config and tokenizer call end of sequence.
-
-    Raises:
-        InputError: one of them calls something else than ids of the vocabulary so, or none names any.
-    """
+    """The union of what generation config, model config and tokenizer call end of sequence."""
     found: set[int] = set()
-    name = getattr(model.config, "name_or_path", "") or type(model).__name__
-    size = model.config.get_text_config().vocab_size
-    generation_config = getattr(model, "generation_config", None)
-    for source in (generation_config, model.config.get_text_config(), tokenizer):
+    config = model.config.get_text_config()
+    whose = f"`model_path` {getattr(model.config, 'name_or_path', '') or type(model).__name__}"
+    for source in (getattr(model, "generation_config", None), config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(i) is int for i in listed):
-            fault = f"eos_token_id is neither a token id nor a list of them: {ids!r}"
-            raise InputError(f"`model_path` {name}: {type(source).__name__}: {fault}")
         # A tokenizer may know more tokens than the model, which then never draws them; a config that does is wrong.
-        if source is not tokenizer and not all(0 <= i < size for i in listed):
-            fault = f"eos_token_id {ids!r} is not within the vocabulary of {size}"
-            raise InputError(f"`model_path` {name}: {type(source).__name__}: {fault}")
+        if source is not tokenizer and not set(listed) <= set(range(config.vocab_size)):
+            fault = f"eos_token_id {ids!r} is not within the vocabulary of {config.vocab_size}"
+            raise InputError(f"{whose}: {type(source).__name__}: {fault}")
         found.update(listed)
     if not found:
-        raise InputError(f"`model_path` {name}: neither its configs nor its tokenizer name an end-of-sequence token")
+        raise InputError(f"{whose}: neither its configs nor its tokenizer name an end-of-sequence token")
     return frozenset(found)

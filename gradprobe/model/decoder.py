@@ -23,11 +23,7 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and module of the decoder's layers, found from the module tree.
-
-    Raises:
-        InputError: no module list has as many entries as the config has layers.
-    """
+    """Name and module of the decoder's layers: of a module list with as many entries as the config has layers."""
     n_layers = model.config.get_text_config().num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not lists:
@@ -45,9 +41,8 @@ def _is_linear_map(linear: nn.Module) -> bool:
     """Not so of what a model's own code derives from it: Llama 4's router gives a pair, DeepSeek V4's map groups."""
     if not type(linear).__module__.startswith(MODELS_OWN_CODE):
         return True
-    like = linear.weight
     try:
-        output = linear(torch.zeros(2, n_inputs(linear), dtype=like.dtype, device=like.device))
+        output = linear(linear.weight.new_zeros(2, n_inputs(linear)))
     except RuntimeError:
         return False
     return isinstance(output, torch.Tensor) and output.shape == (2, n_output_rows(linear))
@@ -67,10 +62,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The module whose hidden states the model hands to its head.
 
     That is its base model; but OPT and the decoders of Bart and its kin go past theirs, which is a shell, and Llama 4
-    gives its text model the prefix of the model around it.
-
-    Raises:
-        InputError: it is a decoder of Bart's kind, which counts positions by itself: from the padding on.
+    gives its text model the prefix of the model around it. A decoder of Bart's kind that counts positions by itself,
+    from the padding on, is refused.
     """
     base = model.base_model
     base = model.model if base is model and hasattr(model, "model") else base
@@ -83,32 +76,23 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_hidden(model: nn.Module, input_ids: torch.Tensor, **behind: Any) -> torch.Tensor:
-    """The decoder's last hidden states, final norm included.
+    """The decoder's last hidden states, [batch, length, hidden], final norm included, on the device of `input_ids`.
 
     No attention mask: under causal attention the padding at a row's right end is never seen by its own tokens.
 
     Args:
         input_ids: [batch, length], padded on the right.
         behind: `past_key_values` of the tokens before, where there are any, with mask and position ids of all.
-
-    Returns:
-        [batch, length, hidden], on the device of `input_ids` wherever the last layer is.
     """
     output = decoder_of(model)(input_ids=input_ids, use_cache="past_key_values" in behind, **behind)
     return output.last_hidden_state.to(input_ids.device)
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of chosen hidden states through the model's own head.
+    """Logits, [n, vocab], float32 at least, of chosen hidden states, [n, hidden], through the model's own head.
 
     The whole model is called with its decoder standing still, so that whatever else the head does (logit
     soft-capping, scaling) is done here too.
-
-    Args:
-        hidden: [n, hidden].
-
-    Returns:
-        [n, vocab], float32 at least.
     """
     with _decoder_returning(model, hidden[None]):
         dummy_ids = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)

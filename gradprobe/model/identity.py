@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,11 +10,10 @@ from torch import nn
 
 from ..common.errors import InputError
 from ..common.files import sha256_of
-from .adapter import WEIGHTS as ADAPTER_WEIGHTS
-from .source import CheckpointSource
+from .source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GENERATION_CONFIG, CheckpointSource
 
-WEIGHTS = ("config.json", "*.safetensors")
-ADAPTER = ("adapter_config.json", "*.safetensors")
+MODEL = (CONFIG, "*.safetensors")
+ADAPTER = (ADAPTER_CONFIG, "*.safetensors")
 CODE = ("*.py",)
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER += ("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*")
@@ -32,7 +31,8 @@ def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str,
     """
     directory = Path(source.path)
     if directory.is_dir():
-        identity = {"weights_sha256": sha256_of(*_whole_weights(directory))}
+        beside = ADAPTER_WEIGHTS  # an adapter's, which are left out
+        identity = {"weights_sha256": sha256_of(*(f for f in _matching(directory, MODEL) if f.name != beside))}
     else:
         identity = {"revision": getattr(model.config, "_commit_hash", None) or "unknown"}
     parameter, tokenizer = source.tokenizer_place
@@ -45,14 +45,14 @@ def checkpoint_identity(source: CheckpointSource, model: nn.Module) -> dict[str,
     if source.adapter is None:
         return identity
     adapter = Path(source.adapter)
-    is_local = (adapter / ADAPTER[0]).is_file()
+    is_local = (adapter / ADAPTER_CONFIG).is_file()
     return identity | {"adapter": sha256_of(*_matching(adapter, ADAPTER)) if is_local else source.adapter}
 
 
 def file_states(source: CheckpointSource) -> FileStates:
     """Name, size, inode and times of every local file that an identity is made of: cheap, and other after a write."""
     places = [
-        (source.path, (*WEIGHTS, *CODE, "generation_config.json")),
+        (source.path, (*MODEL, *CODE, GENERATION_CONFIG)),
         (source.adapter, ADAPTER),
         (source.tokenizer_place[1], TOKENIZER),
     ]
@@ -64,11 +64,7 @@ def file_states(source: CheckpointSource) -> FileStates:
 def refuse_changed_checkpoint(
     source: CheckpointSource, model: nn.Module, identity: Mapping[str, str], states: FileStates
 ) -> None:
-    """Raise `InputError` if the files are no more those that `identity` was made of.
-
-    Args:
-        states: as `file_states` gave them before the identity was made; only where they differ is all hashed again.
-    """
+    """Raise `InputError` if the files are no more those of `identity`: hashed again where `states` before it differ."""
     if file_states(source) != states and checkpoint_identity(source, model) != identity:
         raise InputError(
             f"`model_path` {source.path}: its files have changed while they were read; probe a copy that stays as it is"
@@ -87,15 +83,6 @@ def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
     return list(dict.fromkeys(f for pattern in patterns for f in sorted(directory.glob(pattern)) if f.is_file()))
 
 
-def _whole_weights(directory: Path) -> list[Path]:
-    """Without those of an adapter that lies beside them, which are left out."""
-    return [file for file in _matching(directory, WEIGHTS) if file.name != ADAPTER_WEIGHTS]
-
-
 def _sha256_by_name(directory: Path, patterns: tuple[str, ...]) -> str:
-    return hashlib.sha256("".join(_named_hashes(directory, patterns)).encode()).hexdigest()
-
-
-def _named_hashes(directory: Path, patterns: tuple[str, ...]) -> Iterator[str]:
-    for file in _matching(directory, patterns):
-        yield f"{file.relative_to(directory)} {sha256_of(file)}\n"
+    lines = (f"{file.relative_to(directory)} {sha256_of(file)}\n" for file in _matching(directory, patterns))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

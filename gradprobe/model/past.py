@@ -66,11 +66,7 @@ def length_limit(model: nn.Module) -> tuple[int, str] | None:
 
 
 def refuse_lengths(model: nn.Module, longest: int, what: str) -> None:
-    """Raise `InputError` where sequences of prompt and response, `longest` tokens at most, pass `length_limit`.
-
-    Args:
-        what: names them, and the parameter that they come from.
-    """
+    """Raise `InputError` where `what`, sequences of prompt and response, passes `length_limit`."""
     limit = length_limit(model)
     if limit is not None and longest > limit[0]:
         raise InputError(

@@ -311,8 +311,8 @@ def without_end(checkpoint: Path) -> None:
 
 CHECKPOINTS = {
     "no config": (lambda path: (path / "config.json").unlink(), "TMP/model", "no config.json"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), "TMP/model", "no *.safetensors"),
-    "pickled weights only": (pickled_weights, "TMP/model", "no *.safetensors"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), "TMP/model", "no model.safetensors"),
+    "pickled weights only": (pickled_weights, "TMP/model", "no model.safetensors", "hold code"),
     "config not JSON": (lambda path: (path / "config.json").write_text("{"), "TMP/model", "not a valid JSON"),
     "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "TMP/model", "JSON"),
     "config of nothing": (lambda path: (path / "config.json").write_text("{}"), "TMP/model", "model_type"),
@@ -321,7 +321,6 @@ CHECKPOINTS = {
     ),
     "code of its own": (own_code, "TMP/model", "custom code"),
     "size is a word": (lambda path: edit_json(path / "config.json", hidden_size="big"), "TMP/model", "hidden_size"),
-    "no heads": (lambda path: edit_json(path / "config.json", num_attention_heads=0), "TMP/model", "can't be loaded"),
     "weights cut short": (
         lambda path: os.truncate(path / "model.safetensors", 5000), "TMP/model", "can't be loaded", "header",
     ),

@@ -50,7 +50,7 @@ def test_memory_that_runs_out_is_no_bad_input(checkpoint_dir, monkeypatch, error
 
 
 @pytest.mark.parametrize("error", [AttributeError("x"), TypeError("x"), KeyError("x"), ValueError("x"), OSError("x")])
-@pytest.mark.parametrize("name", ["faults_of_weights", "end_token_ids", "_where_weights_go"])
+@pytest.mark.parametrize("name", ["faults_of_weights", "end_token_ids"])
 def test_bugs_of_ours_come_through(checkpoint_dir, monkeypatch, name, error):
     monkeypatch.setattr(checkpoint, name, raising(error))
     with pytest.raises(type(error)):
@@ -64,15 +64,15 @@ def test_faults_of_the_library_while_it_reads_weights_come_through(checkpoint_di
         load_checkpoint(str(checkpoint_dir), CPU, torch.float32)
 
 
-LYING_CONFIGS = [
-    *({"vocab_size": -1}, {"hidden_size": 0}, {"hidden_size": -4}, {"num_attention_heads": -1}, {"pad_token_id": 9999}),
-    *({"num_key_value_heads": 0}, {"hidden_act": "zzz"}, {"rope_parameters": {"rope_theta": "a"}}, {"dtype": "foo"}),
-    *({"layer_types": ["x"]}, {"model_type": ["a"]}, {"model_type": "t5"}, {"quantization_config": 5}, {"dtype": 7}),
+ILL_EDITED = [
+    *({"num_hidden_layers": "3"}, {"num_hidden_layers": 5}, {"rms_norm_eps": "1e-6"}, {"hidden_act": "zzz"}),
+    *({"layer_types": ["x"]}, {"rope_scaling": {"type": "spiral", "factor": 2.0}, "rope_parameters": None}),
+    *({"model_type": "t5"}, {"model_type": "vit"}),
 ]
 
 
-@pytest.mark.parametrize("changes", LYING_CONFIGS, ids=str)
-def test_configs_that_lie_are_bad_input(checkpoint_dir, tmp_path, changes):
+@pytest.mark.parametrize("changes", ILL_EDITED, ids=str)
+def test_configs_edited_by_mistake_are_bad_input(checkpoint_dir, tmp_path, changes):
     model = Path(shutil.copytree(checkpoint_dir, tmp_path / "model"))
     edit_json(model / "config.json", **changes)
     with pytest.raises(InputError, match="`model_path` .*can't be loaded: ") as caught:
@@ -81,8 +81,8 @@ def test_configs_that_lie_are_bad_input(checkpoint_dir, tmp_path, changes):
     assert str(caught.value).count("`") == 2  # transformers' own would pass for parameters
 
 
-@pytest.mark.parametrize("content", ['{"version": "1.0"}', "[]", "5", "{", '{"added_tokens": 5}'])
-def test_tokenizers_that_are_none_are_bad_input(checkpoint_dir, tmp_path, content):
+@pytest.mark.parametrize("content", ["", '{"version": "1.0",', "{}"])
+def test_tokenizers_that_were_cut_are_bad_input(checkpoint_dir, tmp_path, content):
     model = Path(shutil.copytree(checkpoint_dir, tmp_path / "model"))
     (model / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match="can't be loaded"):
@@ -94,6 +94,5 @@ def test_a_decoder_that_counts_positions_by_itself_is_refused_before_anything_is
     sizes = {"vocab_size": 260, "d_model": 16, "decoder_ffn_dim": 24, "decoder_layers": 3, "encoder_layers": 3}
     heads = {"decoder_attention_heads": 4, "encoder_attention_heads": 4}
     BartForCausalLM(BartConfig(**sizes, **heads, max_position_embeddings=64)).save_pretrained(model)
-    for load in (load_skeleton, lambda source: load_checkpoint(source, CPU, torch.float32)):
-        with pytest.raises(InputError, match="BartForCausalLM: BartDecoder takes no position ids"):
-            load(CheckpointSource(str(model)))
+    with pytest.raises(InputError, match="BartForCausalLM: BartDecoder takes no position ids"):
+        load_skeleton(CheckpointSource(str(model)))

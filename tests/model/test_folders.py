@@ -61,7 +61,7 @@ WRAPPED = {
     "an actor": (in_front("policy."), "'policy.' of a trainer"),
     "a value head": (in_front("pretrained_model."), "'pretrained_model.' of TRL"),
     "PEFT": (in_front("base_model.model."), "'base_model.' of PEFT"),
-    "DDP around torch.compile": (in_front("module._orig_mod."), "'_orig_mod.' of torch.compile and 'module.' of"),
+    "DDP around torch.compile": (in_front("module._orig_mod."), "'module.' of .* and '_orig_mod.' of torch.compile"),
 }
 
 
