@@ -75,10 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         if computing is None:
             log.info(f"{settings.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
-        for dump in run_probe(replace(plan, computing=computing), watch):
-            row = "" if dump.row_idx is None else f"[{dump.row_idx}]"
-            print(printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}{row}"), end=", ")
-            print(f"{dump.num_correct_rollouts} of {dump.num_rollouts} rollouts correct")
+        for directory, manifest in run_probe(replace(plan, computing=computing), watch):
+            row = "" if manifest["row_idx"] is None else f"[{manifest['row_idx']}]"
+            target = f"{directory}: {manifest['num_positions']} gradients of {manifest['target']}{row}"
+            correct = f"{manifest['num_correct_rollouts']} of {manifest['num_rollouts']} rollouts correct"
+            print(printable(f"{target}, {correct}"))
     if settings.sample_only:
         print(printable(f"{settings.output_dir}: rollouts only, as --sample-only says; no gradient is taken"))
     return 0

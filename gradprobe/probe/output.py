@@ -121,7 +121,7 @@ class Progress:
 
     Attributes:
         chunks: of rollouts that are there: their entries, of which `notes` is what was said beside them.
-        batches: of gradients that are there: their entries, with `items`, `seconds` and `batch_tokens`.
+        batches: of gradients that are there: their entries, with `items` (rollouts), `seconds` and `batch_tokens`.
     """
 
     def __init__(self, output_dir: Path, prompts: Sequence[list[PromptKey]]):
@@ -148,15 +148,14 @@ class Progress:
         replace(aside(self._file), self._file)
         return list(iter_rollouts(self._file))
 
-    def begin_gradients(
-        self, directories: list[Path], row_dims: list[int], n_rows: int, rows_of_items: list[range]
-    ) -> None:
-        """Open every target's file; `batches` are those that are sound. `rows_of_items`: that each work item fills."""
+    def begin_gradients(self, directories: list[Path], row_dims: list[int], n_rows: list[int]) -> None:
+        """Open every target's file; `batches` are those that are sound. `n_rows`: of each rollout."""
         files = (directory / contract.GRADS for directory in directories)
-        self._grads = [GrowingRows(file, n_rows, dim) for file, dim in zip(files, row_dims, strict=True)]
+        self._grads = [GrowingRows(file, sum(n_rows), dim) for file, dim in zip(files, row_dims, strict=True)]
+        item_of_row = np.repeat(np.arange(len(n_rows)), n_rows)
 
         def is_sound(batch: dict[str, Any]) -> bool:
-            rows = np.sort(np.concatenate([np.array(rows_of_items[item]) for item in batch["items"]]))
+            rows = np.flatnonzero(np.isin(item_of_row, batch["items"]))
             return [file.crc32(rows) for file in self._grads] == batch["crc32"]
 
         sound = list(itertools.takewhile(is_sound, self.batches))
