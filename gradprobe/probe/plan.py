@@ -243,7 +243,7 @@ def read_problem_source(
     longest = max(map(len, prompts)) + settings.max_new_tokens
     refuse_lengths(skeleton, min(longest, context or longest), f"`max_new_tokens` {settings.max_new_tokens}")
     mine = np.searchsorted(study, shard)
-    problems = [problem_set.problems[i] for i in mine]
+    problems, prompts = [problem_set.problems[i] for i in mine], [prompts[i] for i in mine]
     log.info(f"for example {preview(problems[0])}")
     sampling = SamplingSettings(
         settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
@@ -272,8 +272,7 @@ def read_problem_source(
             "verifier": verifier.described(settings.verifier_seconds),
         },
     }
-    mine_encoded = [prompts[i] for i in mine]
-    return SampledRollouts(problems, mine_encoded, sampling, server, settings.server_requests), facts
+    return SampledRollouts(problems, prompts, sampling, server, settings.server_requests), facts
 
 
 def read_problems(settings: ProbeSettings) -> ProblemSet:
