@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 
 import transformers
 
@@ -64,21 +63,22 @@ def main(argv: list[str] | None = None) -> int:
         plan = make_plan(settings)
     if settings.check_only:
         if not settings.overwrite:
-            refuse_other_settings(settings.output_dir, plan.identity)
+            refuse_other_settings(plan)
         print(json.dumps(plan.in_numbers()))  # for the launcher
         return 0
     make_directory(settings.output_dir)
     # A lost node may hold the lock on a shared file system for a while after Slurm has queued the shard again.
     patience = SECONDS_FOR_A_LOST_NODE if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0
     with locked(settings.output_dir, patience):
-        computing = prepare(settings.output_dir, plan.directories, plan.identity, plan.computing, settings.overwrite)
-        if computing is None:
+        plan = prepare(plan)
+        if plan is None:
             log.info(f"{settings.output_dir}: this dump is finished already, nothing to do (--overwrite starts afresh)")
             return 0
-        for dump in run_probe(replace(plan, computing=computing), watch):
-            row = "" if dump.row_idx is None else f"[{dump.row_idx}]"
-            print(printable(f"{dump.directory}: {dump.num_positions} gradients of {dump.weight}{row}"), end=", ")
-            print(f"{dump.num_correct_rollouts} of {dump.num_rollouts} rollouts correct")
+        for directory, manifest in run_probe(plan, watch):
+            row = "" if manifest["row_idx"] is None else f"[{manifest['row_idx']}]"
+            target = f"{directory}: {manifest['num_positions']} gradients of {manifest['target']}{row}"
+            correct = f"{manifest['num_correct_rollouts']} of {manifest['num_rollouts']} rollouts correct"
+            print(printable(f"{target}, {correct}"))
     if settings.sample_only:
         print(printable(f"{settings.output_dir}: rollouts only, as --sample-only says; no gradient is taken"))
     return 0

@@ -211,10 +211,9 @@ def our_gradients(
     found = {}
     engine = GradientEngine(bench.model, targets)
     prompts = repeated(bench)[: len(responses)]
-    for members, ks, rows in engine.batches(prompts, responses, positions, bench.args.batch_tokens):
-        first = rows[0].cpu().numpy()
-        for i, k, row in zip(members, ks, first, strict=True):
-            found[int(i), int(positions[i][k])] = row
+    places = [(i, int(p)) for i, of_rollout in enumerate(positions) for p in of_rollout]
+    for _, rows, gradients in engine.batches(prompts, responses, positions, bench.args.batch_tokens):
+        found.update(zip([places[row] for row in rows], gradients[0].cpu().numpy(), strict=True))
     return found
 
 
@@ -322,7 +321,7 @@ def compare_pooled(bench: Bench, responses: list[list[int]], entropies: list[np.
     for _ in range(bench.args.repeats):
         for name, (targets, chosen) in ways.items():
             batches = GradientEngine(bench.model, targets).batches(prompts, responses, chosen, bench.args.batch_tokens)
-            elapsed, _ = bench.seconds(name, lambda batches=batches: sum(len(k) for _, k, _ in batches))
+            elapsed, _ = bench.seconds(name, lambda batches=batches: sum(len(rows) for _, rows, _ in batches))
             rates[name].append(sum(len(one.positions) for one in chosen) / elapsed)
     for name, (_, chosen) in ways.items():
         bench.show(f"{name}, tokens covered", rates[name], "tokens/s")

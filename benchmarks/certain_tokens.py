@@ -44,12 +44,11 @@ def gradients(model, targets, prompts, responses, chosen, by_hand: bool) -> list
     engine = GradientEngine(model, targets, by_hand)
     parts = [[] for _ in targets]
     order = []
-    for members, ks, rows in engine.batches(prompts, responses, chosen, 2048):
-        order += zip(members.tolist(), ks.tolist(), strict=True)
-        for part, of_target in zip(parts, rows, strict=True):
+    for _, rows, found in engine.batches(prompts, responses, chosen, 2048):
+        order += rows.tolist()
+        for part, of_target in zip(parts, found, strict=True):
             part.append(of_target.double().numpy())
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return [np.concatenate(part)[places] for part in parts]
+    return [np.concatenate(part)[np.argsort(order)] for part in parts]
 
 
 def unit_norm_pr(rows: np.ndarray) -> float:

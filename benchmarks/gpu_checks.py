@@ -80,11 +80,8 @@ class Case:
     def ours(self, target: AnyTarget, chosen: list[Chosen]) -> Gradients:
         """By (rollout, number of the gradient in it), on the CPU in float64."""
         batches = GradientEngine(self.model, [target]).batches(self.prompts, self.responses, chosen, 1024)
-        return {
-            (int(i), int(k)): row.double().cpu()
-            for members, ks, (rows,) in batches
-            for i, k, row in zip(members, ks, rows, strict=True)
-        }
+        places = [(i, k) for i, of_rollout in enumerate(chosen) for k in range(of_rollout.n_gradients)]
+        return {places[row]: x.double().cpu() for _, rows, (of,) in batches for row, x in zip(rows, of, strict=True)}
 
     def plain(self, weights: dict[str, nn.Parameter], i: int, positions: np.ndarray) -> dict[str, torch.Tensor]:
         """∇ Σ log π at positions of rollout i with respect to whole weights, by autograd of the whole model."""

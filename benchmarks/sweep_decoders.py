@@ -202,8 +202,9 @@ def error_of(model: torch.nn.Module, targets: list[ProjectedTarget]) -> tuple[fl
     prompts, responses = rollouts_of(4, 1)
     positions = [np.unique([0, len(r) // 2, len(r) - 1]) for r in responses]
     engine, found = GradientEngine(model, targets), {}
-    for members, ks, (rows,) in engine.batches(prompts, responses, positions, 60):
-        found |= {(int(i), int(k)): row for i, k, row in zip(members, ks, rows, strict=True)}
+    places = [(i, k) for i, of_rollout in enumerate(positions) for k in range(len(of_rollout))]
+    for _, rows, (of,) in engine.batches(prompts, responses, positions, 60):
+        found |= {places[row]: gradient for row, gradient in zip(rows, of, strict=True)}
     linears = linears_of(model, targets)
     matrices = [signs(targets[0].projection, full_name(model, weight), of) for weight, of in linears.items()]
     weights, expected = [linear.weight.requires_grad_() for linear in linears.values()], {}

@@ -71,8 +71,8 @@ def row_gradients(
     engine = GradientEngine(model, [target])
     found: dict[int, np.ndarray] = {}
     order = np.sort(wanted)
-    for _, ks, (rows,) in engine.batches([prompt_ids], [response_ids], [order], BATCH_TOKENS):
-        found.update(zip(order[ks].tolist(), rows.cpu().numpy(), strict=True))
+    for _, rows, (gradients,) in engine.batches([prompt_ids], [response_ids], [order], BATCH_TOKENS):
+        found.update(zip(order[rows].tolist(), gradients.cpu().numpy(), strict=True))
     return np.stack([found[t] for t in wanted.tolist()]) if found else np.zeros((0, target.row_dim(model)), np.float32)
 
 

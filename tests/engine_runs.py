@@ -22,12 +22,15 @@ def random_rollouts(n: int, seed: int) -> tuple[list[list[int]], list[list[int]]
 def engine_rows(model, targets, prompts, responses, positions, batch_tokens, by_hand=True) -> dict[tuple, torch.Tensor]:
     """Rows by (target number, rollout, position)."""
     found = {}
-    engine = GradientEngine(model, targets, by_hand)
-    for rollouts, ks, rows in engine.batches(prompts, responses, positions, batch_tokens):
-        for n, (i, k) in enumerate(zip(rollouts, ks, strict=True)):
-            for t in range(len(targets)):
-                assert (t, i, positions[i][k]) not in found
-                found[t, i, positions[i][k]] = rows[t][n]
+    places = [(i, p) for i, of_rollout in enumerate(positions) for p in of_rollout]
+    for rollouts, rows, gradients in GradientEngine(model, targets, by_hand).batches(
+        prompts, responses, positions, batch_tokens
+    ):
+        assert {places[row][0] for row in rows} == set(rollouts)
+        for t, of_target in enumerate(gradients):
+            for row, gradient in zip(rows, of_target, strict=True):
+                assert (t, *places[row]) not in found
+                found[(t, *places[row])] = gradient
     return found
 
 

@@ -30,14 +30,4 @@ class Chosen:
     @property
     def n_gradients(self) -> int:
         """How many gradients there are."""
-        return int(self.gradient.max()) + 1 if len(self.gradient) else 0
-
-    @property
-    def are_single(self) -> bool:
-        """Whether every gradient is of one token, in ascending order."""
-        return np.array_equal(self.gradient, np.arange(len(self.gradient)))
-
-    def part(self, gradients: range) -> "Chosen":
-        """Some of the gradients, numbered from 0."""
-        is_in = (self.gradient >= gradients.start) & (self.gradient < gradients.stop)
-        return Chosen(self.positions[is_in], self.gradient[is_in] - gradients.start)
+        return int(self.gradient.max(initial=-1)) + 1

@@ -105,8 +105,9 @@ _Tap = _RowTap | _ProjectedTap
 
 @dataclass(frozen=True)
 class _Gradient:
-    """One gradient of a batch: the k-th of a rollout, of the tokens `ids` at places `at` of its sequence."""
+    """Gradient `row` of all, the k-th of a batch's rollout: of the tokens `ids` at places `at` of its sequence."""
 
+    row: int
     rollout: int
     k: int
     at: list[int]
@@ -126,10 +127,6 @@ class GradientEngine:
         model: a frozen causal language model in eval mode.
         targets: weight rows, or projected weights, one or several.
         by_hand: False leaves every model to autograd.
-
-    Raises:
-        InputError: a layer, weight or row that the model does not have; from `batches`, a weight that is not run as a
-            linear map over all tokens.
     """
 
     model: nn.Module
@@ -157,55 +154,48 @@ class GradientEngine:
         chosen: Sequence[Chosen | np.ndarray],
         batch_tokens: int | Budget,
         done: Collection[int] = (),
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, list[torch.Tensor]]]:
+    ) -> Iterator[tuple[list[int], np.ndarray, list[torch.Tensor]]]:
         """Differentiate log π at the chosen tokens of each rollout, rollouts of similar length together.
 
         Args:
             prompts, responses: token ids of each rollout.
             chosen: for each rollout, which response tokens, and which of them are summed; an array: each by itself.
             batch_tokens: padded tokens in one forward pass, rows in one backward pass; memory grows with it.
-            done: places in `rollouts_of` of an earlier call's first batches, to be left out.
+            done: rollouts of an earlier call's first batches, to be left out.
 
         Yields:
-            For one batch, whole rollouts, (rollout [n], k [n], gradients): gradient i is the k[i]-th of rollout[i];
-            one [n, dim] tensor per target, float32 (float64 under a float64 model).
+            For one batch, (numbers of its rollouts, rows [n], gradients): gradient i is rows[i] of all, counted
+            rollout by rollout; one [n, dim] tensor per target, float32 (float64 under a float64 model).
         """
         chosen = [of if isinstance(of, Chosen) else Chosen.each(of) for of in chosen]
-        rollouts = self.rollouts_of(chosen)
-        if not rollouts:
-            return
+        first_rows = list(itertools.accumulate((of.n_gradients for of in chosen), initial=0))
+        done = {*done, *(i for i, of in enumerate(chosen) if of.n_gradients == 0)}
         budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
         # Tokens behind the last chosen position contribute nothing; log π of the token at q comes out of q - 1.
-        inputs = [(prompts[i] + responses[i])[: len(prompts[i]) + int(chosen[i].positions[-1])] for i in rollouts]
-        refuse_lengths(self.model, max(map(len, inputs)), "`rollouts`")
+        n_used = [len(p) + int(of.positions.max(initial=0)) for p, of in zip(prompts, chosen, strict=True)]
+        refuse_lengths(self.model, max(n_used, default=0), "`rollouts`")
         self.try_blocks()
 
         def run(batch: list[int]) -> tuple[list[_Gradient], list[torch.Tensor]]:
             gradients = []
-            for number, j in enumerate(batch):
-                i = rollouts[j]
+            for number, i in enumerate(batch):
                 for k in range(chosen[i].n_gradients):
                     positions = chosen[i].positions[chosen[i].gradient == k].tolist()
                     at, ids = [len(prompts[i]) + p - 1 for p in positions], [responses[i][p] for p in positions]
-                    gradients.append(_Gradient(number, k, at, ids))
-            of_batch = [inputs[j] for j in batch]
+                    gradients.append(_Gradient(first_rows[i] + k, number, k, at, ids))
+            inputs = [(prompts[i] + responses[i])[: n_used[i]] for i in batch]
             if self._blocks is None:
-                return self._by_autograd(of_batch, gradients)
-            return self._by_hand(of_batch, gradients, budget.tokens)
+                return self._by_autograd(inputs, gradients)
+            return self._by_hand(inputs, gradients, budget.tokens)
 
-        for batch, (found, gradients) in run_in_batches([len(x) for x in inputs], budget, run, done):
-            members = np.array([rollouts[batch[g.rollout]] for g in found])
-            yield members, np.array([g.k for g in found]), gradients
+        for batch, (found, gradients) in run_in_batches(n_used, budget, run, done):
+            yield batch, np.array([gradient.row for gradient in found]), gradients
 
     def try_blocks(self) -> None:
         """Find out, once, whether the model can be run by hand."""
         if not self._is_tried and self.by_hand and not is_spread(self.model):
             self._blocks = blocks_of(self.model, self._lowest, self._taps)
         self._is_tried = True
-
-    def rollouts_of(self, chosen: list[Chosen]) -> list[int]:
-        """The rollouts that have gradients at all."""
-        return [i for i, of_rollout in enumerate(chosen) if of_rollout.n_gradients]
 
     @property
     def _lowest(self) -> int:

@@ -12,8 +12,6 @@ from torch import nn
 from ..common.errors import InputError, raise_if_any
 from ..model.decoder import layer_list, linear_weights, n_inputs, n_output_rows
 
-MOST_DIGITS = 10
-"""Of a layer's or row's number on the command line; Python refuses to read thousands."""
 ALL, ALL_LINEAR = "all", "all-linear"
 
 Weight = tuple[int, str]
@@ -62,11 +60,7 @@ class Projection:
 
     @staticmethod
     def of(words: str, seed: int) -> "Projection":
-        """`16x16` -> 16 rows, 16 columns.
-
-        Raises:
-            InputError: it is not like that.
-        """
+        """`16x16` -> 16 rows, 16 columns."""
         found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", words)
         if found is None:
             raise InputError(f"`project` {words}: must be rows x columns of the projection, like 16x16")
@@ -93,16 +87,13 @@ class ProjectedTarget:
         """The length of its gradient."""
         return len(self.weights) * self.projection.rows * self.projection.cols
 
-    @property
-    def is_all_linear(self) -> bool:
-        """Whether it is of all linear maps of its layers."""
-        return self.name.endswith(ALL_LINEAR)
-
     def left_out(self, model: nn.Module) -> dict[str, Any]:
         """Of all linear maps together: the matrices of their layers that are no linear map's, such as fused experts.
 
-        Norms and biases, vectors all, aside. Nothing where there are none.
+        Norms and biases, vectors all, aside. Nothing where there are none, and of other targets.
         """
+        if not self.name.endswith(ALL_LINEAR):
+            return {}
         layers = layer_list(model)[1]
         found = {
             f"{n}.{name}": parameter.numel()
@@ -123,9 +114,8 @@ class ProjectedTarget:
         ]
         projection = {"rows": self.projection.rows, "cols": self.projection.cols, "seed": self.projection.seed}
         target = self.name if len(weights) > 1 else weights[0]["name"]
-        described = {"target": target, "row_idx": None, "projection": {**projection, "weights": weights}}
-        left_out = self.left_out(model) if self.is_all_linear else {}
-        return described | ({"left_out": left_out} if left_out else {})
+        left_out = {"left_out": found} if (found := self.left_out(model)) else {}
+        return {"target": target, "row_idx": None, "projection": {**projection, "weights": weights}, **left_out}
 
 
 AnyTarget = Target | ProjectedTarget
@@ -159,10 +149,6 @@ def expand_targets(model: nn.Module, layers: str | None, suffixes: str, rows: st
         layers: e.g. `7,14,21`; None is the middle one.
         suffixes: e.g. `mlp.down_proj.weight`.
         rows: numbers, `first`, `mid`, `last` and `random:K` (K rows of each weight, drawn with `seed`).
-
-    Raises:
-        InputError: a word that is none of these, a layer, weight or row the model does not have, or a target
-            named twice; all problems are named.
     """
     problems: list[str] = []
     targets: list[Target] = []
@@ -187,9 +173,6 @@ def expand_projected(
     Args:
         model, layers, suffixes: as for `expand_targets`; also `all` layers, and the suffix `all-linear`.
         projection: of each weight.
-
-    Raises:
-        InputError: as `expand_targets`.
     """
     problems: list[str] = []
     modules = layer_list(model)[1]
@@ -221,7 +204,7 @@ def _layer_numbers(model: nn.Module, words: str | None, problems: list[str]) -> 
         return [len(layer_list(model)[1]) // 2]
     numbers = []
     for word in words.split(","):
-        if word.strip().isdecimal() and len(word) < MOST_DIGITS:
+        if word.strip().isdecimal():
             numbers.append(int(word))
         else:
             problems.append(f"`layer` {words}: '{word}' is not a number from 0")
@@ -233,16 +216,15 @@ def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> lis
     rows: list[int] = []
     for word in words.split(","):
         kind, _, count = word.partition(":")
-        if kind == "random" and count.isdecimal() and len(count) < MOST_DIGITS and 0 < int(count) <= n_rows:
+        if kind == "random" and count.isdecimal() and 0 < int(count) <= n_rows:
             rows += sorted(np.random.default_rng(seed).choice(n_rows, int(count), replace=False).tolist())
         elif word in named:
             rows.append(named[word])
-        elif word.strip().isdecimal() and len(word) < MOST_DIGITS and int(word) < n_rows:
+        elif word.strip().isdecimal() and int(word) < n_rows:
             rows.append(int(word))
         else:
-            problems.append(
-                f"`row_idx` {words}: '{word}' is not one of 0 to {n_rows - 1}, first, mid, last or random:K"
-            )
+            known = f"0 to {n_rows - 1}, first, mid, last or random:K"
+            problems.append(f"`row_idx` {words}: '{word}' is not one of {known}")
     return rows
 
 
@@ -263,11 +245,7 @@ def _find_linear(model: nn.Module, layer: int, suffix: str, problems: list[str])
 
 
 def linears_of(model: nn.Module, targets: Sequence[AnyTarget]) -> dict[Weight, nn.Module]:
-    """The linear map of each distinct weight among `targets`, in the order of first mention.
-
-    Raises:
-        InputError: a layer, weight or row that the model does not have.
-    """
+    """The linear map of each distinct weight among `targets`, in the order of first mention."""
     problems: list[str] = [] if targets else ["no target is asked for"]
     found: dict[Weight, nn.Module] = {}
     for target in targets:

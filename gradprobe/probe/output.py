@@ -4,6 +4,7 @@ While a probe is at work its directory holds `settings.json`, `progress.jsonl` (
 names end in `.partial`. The manifest, written last, ends that.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -21,6 +22,7 @@ from ..dump import format as contract
 from ..dump.consistency import problems_of
 from ..dump.growing import GrowingRows, append_lines, crc32_of
 from ..dump.records import PromptKey, Rollout, iter_rollouts
+from .plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -30,28 +32,20 @@ AS_BEGUN = ("batch_tokens", "sample_rows")
 """What of `computing` a dump is finished with as it was begun, whatever is asked for now."""
 
 
-def prepare(
-    output_dir: Path, directories: list[Path], identity: dict[str, Any], computing: dict[str, int], overwrite: bool
-) -> dict[str, int] | None:
+def prepare(plan: Plan) -> Plan | None:
     """Make a locked output directory ready; this decides whether a run may continue.
 
     What was begun with the same identity is continued. Sizes of batches stay those that it was begun with, so that its
     bytes are the same; the number of threads is this machine's, where another could cost hours, and the user is told.
 
-    Args:
-        output_dir: of the probe.
-        directories: of each target's dump; `output_dir` itself where there is one target.
-        identity: all that changes the dump's bytes.
-        computing: what rounds sums in another order.
-        overwrite: begin anew whatever is there.
-
     Returns:
-        With what to compute; None if the dump that is asked for is finished and sound there already.
+        The plan, with batches as they were begun; None if its dump is finished and sound there already.
     """
+    output_dir, computing, overwrite = plan.settings.output_dir, plan.computing, plan.settings.overwrite
     settings = output_dir / contract.SETTINGS
-    is_finished = all((directory / contract.MANIFEST).exists() for directory in directories)
+    is_finished = all((directory / contract.MANIFEST).exists() for directory in plan.directories)
     if not overwrite:
-        refuse_other_settings(output_dir, identity)
+        refuse_other_settings(plan)
         problems = problems_of(output_dir)[0] if is_finished else []
         if is_finished and not problems:
             (output_dir / contract.PROGRESS).unlink(missing_ok=True)
@@ -59,7 +53,7 @@ def prepare(
         if problems:
             log.warning(f"{output_dir}: finished but not sound ({'; '.join(problems)}); made anew")
     if overwrite or is_finished:
-        _clear(output_dir, directories)
+        _clear(output_dir, plan.directories)
     elif settings.exists():
         log.info(f"{output_dir}: unfinished dump of the same settings, continuing")
         begun = {**computing, **read_json(settings).get(COMPUTING, {})}
@@ -69,20 +63,21 @@ def prepare(
             elif begun[key] != now:
                 log.warning(f"{key} {now}, but it was begun with {begun[key]}: what is left may round differently")
         computing = computing | {key: begun[key] for key in AS_BEGUN}
-    write_json(settings, {**identity, COMPUTING: computing})
-    for directory in directories:
+    write_json(settings, {**plan.identity, COMPUTING: computing})
+    for directory in plan.directories:
         make_directory(directory)
-    return computing
+    return dataclasses.replace(plan, computing=computing)
 
 
-def refuse_other_settings(output_dir: Path, identity: dict[str, Any]) -> None:
+def refuse_other_settings(plan: Plan) -> None:
     """Raise `InputError` if the directory holds a dump, or the beginning of one, of other settings, or of none."""
-    file, hint = output_dir / contract.SETTINGS, "choose another `output_dir`, or `overwrite`"
+    output_dir, hint = plan.settings.output_dir, "choose another `output_dir`, or `overwrite`"
+    file = output_dir / contract.SETTINGS
     if not file.exists():
         if any((output_dir / name).exists() for name in (contract.MANIFEST, contract.GRADS, contract.ROLLOUTS)):
             raise InputError(f"{output_dir}: holds a dump that this probe did not make; {hint}")
         return
-    found = differences({key: value for key, value in read_json(file).items() if key != COMPUTING}, identity)
+    found = differences({key: value for key, value in read_json(file).items() if key != COMPUTING}, plan.identity)
     if found:
         raise InputError(f"{output_dir}: holds a dump of other settings ({'; '.join(found)}); {hint}")
 
@@ -121,7 +116,7 @@ class Progress:
 
     Attributes:
         chunks: of rollouts that are there: their entries, of which `notes` is what was said beside them.
-        batches: of gradients that are there: their entries, with `items`, `seconds` and `batch_tokens`.
+        batches: of gradients that are there: their entries, with `items` (rollouts), `seconds` and `batch_tokens`.
     """
 
     def __init__(self, output_dir: Path, prompts: Sequence[list[PromptKey]]):
@@ -148,15 +143,14 @@ class Progress:
         replace(aside(self._file), self._file)
         return list(iter_rollouts(self._file))
 
-    def begin_gradients(
-        self, directories: list[Path], row_dims: list[int], n_rows: int, rows_of_items: list[range]
-    ) -> None:
-        """Open every target's file; `batches` are those that are sound. `rows_of_items`: that each work item fills."""
+    def begin_gradients(self, directories: list[Path], row_dims: list[int], n_rows: list[int]) -> None:
+        """Open every target's file; `batches` are those that are sound. `n_rows`: of each rollout."""
         files = (directory / contract.GRADS for directory in directories)
-        self._grads = [GrowingRows(file, n_rows, dim) for file, dim in zip(files, row_dims, strict=True)]
+        self._grads = [GrowingRows(file, sum(n_rows), dim) for file, dim in zip(files, row_dims, strict=True)]
+        item_of_row = np.repeat(np.arange(len(n_rows)), n_rows)
 
         def is_sound(batch: dict[str, Any]) -> bool:
-            rows = np.sort(np.concatenate([np.array(rows_of_items[item]) for item in batch["items"]]))
+            rows = np.flatnonzero(np.isin(item_of_row, batch["items"]))
             return [file.crc32(rows) for file in self._grads] == batch["crc32"]
 
         sound = list(itertools.takewhile(is_sound, self.batches))

@@ -1,4 +1,4 @@
-"""What a probe will do, decided before a weight is loaded: targets, whose rollouts, buckets, device, identity."""
+"""What a probe will do, decided before a weight is loaded: targets, whose rollouts, buckets, device; all its facts."""
 
 import logging
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from ..rollouts.independence import shared_noise
 from ..rollouts.places import in_words, rollout_files
 from ..rollouts.server import connect, key_in
 from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
-from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, score_key_of, stored_scores
+from .rules import ENTROPY, LOGIT_NORM, bucket_scores, score_key_of
 from .settings import BATCH_TOKENS, ProbeSettings
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ class Plan:
         row_dims: the length of each target's gradient.
         directories: where each target's dump goes; the output directory itself where there is one target.
         source: gives this shard's rollouts.
-        description: what the manifest says of them.
         verifier: judges them.
-        rule: what tokens are bucketed by.
         edges: those that were asked for, or that a whole file gives; None: they are fitted.
         device: takes the model, unless there is a placement.
         placement: spreads the weights.
@@ -66,7 +64,7 @@ class Plan:
         attention: its implementation.
         computing: what rounds sums in another order and changes nothing else: `threads` on a CPU, `batch_tokens`
             (padded, in one pass) and `sample_rows`.
-        identity: all that changes the dump's bytes, paths left out: a moved file is the same file.
+        facts: all that changes the dump's bytes, as the manifest has it.
         checkpoint_files: as they were when their identity was made.
     """
 
@@ -75,73 +73,61 @@ class Plan:
     row_dims: list[int]
     directories: list[Path]
     source: Source
-    description: dict[str, Any]
     verifier: Verifier
-    rule: BucketRule
     edges: dict[str, Any] | None
     device: torch.device
     placement: Placement | None
     dtype: torch.dtype
     attention: str
     computing: dict[str, int]
-    identity: dict[str, Any]
+    facts: dict[str, Any]
     checkpoint_files: FileStates
 
     @property
-    def batch_tokens(self) -> int:
-        """Padded tokens in one pass."""
-        return self.computing["batch_tokens"]
-
-    @property
-    def sample_rows(self) -> int:
-        """Responses sampled at once."""
-        return self.computing["sample_rows"]
-
-    @property
-    def positions_at_most(self) -> int:
-        """The most gradients that the dump of one target can have."""
-        n_tokens, settings = self.source.n_tokens_at_most, self.settings
-        per_bucket = 1 if settings.is_pooled else settings.pos_per_bin_per_rollout
-        of_buckets = sum(self.source.rows_per_prompt) * settings.bins * per_bucket
-        return n_tokens if per_bucket == 0 else min(of_buckets, n_tokens)
+    def identity(self) -> dict[str, Any]:
+        """The facts that a run which continues another must share: without paths, for a moved file is the same file."""
+        identity = {}
+        for key, fact in self.facts.items():
+            without_path = {k: v for k, v in fact.items() if k != "path"} if isinstance(fact, dict) else fact
+            identity["model" if key == "model_identity" else key] = without_path
+        return identity
 
     def in_numbers(self) -> dict[str, Any]:
         """What the launcher asks for: how much there will be at most."""
+        n_rows, settings = self.source.n_tokens_at_most, self.settings
+        per_bucket = 1 if settings.is_pooled else settings.pos_per_bin_per_rollout
+        if per_bucket > 0:
+            n_rows = min(n_rows, sum(self.source.rows_per_prompt) * settings.bins * per_bucket)
         return {
-            "bytes_at_most": self.positions_at_most * 4 * sum(self.row_dims),
-            "positions_at_most": self.positions_at_most,
+            "bytes_at_most": n_rows * 4 * sum(self.row_dims),
+            "positions_at_most": n_rows,
             "row_dims": self.row_dims,
             "targets": len(self.targets),
         }
 
 
 def make_plan(settings: ProbeSettings) -> Plan:
-    """Resolve and check everything that can be known without the weights; nothing is written.
-
-    Raises:
-        InputError: something is not there, or can't be read, or does not fit.
-    """
+    """Resolve and check everything that can be known without the weights; nothing is written."""
     # 1. Which weights, or which of their rows.
     checkpoint_files = file_states(settings.checkpoint)
     skeleton, tokenizer = load_skeleton(settings.checkpoint), load_tokenizer(settings.checkpoint)
     targets = targets_of(settings, skeleton)
     # 2. Whose tokens, judged by whom, in which buckets.
     verifier = load_verifier(settings.verifier)
-    rule = rule_of(settings.bucket_by, settings.seed, settings.rollouts is not None)
     read = read_problem_source if settings.rollouts is None else read_rollout_source
-    source, description = read(settings, skeleton, tokenizer, verifier)
+    source, facts_of_source = read(settings, skeleton, tokenizer, verifier)
     # 3. Where and how it is computed.
     placement = None
     if settings.device_map is not None:
         placement = read_placement(settings.device_map, settings.max_memory, settings.offload_dir, skeleton)
     device = resolve_device(settings.device) if placement is None else placement.main_device
     dtype, attention = resolve_dtype(settings.dtype, device), resolve_attention(settings.attention, skeleton)
-    identity_of_model = checkpoint_identity(settings.checkpoint, skeleton)
-    edges = given_edges(settings) or edges_of_file(settings, rule, source, identity_of_model)
+    model_identity = checkpoint_identity(settings.checkpoint, skeleton)
+    edges = given_edges(settings) or edges_of_file(settings, source, facts_of_source, model_identity)
     # 4. What makes the dump this one and no other.
-    identity = {
+    facts = {
         "format_version": contract.FORMAT_VERSION,
-        "model": identity_of_model,
+        "model_identity": model_identity,
         "end_ids": sorted(end_token_ids(skeleton, tokenizer)),
         "targets": [target.directory for target in targets],
         "dtype": str(dtype).removeprefix("torch."),
@@ -156,8 +142,8 @@ def make_plan(settings: ProbeSettings) -> Plan:
         "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
         "seed": settings.seed,
         "entropy_edges": edges and edges["entropy_edges"],
-        **pooling_of(settings),
-        **{key: _without_path(value) for key, value in description.items()},
+        **({POOLING: BUCKET, "bucket_by": settings.bucket_by} if settings.is_pooled else {}),
+        **facts_of_source,
     }
     output = settings.output_dir
     return Plan(
@@ -166,9 +152,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
         row_dims=[target.row_dim(skeleton) for target in targets],
         directories=[output] if len(targets) == 1 else [output / target.directory for target in targets],
         source=source,
-        description=description,
         verifier=verifier,
-        rule=rule,
         edges=edges,
         device=device,
         placement=placement,
@@ -179,7 +163,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
             "batch_tokens": settings.batch_tokens or BATCH_TOKENS[device.type],
             "sample_rows": settings.sample_rows,
         },
-        identity=identity,
+        facts=facts,
         checkpoint_files=checkpoint_files,
     )
 
@@ -190,20 +174,11 @@ def targets_of(settings: ProbeSettings, skeleton: nn.Module) -> list[AnyTarget]:
     if settings.project is None:
         return expand_targets(*where, settings.row_idx, settings.seed)
     targets = expand_projected(*where, Projection.of(settings.project, settings.seed))
-    for left_out in [target.left_out(skeleton) for target in targets if target.is_all_linear]:
-        if left_out:
+    for target in targets:
+        if left_out := target.left_out(skeleton):
             n, names = left_out["n_parameters"], first_of(left_out["names"])
             log.info(f"note: all-linear takes no part of {n} parameters that lie in no linear map: {names}")
     return targets
-
-
-def pooling_of(settings: ProbeSettings) -> dict[str, Any]:
-    """What identity and manifest say of pooling; nothing of a dump of tokens."""
-    return {POOLING: BUCKET, "bucket_by": settings.bucket_by} if settings.is_pooled else {}
-
-
-def _without_path(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
 
 
 def given_edges(settings: ProbeSettings) -> dict[str, Any] | None:
@@ -226,30 +201,26 @@ def given_edges(settings: ProbeSettings) -> dict[str, Any] | None:
 
 
 def edges_of_file(
-    settings: ProbeSettings, rule: BucketRule, source: Source, model: dict[str, str]
+    settings: ProbeSettings, source: Source, facts: dict[str, Any], model: dict[str, str]
 ) -> dict[str, Any] | None:
     """Edges over all tokens of the file of rollouts that pooled shards share; None where each fits its own."""
     if not isinstance(source, GivenRollouts) or not settings.is_pooled:
         return None
-    files = rollout_files_of(settings)
-    manifest = contract.find_manifest(files[0])  # where there are several, none has one
-    is_of_this_model = manifest is not None and are_same_weights(read_json(manifest).get("model_identity"), model)
-    if is_of_this_model and rule.name != LOGIT_NORM:
-        return fitted_edges(stored_scores(rule, source.of_all_shards), settings.bins)
+    rule = settings.bucket_by
+    if are_same_weights(facts["rollouts_from"]["identity"], model) and rule != LOGIT_NORM:
+        scores = [bucket_scores(rule, settings.seed, r) or r.entropies for r in source.of_all_shards]
+        return fitted_edges(np.concatenate(scores), settings.bins)
     if settings.num_shards > 1:
         raise InputError(
-            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and {in_words(files)} does not "
-            f"hold this model's {rule.name} of every token; name edges by `entropy_edges`, or take one shard"
+            f"`num_shards` {settings.num_shards}: pooled shards need the same edges, and "
+            f"{in_words(settings.rollouts)} does not hold this model's {rule} of every token; name edges by "
+            "`entropy_edges`, or take one shard"
         )
     return None
 
 
 def fitted_edges(scores: np.ndarray, bins: int) -> dict[str, Any]:
-    """Edges fitted over all response tokens. `scores`: [n].
-
-    Raises:
-        InputError: there are fewer response tokens than buckets.
-    """
+    """Edges fitted over all response tokens. `scores`: [n]."""
     if len(scores) < bins:
         raise InputError(f"`bins` {bins}: the rollouts have {len(scores)} response tokens in all")
     return {"entropy_edges": fit_edges(scores, bins).tolist(), "entropy_edges_over": "response_tokens"}
@@ -258,7 +229,7 @@ def fitted_edges(scores: np.ndarray, bins: int) -> dict[str, Any]:
 def read_problem_source(
     settings: ProbeSettings, skeleton: nn.Module, tokenizer: Any, verifier: Verifier
 ) -> tuple[Source, dict[str, Any]]:
-    """This shard's problems, to be sampled; and what identity and manifest say of the sampling.
+    """This shard's problems, to be sampled; and the facts of the sampling.
 
     Problems are read, drawn, rendered and encoded, in this order: all of the study's, so that its shards agree.
     """
@@ -272,7 +243,7 @@ def read_problem_source(
     longest = max(map(len, prompts)) + settings.max_new_tokens
     refuse_lengths(skeleton, min(longest, context or longest), f"`max_new_tokens` {settings.max_new_tokens}")
     mine = np.searchsorted(study, shard)
-    problems = [problem_set.problems[i] for i in mine]
+    problems, prompts = [problem_set.problems[i] for i in mine], [prompts[i] for i in mine]
     log.info(f"for example {preview(problems[0])}")
     sampling = SamplingSettings(
         settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
@@ -283,7 +254,7 @@ def read_problem_source(
     else:
         refuse_without_cache(skeleton)
     method = {"method": "inverse CDF of Philox(seed, prompt_idx, sample_idx)"}
-    description = {
+    facts = {
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "num_samples_per_prompt": settings.num_samples,
@@ -301,8 +272,7 @@ def read_problem_source(
             "verifier": verifier.described(settings.verifier_seconds),
         },
     }
-    mine_encoded = [prompts[i] for i in mine]
-    return SampledRollouts(problems, mine_encoded, sampling, server, settings.server_requests), description
+    return SampledRollouts(problems, prompts, sampling, server, settings.server_requests), facts
 
 
 def read_problems(settings: ProbeSettings) -> ProblemSet:
@@ -332,8 +302,11 @@ def rendered(settings: ProbeSettings, problem_set: ProblemSet, tokenizer: Any) -
 def read_rollout_source(
     settings: ProbeSettings, skeleton: nn.Module, tokenizer: Any, verifier: Verifier
 ) -> tuple[Source, dict[str, Any]]:
-    """This shard's part of the rollouts that were given; and what identity and manifest say of them."""
-    files = rollout_files_of(settings)
+    """This shard's part of the rollouts that were given; and the facts of them."""
+    files = rollout_files(settings.rollouts)
+    for file in files:
+        if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
+            raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
     size, end_ids = vocabulary_size(skeleton), end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
         files,
@@ -361,7 +334,7 @@ def read_rollout_source(
     log.log(logging.WARNING if noise.is_shared else logging.INFO, noise.line())
     source = GivenRollouts(found.rollouts, settings.shard_index, settings.num_shards)
     judge = {} if found.report.n_to_verify == 0 else {"verifier": verifier.described(settings.verifier_seconds)}
-    description = {
+    facts = {
         "max_new_tokens": origin.get("max_new_tokens"),
         "temperature": origin.get("temperature"),
         "num_samples_per_prompt": origin.get("num_samples_per_prompt", max(source.rows_per_prompt)),
@@ -379,18 +352,9 @@ def read_rollout_source(
             **judge,
         },
     }
-    return source, description
+    return source, facts
 
 
 def vocabulary_size(skeleton: nn.Module) -> int:
     """How many tokens the model knows."""
     return skeleton.config.get_text_config().vocab_size
-
-
-def rollout_files_of(settings: ProbeSettings) -> list[Path]:
-    """The files that `rollouts` names; none of them is the output directory's own."""
-    files = rollout_files(settings.rollouts)
-    for file in files:
-        if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
-            raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
-    return files

@@ -1,77 +1,44 @@
 """What tokens are put into buckets by: their entropy, or another rule that people choose tokens to train on by."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
 
-from ..common.errors import InputError
 from ..dump.records import Rollout
-from ..rollouts.score import TokenScores
 
-ENTROPY, SURPRISAL, LOGIT_NORM, POSITION, RANDOM, SCORE = (
-    *("entropy", "surprisal", "logit-norm", "position", "random"),
-    "score:",
-)
-RULES = (ENTROPY, SURPRISAL, LOGIT_NORM, POSITION, RANDOM)
+RULES = ENTROPY, SURPRISAL, LOGIT_NORM, POSITION, RANDOM = ("entropy", "surprisal", "logit-norm", "position", "random")
+SCORE = "score:"
 STREAM = 7
 """Keeps random scores apart from the choice of positions, which draws from (seed, prompt, sample) too."""
 
 
-@dataclass(frozen=True)
-class BucketRule:
-    """A number for every response token; buckets are quantiles of it.
+def score_key_of(rule: str) -> str | None:
+    """The field of one's own scores that a rule names, or None where it names another."""
+    return rule.removeprefix(SCORE) if rule.startswith(SCORE) else None
+
+
+def bucket_scores(rule: str, seed: int, rollout: Rollout, logit_norms: np.ndarray | None = None) -> list[float]:
+    """[n_tokens] what a rollout's tokens are bucketed by, by quantiles; empty for their entropy.
 
     `entropy`; `surprisal`, -log π of the token; `logit-norm`, ‖onehot - π‖; `position` in the response; `random`; or a
     score of one's own, `score:KEY`, a list with a number per token in the rollouts' file. Surprisal and logit-norm look
     at the token that was drawn: their buckets are not chosen by the prefix alone, and ∇ log π does not average to 0.
 
-    Attributes:
-        name: as the flag has it.
+    Args:
+        rule: one of these.
         seed: of random scores.
+        rollout: scored; scores of its own were read with it.
+        logit_norms: [n_tokens], for the rule of that name: no file has them.
     """
-
-    name: str
-    seed: int
-
-    def of_scored(self, rollout: Rollout, scores: TokenScores) -> list[float]:
-        """[n_tokens] what the tokens of a rollout that was just scored are bucketed by; empty for their entropy."""
-        if self.name == LOGIT_NORM:
-            return scores.logit_norms.tolist()
-        return self.of_stored(rollout)
-
-    def of_stored(self, rollout: Rollout) -> list[float]:
-        """The same of a rollout whose scores stand in a file already; its own were read with it."""
-        n_tokens = len(rollout.response_ids)
-        if self.name == ENTROPY:
-            return []
-        if self.name == SURPRISAL:
-            return [-value for value in rollout.logprobs]
-        if self.name == POSITION:
-            return list(map(float, range(n_tokens)))
-        if self.name == RANDOM:
-            key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
-            return np.random.default_rng([self.seed, *key, rollout.sample_idx, STREAM]).random(n_tokens).tolist()
-        return rollout.bucket_scores
+    n_tokens = len(rollout.response_ids)
+    return {
+        ENTROPY: lambda: [],
+        SURPRISAL: lambda: [-value for value in rollout.logprobs],
+        LOGIT_NORM: lambda: logit_norms.tolist(),
+        POSITION: lambda: list(map(float, range(n_tokens))),
+        RANDOM: lambda: rng_of(seed, rollout, STREAM).random(n_tokens).tolist(),
+    }.get(rule, lambda: rollout.bucket_scores)()
 
 
-def rule_of(name: str, seed: int, has_rollouts: bool) -> BucketRule:
-    """The rule that `bucket_by` names."""
-    if name in RULES:
-        return BucketRule(name, seed)
-    if not score_key_of(name):
-        raise InputError(f"`bucket_by` {name}: must be one of {', '.join(RULES)}, or score:KEY")
-    if not has_rollouts:
-        raise InputError(f"`bucket_by` {name}: scores stand in a file of rollouts; name it by `rollouts`")
-    return BucketRule(name, seed)
-
-
-def score_key_of(name: str) -> str | None:
-    """The field of one's own scores that `bucket_by` names, or None where it names another rule."""
-    return name.removeprefix(SCORE) if name.startswith(SCORE) else None
-
-
-def stored_scores(rule: BucketRule, rollouts: Iterable[Rollout]) -> np.ndarray:
-    """[n] the scores of all response tokens of a dump's rollouts, for edges that all shards share."""
-    parts = [np.asarray(rule.of_stored(r) or r.entropies, dtype=np.float64) for r in rollouts]
-    return np.concatenate([np.zeros(0), *parts])
+def rng_of(seed: int, rollout: Rollout, *stream: int) -> np.random.Generator:
+    """A generator of this rollout's own, in whatever shard it lies."""
+    key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
+    return np.random.default_rng([seed, *key, rollout.sample_idx, *stream])

@@ -4,8 +4,9 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ from ..rollouts.score import TokenScores, score_responses
 from ..rollouts.server import mean_logprob_gap
 from ..rollouts.sources import SampledRollouts, judged
 from .output import Progress
-from .plan import Plan, fitted_edges, pooling_of
+from .plan import Plan, fitted_edges
+from .rules import bucket_scores, rng_of
 from .self_check import refuse_unfit
 from .stopwatch import Stopwatch
 
@@ -41,28 +43,8 @@ LARGEST_LOGPROB_GAP = 0.1
 """Nats per token between a server's log-probs and ours: rounding gives hundredths at most, another model more."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """One target's finished dump.
-
-    Attributes:
-        directory: its place.
-        weight: the weight's full name.
-        row_idx: the weight row; None of whole weights.
-        num_positions: gradients in it.
-        num_correct_rollouts, num_rollouts: of its rollouts.
-    """
-
-    directory: str
-    weight: str
-    row_idx: int | None
-    num_positions: int
-    num_correct_rollouts: int
-    num_rollouts: int
-
-
-def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
-    """Do what is planned; yields each target's dump when its manifest is written.
+def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Do what is planned; yields each target's directory and manifest when that is written.
 
     The output directory must be locked and prepared (`output.prepare`).
     """
@@ -73,7 +55,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
         is_sampled = settings.rollouts is None and settings.sampler == "own"
         engine = GradientEngine(checkpoint.model, plan.targets)
         refuse_unfit(engine, settings.model_path, is_sampled)
-    chunks = list(chunks_of(plan.source.rows_per_prompt, plan.sample_rows))
+    chunks = list(chunks_of(plan.source.rows_per_prompt, plan.computing["sample_rows"]))
     prompts = [[plan.source.prompts[i] for i in chunk] for chunk in chunks]
     with closing(Progress(settings.output_dir, prompts)) as growing:
         rollouts, notes = collect_rollouts(plan, checkpoint, chunks, growing, watch)
@@ -110,23 +92,12 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[Written]:
             if rows:
                 said = f"{len(rows)} rows are {fault}, which the manifest names and analyses leave out"
                 log.warning(f"{directory}: {said} ({first_of(rows)})")
-        yield Written(
-            str(directory),
-            manifest["target"],
-            manifest["row_idx"],
-            len(lines),
-            manifest["num_correct_rollouts"],
-            manifest["num_rollouts"],
-        )
+        yield directory, manifest
     (settings.output_dir / contract.PROGRESS).unlink()
 
 
 def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], on_policy: OnPolicy) -> None:
-    """Say what the rollouts are like before any gradient is taken.
-
-    Raises:
-        InputError: they can't answer what is asked of them.
-    """
+    """Say what the rollouts are like before any gradient is taken; those that can't answer anything are refused."""
     word = EarlyWord.of(rollouts, checkpoint.end_ids)
     for line in word.lines(on_policy):
         log.info(line)
@@ -135,7 +106,7 @@ def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], 
 
 def refuse_changed_model(plan: Plan, checkpoint: Checkpoint) -> None:
     """Raise `InputError` if the checkpoint's files are no more those of the plan."""
-    identity = plan.identity["model"]
+    identity = plan.facts["model_identity"]
     refuse_changed_checkpoint(plan.settings.checkpoint, checkpoint.model, identity, plan.checkpoint_files)
 
 
@@ -154,8 +125,8 @@ def collect_rollouts(
         log.info(f"continuing: {len(growing.chunks)} of {len(chunks)} batches of rollouts are there")
     left = chunks[len(growing.chunks) :]
     if left:
-        rollouts_of = plan.source.opened(checkpoint, plan.sample_rows)
-        tokens = Budget(plan.batch_tokens)
+        rollouts_of = plan.source.opened(checkpoint, plan.computing["sample_rows"])
+        tokens = Budget(plan.computing["batch_tokens"])
         with RunningVerifier(plan.verifier, settings.verifier_seconds) as running:
             for chunk in progress(left, "sampling and scoring", sum(map(len, left)), "prompts", len):
                 before = dict(watch.seconds)
@@ -184,12 +155,12 @@ def refuse_copies(plan: Plan, rollouts: list[Rollout], is_off_policy: bool = Fal
     settings, is_file = plan.settings, plan.settings.rollouts is not None
     if not is_file and settings.sampler == "own":
         return
-    model, origin = plan.identity["model"], plan.description.get("rollouts_from", {}).get("identity")
-    if claims_on_policy(plan.description | {"model_identity": model}):
+    if claims_on_policy(plan.facts):
         sampled_at, is_off_policy = 1.0, False
     else:
+        origin = plan.facts.get("rollouts_from", {}).get("identity")
         sampled_at = None if is_file else settings.temperature
-        is_off_policy |= origin not in (None, model)
+        is_off_policy |= origin not in (None, plan.facts["model_identity"])
     problem = problem_of_copies(rollouts, sampled_at, is_off_policy and is_file)
     if problem and is_file:
         raise InputError(
@@ -217,11 +188,7 @@ def summed(notes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tokens: Budget) -> list[Rollout]:
-    """The rollouts with what the probed model says of every response token, and what tokens are bucketed by.
-
-    Raises:
-        InputError: the model gives log-probs that are not finite.
-    """
+    """The rollouts with what the probed model says of every response token, and what tokens are bucketed by."""
     batches = score_responses(
         checkpoint.model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], batch_tokens
     )
@@ -240,23 +207,19 @@ def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tok
             "tail_mass": scores[i].tail_mass.tolist(),
         }
         rollout = replace(rollout, **per_token)
-        scored.append(replace(rollout, bucket_scores=plan.rule.of_scored(rollout, scores[i])))
+        by_rule = bucket_scores(plan.settings.bucket_by, plan.settings.seed, rollout, scores[i].logit_norms)
+        scored.append(replace(rollout, bucket_scores=by_rule))
     return scored
 
 
 def choose(plan: Plan, rollouts: list[Rollout], edges: np.ndarray) -> list[Chosen]:
     """What to differentiate of each rollout: a pure function of rollout, edges and seed."""
-    settings = plan.settings
+    settings, buckets = plan.settings, [buckets_of(rollout, edges) for rollout in rollouts]
     if settings.is_pooled:
-        return [Chosen.pooled(buckets_of(rollout, edges)) for rollout in rollouts]
-    chosen = []
-    for rollout in rollouts:
-        key = rollout.prompt_idx if isinstance(rollout.prompt_idx, tuple) else (rollout.prompt_idx,)
-        rng = np.random.default_rng([settings.seed, *key, rollout.sample_idx])
-        buckets = buckets_of(rollout, edges)
-        picked = choose_positions(buckets, settings.bins, settings.pos_per_bin_per_rollout, rng)
-        chosen.append(Chosen.each(picked))
-    return chosen
+        return list(map(Chosen.pooled, buckets))
+    n = settings.bins, settings.pos_per_bin_per_rollout
+    rngs = [rng_of(settings.seed, rollout) for rollout in rollouts]
+    return [Chosen.each(choose_positions(of, *n, rng)) for of, rng in zip(buckets, rngs, strict=True)]
 
 
 def write_gradients(
@@ -268,23 +231,19 @@ def write_gradients(
     watch: Stopwatch,
 ) -> None:
     """Differentiate and write `grads.npy` of every target, gradients in the order of rollouts and positions."""
-    starts = np.concatenate([[0], np.cumsum([of.n_gradients for of in chosen])])
-    rows_of_items = [range(starts[i], starts[i + 1]) for i in engine.rollouts_of(chosen)]
-    item_of_row = np.repeat(np.arange(len(rows_of_items)), list(map(len, rows_of_items)))
-    growing.begin_gradients(plan.directories, plan.row_dims, int(starts[-1]), rows_of_items)
-    done = [item for batch in growing.batches for item in batch["items"]]
-    budget = Budget(growing.batches[-1]["batch_tokens"] if growing.batches else plan.batch_tokens)
-    batches = engine.batches(
-        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], chosen, budget, done=done
-    )
-    n_left = int(starts[-1]) - sum(len(rows_of_items[item]) for item in done)
+    n_rows = [of.n_gradients for of in chosen]
+    growing.begin_gradients(plan.directories, plan.row_dims, n_rows)
+    done = [i for batch in growing.batches for i in batch["items"]]
+    n_done = sum(n_rows[i] for i in done)
     if done:
-        log.info(f"continuing: {int(starts[-1]) - n_left} of {int(starts[-1])} gradient rows are there")
+        log.info(f"continuing: {n_done} of {sum(n_rows)} gradient rows are there")
+    budget = Budget(growing.batches[-1]["batch_tokens"] if growing.batches else plan.computing["batch_tokens"])
+    prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    batches = engine.batches(prompts, responses, chosen, budget, done)
     watch.add({"gradients": sum(batch["seconds"] for batch in growing.batches)})
     with watch.phase("gradients"):
-        for members, passes, gradients in progress(batches, "gradients", n_left, "rows", lambda batch: len(batch[0])):
-            rows = starts[members] + passes
-            items = np.unique(item_of_row[rows]).tolist()
+        n_left = sum(n_rows) - n_done
+        for items, rows, gradients in progress(batches, "gradients", n_left, "rows", lambda batch: len(batch[1])):
             growing.add_gradients(items, rows, [g.cpu().numpy() for g in gradients], budget.tokens)
     growing.finish_gradients()
 
@@ -318,7 +277,9 @@ def lines_of(
 
 def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollouts: list[Rollout]) -> dict[str, Any]:
     """What all targets' manifests have in common."""
-    settings, identity = plan.settings, plan.identity
+    settings = plan.settings
+    facts = plan.facts | edges | {"versions": {"python": platform.python_version(), **plan.facts["versions"]}}
+    del facts["targets"]  # each target's manifest names its own
     hashes = {r.prompt_idx: prompt_hash(r.prompt_ids) for r in rollouts}
     prompt_idxs = sorted(hashes)
     return {
@@ -327,22 +288,13 @@ def manifest_of(plan: Plan, checkpoint: Checkpoint, edges: dict[str, Any], rollo
         **({} if (place := settings.checkpoint.tokenizer_place)[0] == "model_path" else {"tokenizer_path": place[1]}),
         "num_prompts": len(prompt_idxs),
         "num_rollouts": len(rollouts),
-        **plan.description,
-        **edges,
-        **pooling_of(settings),
-        "bins": settings.bins,
-        "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
-        "seed": settings.seed,
+        **facts,
         "num_correct_rollouts": sum(r.correct for r in rollouts),
         "prompt_idxs": prompt_idxs,
         "prompt_hashes": [hashes[idx] for idx in prompt_idxs],
         "prompts_due": sorted(plan.source.prompts),
         "num_rollouts_due": sum(plan.source.rows_per_prompt),
         "num_response_tokens": sum(len(r.response_ids) for r in rollouts),
-        "format_version": contract.FORMAT_VERSION,
-        "model_identity": identity["model"],
-        **{key: identity[key] for key in ("dtype", "attention", "device", "end_ids", "shard")},
         **plan.computing,
-        "versions": {"python": platform.python_version(), **identity["versions"]},
         "device_map": getattr(checkpoint.model, "hf_device_map", None) if plan.placement else None,
     }

@@ -205,9 +205,9 @@ class _Check:
         prompts, responses = [r.prompt for r in rollouts], [r.response for r in rollouts]
         with torch.enable_grad():
             batches = list(self.engine.batches(prompts, responses, chosen, MOST_TOKENS))
-        for members, _, gradients in batches:
+        for _, rows, gradients in batches:
             for target, found in zip(self.engine.targets, gradients, strict=True):
-                self._compare(target, found[list(members).index(len(rollouts) - 1)], expected)
+                self._compare(target, found[rows.tolist().index(len(rollouts) - 1)], expected)
 
     def _compare(self, target: AnyTarget, found: torch.Tensor, wholes: dict[Weight, torch.Tensor]) -> None:
         compared = [weight for weight in target.weights if weight in wholes]

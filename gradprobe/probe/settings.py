@@ -15,7 +15,7 @@ from ..dump.buckets import BUCKET, NO_POOLING
 from ..model.checkpoint import CheckpointSource
 from ..problems.verifiers import BOXED, SECONDS_PER_ANSWER
 from ..rollouts.formats import FORMATS
-from .rules import ENTROPY, RULES
+from .rules import ENTROPY, RULES, score_key_of
 
 DEFAULT_DATASET = Path(__file__).parents[2] / "demo" / "problems.jsonl"
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 2048}
@@ -267,6 +267,10 @@ class ProbeSettings:
         index, count = self.shard_index or 0, 1 if self.num_shards is None else self.num_shards
         if count >= 1 and index >= count:
             faults.append(f"`shard_index` {index}: must be below `num_shards` {count}")
+        if self.bucket_by not in RULES and not score_key_of(self.bucket_by):
+            faults.append(f"`bucket_by` {self.bucket_by}: must be one of {', '.join(RULES)}, or score:KEY")
+        elif self.bucket_by not in RULES and self.rollouts is None:
+            faults.append(f"`bucket_by` {self.bucket_by}: scores stand in a file of rollouts; name it by `rollouts`")
         raise_if_any(faults)
 
     def _is_given(self, quoted: str) -> bool:
@@ -298,21 +302,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of_task(settings: ProbeSettings, environment: Mapping[str, str]) -> ProbeSettings:
-    """Where no shard was asked for, each task of torchrun or srun takes one, a directory and a GPU of its own.
-
-    Raises:
-        InputError: the environment is odd, or several tasks would each take all GPUs.
-    """
+    """Where no shard was asked for, each task of torchrun or srun takes one, a directory and a GPU of its own."""
     if settings.shard_index is not None or settings.num_shards is not None:
         return settings
     for rank, size, local in TASKS:
         if environment.get(size, "1") == "1":
             continue
-        try:
-            index, count = int(environment[rank]), int(environment[size])
-            gpu = int(environment.get(local, 0))
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{rank}, {size} and {local} in the environment are not numbers: {error}") from error
+        index, count, gpu = int(environment[rank]), int(environment[size]), int(environment.get(local, 0))
         if settings.device_map == "auto" and local == "LOCAL_RANK":
             raise InputError("`device_map` auto takes all GPUs: not in several tasks of torchrun at once")
         n_gpus = torch.cuda.device_count()

@@ -274,7 +274,7 @@ def rollout(prompt: int, sample: int) -> Rollout:
 
 
 PROMPTS = [[0, 1], [2], [3, 4]]
-ROWS_OF_ITEMS = [range(0, 2), range(2, 3), range(3, 6)]
+ROWS = [range(0, 2), range(2, 3), range(3, 6)]
 GRADS = np.arange(18, dtype=np.float32).reshape(6, 3)
 
 
@@ -287,12 +287,12 @@ def written(directory: Path, *, n_chunks: int = 3, n_batches: int = 3) -> tuple[
         if len(progress.chunks) < len(PROMPTS):
             return chunks_there, 0
         progress.finish_rollouts()
-        progress.begin_gradients([directory], [3], 6, ROWS_OF_ITEMS)
+        progress.begin_gradients([directory], [3], list(map(len, ROWS)))
         batches_there = len(progress.batches)
         for item in range(batches_there, n_batches):
-            rows = np.array(ROWS_OF_ITEMS[item])[::-1]
+            rows = np.array(ROWS[item])[::-1]
             progress.add_gradients([item], rows, [GRADS[rows]], 100)
-        if len(progress.batches) == len(ROWS_OF_ITEMS):
+        if len(progress.batches) == len(ROWS):
             progress.finish_gradients()
         return chunks_there, batches_there
 

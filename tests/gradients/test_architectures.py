@@ -47,10 +47,11 @@ def test_every_row_equals_the_oracle(family):
     targets = [Target(layer, suffix, row) for layer in (0, 1) for suffix in FAMILIES[family][2] for row in (0, 3)]
     n_rows = 0
     engine = GradientEngine(model, targets)
-    for members, ks, rows in engine.batches(prompts, responses, positions, batch_tokens=70):
-        for n, (i, k) in enumerate(zip(members, ks, strict=True)):
-            for target, found in zip(targets, rows, strict=True):
-                at = len(prompts[i]) + int(positions[i][k])
+    places = [(i, len(prompts[i]) + p) for i, response in enumerate(responses) for p in range(len(response))]
+    for _, rows, gradients in engine.batches(prompts, responses, positions, batch_tokens=70):
+        for n, row in enumerate(rows):
+            for target, found in zip(targets, gradients, strict=True):
+                i, at = places[row]
                 expected = plain_row_gradient(
                     model, prompts[i] + responses[i], at, target.layer, target.suffix, target.row_idx
                 )

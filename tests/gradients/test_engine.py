@@ -10,6 +10,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from gradprobe.common.errors import InputError
 from gradprobe.gradients import engine as engine_module
 from gradprobe.gradients.blocks import blocks_of
+from gradprobe.gradients.engine import GradientEngine
 from gradprobe.gradients.targets import Target, expand_targets, full_name
 
 both_ways = pytest.mark.parametrize("by_hand", [True, False])
@@ -187,6 +188,23 @@ def test_what_is_taken_for_a_block_of_this_kind_must_be_one(change, monkeypatch)
     assert len(blocks_of(model, 1, {})) == 2
     change(model, monkeypatch)
     assert blocks_of(model, 1, {}) is None
+
+
+@both_ways
+def test_rows_are_numbered_rollout_by_rollout_and_what_is_done_is_left_out(by_hand):
+    prompts, responses = random_rollouts(7, seed=2)
+    positions = [np.arange(len(response)) for response in responses]
+    positions[3] = positions[3][:0]
+    engine = GradientEngine(tiny_model(4), TARGETS[:1], by_hand)
+    batches = list(engine.batches(prompts, responses, positions, 40))
+    assert len(batches) > 2
+    assert sorted(i for rollouts, _, _ in batches for i in rollouts) == [0, 1, 2, 4, 5, 6]
+    ends = np.cumsum(list(map(len, positions)))
+    for rollouts, rows, _ in batches:
+        assert sorted(rows) == sorted(row for i in rollouts for row in range(ends[i] - len(positions[i]), ends[i]))
+    rest = list(engine.batches(prompts, responses, positions, 40, done=batches[0][0]))
+    assert [rollouts for rollouts, _, _ in rest] == [rollouts for rollouts, _, _ in batches[1:]]
+    assert all(torch.equal(one[2][0], other[2][0]) for one, other in zip(rest, batches[1:], strict=True))
 
 
 def test_rollouts_without_positions_are_left_out():

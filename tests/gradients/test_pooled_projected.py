@@ -34,9 +34,11 @@ def gradients_of(
 ) -> list[dict[tuple[int, int], torch.Tensor]]:
     """For each target, its gradients by (rollout, k)."""
     found: list[dict[tuple[int, int], torch.Tensor]] = [{} for _ in targets]
-    for members, ks, rows in GradientEngine(model, targets).batches(prompts, responses, chosen, batch_tokens):
-        for of_target, part in zip(found, rows, strict=True):
-            of_target.update(zip(zip(members.tolist(), ks.tolist(), strict=True), part, strict=True))
+    chosen = [of if isinstance(of, Chosen) else Chosen.each(of) for of in chosen]
+    places = [(i, k) for i, of in enumerate(chosen) for k in range(of.n_gradients)]
+    for _, rows, gradients in GradientEngine(model, targets).batches(prompts, responses, chosen, batch_tokens):
+        for of_target, part in zip(found, gradients, strict=True):
+            of_target.update(zip([places[row] for row in rows], part, strict=True))
     return found
 
 

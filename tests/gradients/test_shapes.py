@@ -32,8 +32,8 @@ def rows_of(model, suffix: str) -> torch.Tensor:
     """In the order of rollouts and positions."""
     engine = GradientEngine(model, [Target(1, suffix, 0)])
     batches = engine.batches(PROMPTS, RESPONSES, [np.arange(len(r)) for r in RESPONSES], 100)
-    found = {(i, k): row for of, ks, (rows,) in batches for i, k, row in zip(of, ks, rows, strict=True)}
-    return torch.stack([found[key] for key in sorted(found)])
+    found = {row: gradient for _, rows, (of,) in batches for row, gradient in zip(rows, of, strict=True)}
+    return torch.stack([found[row] for row in range(len(found))])
 
 
 @pytest.fixture

@@ -39,3 +39,13 @@ def test_help_tells_every_default_that_is_not_none(capsys):
         if isinstance(setting.default, str | int | float) and not isinstance(setting.default, bool):
             assert "(default: " in told["--" + setting.name.replace("_", "-")]
     assert "(default: 64)" in told["--num-prompts"]  # where responses are sampled
+
+
+@pytest.mark.parametrize(
+    ("rule", "complaint"),
+    [("rarity", "must be one of entropy, "), ("score:", "must be one of"), ("score:x", "name it by `rollouts`")],
+)
+def test_a_rule_of_buckets_that_can_not_be_is_refused_with_the_other_settings(rule, complaint):
+    settings = ProbeSettings(model_path="m", output_dir=Path("o"), pool="bucket", bucket_by=rule, bins=1)
+    with pytest.raises(InputError, match=f"`bins` 1.*`bucket_by` {rule}: .*{complaint}"):
+        settings.check()
