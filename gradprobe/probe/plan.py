@@ -38,8 +38,9 @@ from ..problems.verifiers import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.independence import shared_noise
 from ..rollouts.places import in_words, rollout_files
+from ..rollouts.sample import Sampling, StopText
 from ..rollouts.server import connect, key_in
-from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
+from ..rollouts.sources import GivenRollouts, SampledRollouts, Source
 from .rules import ENTROPY, LOGIT_NORM, BucketRule, rule_of, score_key_of, stored_scores
 from .settings import BATCH_TOKENS, ProbeSettings
 
@@ -274,8 +275,13 @@ def read_problem_source(
     mine = np.searchsorted(study, shard)
     problems = [problem_set.problems[i] for i in mine]
     log.info(f"for example {preview(problems[0])}")
-    sampling = SamplingSettings(
-        settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
+    sampling = Sampling(
+        settings.num_samples,
+        settings.max_new_tokens,
+        settings.temperature,
+        end_token_ids(skeleton, tokenizer),
+        context,
+        None if settings.stop is None else StopText(settings.stop, tokenizer.decode),
     )
     server = None
     if settings.sampler == "openai":
@@ -291,7 +297,7 @@ def read_problem_source(
         **({"prompts": problem_set.rendering} if problem_set.rendering else {}),
         "sampling": {
             "distribution": "full softmax",
-            **(method if server is None else described_server(server)),
+            **(method if server is None else {"method": "completions server", "server_model": server.model}),
             "temperature": settings.temperature,
             "max_new_tokens": settings.max_new_tokens,
             "num_samples_per_prompt": settings.num_samples,
@@ -302,7 +308,8 @@ def read_problem_source(
         },
     }
     mine_encoded = [prompts[i] for i in mine]
-    return SampledRollouts(problems, mine_encoded, sampling, server, settings.server_requests), description
+    source = SampledRollouts(problems, mine_encoded, sampling, settings.seed, server, settings.server_requests)
+    return source, description
 
 
 def read_problems(settings: ProbeSettings) -> ProblemSet:

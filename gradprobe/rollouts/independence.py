@@ -57,17 +57,15 @@ class SharedNoise:
 
 
 def shared_noise(rollouts: Iterable[Rollout], seed: int = 0) -> SharedNoise:
-    """Compare rollouts of different prompts at equal and at other sample numbers.
-
-    Args:
-        seed: of the shuffles.
-    """
+    """Compare rollouts of different prompts at equal and at other sample numbers; `seed` is of the shuffles."""
     tokens = _table(rollouts)
     if tokens.shape[0] < 2 or ((tokens[:, :, 0] >= 0).sum(axis=1) > 1).sum() < 2:
         return SharedNoise(None, None, None)
     rng = np.random.default_rng(seed)
     same, n_same = _agreements(tokens)
-    shuffled = [np.divide(*_agreements(_renumbered(tokens, rng))) for _ in range(SHUFFLES)]
+    numbers = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    renumbered = (rng.permuted(numbers, axis=1)[:, :, None] for _ in range(SHUFFLES))
+    shuffled = [np.divide(*_agreements(np.take_along_axis(tokens, of, axis=1))) for of in renumbered]
     of_all, n_all = _agreements(tokens.reshape(1, -1, tokens.shape[2]).swapaxes(0, 1))
     within = [_agreements(of_prompt[:, None]) for of_prompt in tokens]
     other = of_all - same - sum(agreeing for agreeing, _ in within)
@@ -88,12 +86,6 @@ def _table(rollouts: Iterable[Rollout]) -> np.ndarray:
             ids = r.response_ids[:MOST_STEPS]
             table[prompts[r.prompt_idx], samples[r.sample_idx], : len(ids)] = ids
     return table
-
-
-def _renumbered(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The table with sample numbers shuffled within each prompt; a rollout's tokens stay together."""
-    numbers = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)
-    return np.take_along_axis(tokens, numbers[:, :, None], axis=1)
 
 
 def _agreements(tokens: np.ndarray) -> tuple[float, float]:

@@ -273,12 +273,10 @@ def test_prompt_that_does_not_come_back_is_refused(tokenizer, tmp_path):
     assert read(written(tmp_path, vllm_line("1 \ufffd")), tokenizer).report.n_rollouts == 1
 
 
-def test_boundary_that_joins_is_counted_and_kept_apart(tokenizer, tmp_path):
-    joined = read(written(tmp_path, vllm_line("We s", {"text": "ee 3."})), tokenizer)
-    assert joined.report.notes[rollout_files.BOUNDARY_DIFFERS] == 1
-    assert tokenizer.decode(joined.rollouts[0].prompt_ids) == "We s"
-    apart = read(written(tmp_path, vllm_line("We", {"text": " see 3."})), tokenizer)
-    assert rollout_files.BOUNDARY_DIFFERS not in apart.report.notes
+def test_prompt_and_completion_are_tokenised_each_for_itself(tokenizer, tmp_path):
+    (joined,) = read(written(tmp_path, vllm_line("We s", {"text": "ee 3."})), tokenizer).rollouts
+    assert tokenizer.decode(joined.prompt_ids) == "We s"
+    assert joined.prompt_ids + joined.response_ids != tokenizer("We see 3.")["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +451,7 @@ def test_a_bug_of_ours_is_no_faulty_line(tokenizer, tmp_path, monkeypatch, where
 
     monkeypatch.setattr(f"gradprobe.rollouts.{where}", planted)
     if where == "formats._vllm":
-        monkeypatch.setitem(formats.PARSERS, "vllm", planted)
+        monkeypatch.setitem(formats.SHAPES, "vllm", (lambda record: True, planted))
     with pytest.raises(ValueError, match="^a bug$"):
         read(written(tmp_path, vllm_line("1+2", {"text": "3"})), tokenizer)
 
