@@ -30,9 +30,8 @@ def problem_of_copies(rollouts: Sequence[Rollout], sampled_at: float | None, is_
 
     Args:
         rollouts: scored; of whole prompts.
-        sampled_at: the temperature, where they are known to be from the full softmax; None where that is not known.
-        is_off_policy: they are known not to be from the probed model's full softmax, so that its log-probs don't say
-            what was likely: only the last of the three is refused.
+        sampled_at: the temperature, where they are known to be from the full softmax; else None.
+        is_off_policy: the probed model's log-probs don't say what was likely: only the last of the three is refused.
     """
     n_of_prompt = Counter(tuple(rollout.prompt_ids) for rollout in rollouts)
     alike: dict[tuple[tuple[int, ...], ...], list[Rollout]] = defaultdict(list)

@@ -48,13 +48,7 @@ class ForeignRollouts:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What token ids mean to the model to be probed.
-
-    Attributes:
-        size: ids are below it.
-        end_ids: its end-of-sequence ids.
-        context: the most tokens of prompt and response together; None for no bound.
-    """
+    """What token ids mean to the model to be probed, and the most of prompt and response together (None: no bound)."""
 
     tokenizer: Any
     size: int
@@ -77,8 +71,7 @@ def read_rollouts(
     Args:
         vocabulary: of the model to be probed; what is longer than its context is dropped.
         file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
-        problems: the data set the prompts come from; gives ground truths and prompt_idx. Without it prompts are
-            numbered as they appear.
+        problems: the data set the prompts come from; gives ground truths and prompt_idx.
         correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
             bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
@@ -152,7 +145,8 @@ class _Resolver:
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
-        self.strips_specials = report.format == "verl" and _template_has_specials(tokenizer, self.chat_template)
+        specials = (*tokenizer.all_special_tokens, "bos_token", "eos_token") if report.format == "verl" else ()
+        self.strips_specials = any(token in self.chat_template.text for token in specials if self.chat_template)
 
     def rollout(self, completion: Completion, correct: bool | None) -> Rollout:
         """The completion's rollout; what must be said of it is counted.
@@ -309,16 +303,6 @@ def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool
     return problem.ground_truth
 
 
-def _template_has_specials(tokenizer: Any, chat_template: ChatTemplate | None) -> bool:
-    if chat_template is None:
-        return False
-    try:
-        rendered = chat_template.render([{"role": "user", "content": "x"}])
-    except ChatRefusal:
-        return True  # as far as anybody knows
-    return any(token in rendered for token in tokenizer.all_special_tokens)
-
-
 class _ProblemIndex:
     """Finds a completion's problem: by id, by the prompt's ids, by its text, by its text without special tokens.
 
@@ -338,12 +322,11 @@ class _ProblemIndex:
 
     def of(self, completion: Completion, prompt: str | None) -> Problem:
         """The problem that a completion answers; `prompt` is its prompt's text."""
-        given_id = completion.fields.get("problem_id")
+        given_id, ids = completion.fields.get("problem_id"), completion.prompt_ids
         if given_id is not None and str(given_id) in self.by_id:
             return self.by_id[str(given_id)]
-        ids = completion.prompt_ids
-        found = self.by_prompt.get(tuple(ids), []) if is_list_of(int, ids) else []
-        found = found or self.by_prompt.get(prompt, [])
+        found = self.by_prompt.get(tuple(ids)) if is_list_of(int, ids) else None
+        found = found or self.by_prompt.get(prompt)
         if not found:
             named = "" if given_id is None else f" and no problem has the id '{given_id}'"
             raise FaultyRecord(f"its prompt is none of the data set's{named}")

@@ -21,12 +21,9 @@ LARGEST_Z = 4.0
 
 @dataclass(frozen=True)
 class SharedNoise:
-    """How often rollouts of two prompts have the same token at the same step.
+    """How often rollouts of two prompts have the same token at the same step: at the `same` sample number, at others.
 
-    Attributes:
-        same: share of agreeing steps where both have the same sample number; None without such pairs.
-        other: where they have different ones.
-        z: `same` against shuffled numbers, in standard deviations of these; None where it can't be told.
+    `z` is `same` against shuffled numbers, in standard deviations of these. None is what can't be told.
     """
 
     same: float | None
@@ -47,13 +44,12 @@ class SharedNoise:
         if self.z is None:
             return "whether rollouts of different prompts are independent can't be told: it takes two with two each"
         agree = f"the same token at a step in {self.same:.3f} at the same sample number, in {self.other:.3f} at another"
-        if self.is_shared:
-            return (
-                f"rollouts of different prompts share their noise: {agree} (z {self.z:.1f}); were they sampled with "
-                "one seed for all prompts? Intervals take them for independent: sample again, with a seed for each "
-                "prompt and sample, or with none"
-            )
-        return f"rollouts of different prompts look independent: {agree} (z {self.z:+.1f})"
+        if not self.is_shared:
+            return f"rollouts of different prompts look independent: {agree} (z {self.z:+.1f})"
+        return (
+            f"rollouts of different prompts share their noise: {agree} (z {self.z:.1f}); was there one seed for all? "
+            "Intervals take them for independent: sample again, with a seed for each prompt and sample, or with none"
+        )
 
 
 def shared_noise(rollouts: Iterable[Rollout], seed: int = 0) -> SharedNoise:

@@ -24,15 +24,12 @@ STEPS_UNSEEN = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn from the full softmax, and what ends one.
+    """How `n_samples` responses to each prompt are drawn from the full softmax, and what ends one.
 
     Attributes:
-        n_samples: responses to each prompt.
-        max_new_tokens: tokens of a response at most.
         temperature: divides the logits.
         end_ids: any of them ends a response, which keeps it.
         context: the most tokens of prompt and response together; None for no bound.
-        stop: ends a response too; None for no such text.
     """
 
     n_samples: int
@@ -138,18 +135,10 @@ def sample_responses(
     sampling: Sampling,
     max_rows: int | Budget = 256,
 ) -> Iterator[list[list[list[int]]]]:
-    """Sample responses to each prompt from the model's full softmax.
+    """Sample responses to each prompt, `max_rows` at once; yields the next few prompts': [prompt][sample][token].
 
     The model's generation config plays no part: neither top-k, top-p nor penalties apply. One uniform number decides
     each token, so a response depends on the batch around it only through rounding.
-
-    Args:
-        prompts: token ids of each prompt.
-        uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
-        max_rows: how many responses are under way at once.
-
-    Yields:
-        The next few prompts' responses: [prompt][sample][token].
     """
     refuse_lengths(model, max((len(p) + sampling.room_after(p) for p in prompts), default=0), "`max_new_tokens`")
     if not keeps_tokens_apart(model):
@@ -171,8 +160,7 @@ def _one_prompt_at_a_time(
 ) -> Iterator[list[list[list[int]]]]:
     """As `sample_responses`, with whatever cache is the model's own: rows of one prompt in step, so nothing is padded.
 
-    What can't be padded (recurrent states) or take another's place needs no more than this. Rows that are over run on
-    with the others until all are.
+    Rows that are over run on with the others until all are.
     """
     refuse_without_cache(model)
     name, device = cache_name(model), input_device(model)

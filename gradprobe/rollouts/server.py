@@ -154,7 +154,7 @@ def faults_of_answer(answer: dict[str, Any], prompt: list[int], vocab_size: int,
     if ids is None:
         yield "the answer has no token ids (token_ids or __verbose.tokens), which vLLM, SGLang and llama.cpp give"
         return
-    if not are_token_ids(ids, vocab_size):
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         yield f"the answer's token ids are not integers from 0 to {vocab_size - 1}: another model's?"
         return
     if not ids:
@@ -193,11 +193,6 @@ def object_at(record: dict[str, Any], key: str) -> dict[str, Any]:
     """The JSON object under `key`; an empty one where something else or nothing stands."""
     value = record.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def are_token_ids(ids: Any, vocab_size: int) -> bool:
-    """Whether `ids` is a list of integers from 0 to `vocab_size` - 1."""
-    return isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
 
 
 def mean_logprob_gap(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float | None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_few
 from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
@@ -24,14 +24,9 @@ SHOWN_FAILURES = 5
 class Source(Protocol):
     """Gives a shard's rollouts, without scores, and without verdicts where `correct` is None."""
 
-    prompts: list[PromptKey]
-    """The prompts that are due, in order."""
-
-    rows_per_prompt: list[int]
-    """How many rollouts each of them has."""
-
-    n_tokens_at_most: int
-    """The most response tokens that all of them can have."""
+    prompts: list[PromptKey]  # that are due, in order
+    rows_per_prompt: list[int]  # how many rollouts each of them has
+    n_tokens_at_most: int  # the most response tokens that all of them can have
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """What gives the rollouts of a stretch of prompts."""
@@ -125,10 +120,10 @@ def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollou
     verdicts = [None if r.correct is not None else running.judge(r.response, r.ground_truth) for r in rollouts]
     pairs = list(zip(rollouts, verdicts, strict=True))
     failed = [(r, verdict.error) for r, verdict in pairs if verdict is not None and verdict.correct is None]
-    for r, error in failed[:SHOWN_FAILURES]:
-        log.warning(f"prompt {r.prompt_idx} sample {r.sample_idx} is left out, the verifier failed on it: {error}")
-    if len(failed) > SHOWN_FAILURES:
-        log.warning(f"it failed on {len(failed) - SHOWN_FAILURES} more of these {len(rollouts)}")
+    left_out = "is left out, the verifier failed on it"
+    said = [f"prompt {r.prompt_idx} sample {r.sample_idx} {left_out}: {error}" for r, error in failed]
+    for line in first_few(said, f"of these {len(rollouts)}", SHOWN_FAILURES):
+        log.warning(line)
     if len(failed) == len(rollouts) > 1:
         raise InputError(f"`verifier` {running.verifier.name}: failed on every answer, first with: {failed[0][1]}")
     return [

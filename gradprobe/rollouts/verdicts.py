@@ -18,18 +18,13 @@ NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "comple
 
 @dataclass
 class Verdicts:
-    """Takes the verdict from a completion's fields; None leaves it to the verifier.
-
-    Attributes:
-        format: of the file.
-        correct_from, correct_above: as of `read_rollouts`.
-        first: what the first that was kept is from (a field, maybe with a threshold, or the verifier), and its place.
-    """
+    """Takes the verdicts from completions' fields, as `read_rollouts` is told; None leaves one to the verifier."""
 
     format: str
     correct_from: str
     correct_above: float | None
-    first: tuple[str, str] | None = None
+    first: tuple[str, ...] = ()
+    """What the first that was kept is from (a field, maybe with a threshold, or the verifier), and its place."""
 
     def of(self, fields: dict[str, Any]) -> tuple[bool | None, str]:
         """The verdict, and what it is from."""
@@ -42,9 +37,8 @@ class Verdicts:
         if not is_finite(value):
             raise FaultyRecord(f"'{key}' is {json.dumps(value)[:40]}, no verdict: {ANEW}")
         if self.correct_above is None:
-            raise FaultyRecord(
-                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, {ANEW}"
-            )
+            how = "`correct_above` THRESHOLD says which rewards are correct answers"
+            raise FaultyRecord(f"'{key}' is a number: {how}, {ANEW}")
         return value > self.correct_above, f"{key} > {self.correct_above:g}"
 
     def keep(self, source: str, where: str) -> None:
