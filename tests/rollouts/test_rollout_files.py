@@ -214,12 +214,6 @@ def test_verl_prompts_without_their_special_tokens_are_refused(tokenizer):
         read(DATA / "verl.jsonl", tokenizer)
 
 
-def test_json_list_reads_as_json_lines_do(tokenizer, tmp_path):
-    lines = [json.loads(line) for line in (DATA / "vllm.jsonl").read_text().splitlines()]
-    (tmp_path / "rollouts.json").write_text(json.dumps(lines))
-    assert ids_of(read(tmp_path / "rollouts.json", tokenizer)) == IDS_OF_OWN
-
-
 # Text
 
 
@@ -587,17 +581,6 @@ def test_all_faults_are_named_at_once_up_to_a_bound(tokenizer, tmp_path):
     assert len(caught.value.problems) == 21
     assert re.search(r":3: its response ids have 901, .* \(and 1 more like it\)$", caught.value.problems[1])
     assert caught.value.problems[-1] == "and 10 more faults"
-
-
-def test_missing_and_foreign_files_are_refused(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        read(tmp_path / "nothing.jsonl", tokenizer)
-    (tmp_path / "not.parquet").write_bytes(b"PK")
-    with pytest.raises(InputError, match="not readable as parquet"):
-        read(tmp_path / "not.parquet", tokenizer)
-    (tmp_path / "latin.jsonl").write_bytes(b'{"a": "\xe9"}\n')
-    with pytest.raises(InputError, match="not UTF-8"):
-        read(tmp_path / "latin.jsonl", tokenizer)
 
 
 def test_named_format_is_held_against_the_file(tokenizer):
