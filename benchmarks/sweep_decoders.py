@@ -252,7 +252,7 @@ def wrong_tokens(model: torch.nn.Module) -> tuple[int, int]:
     for p, samples in enumerate(samples for batch in batches for samples in batch):
         for s, response in enumerate(samples):
             u = torch.from_numpy(uniforms(p, s)[: len(response)])
-            drawn = sample_from(logits_alone(model, prompts[p], response), u, 1.0).tolist()
+            drawn = sample_from(logits_alone(model, prompts[p], response), u, 1.0)[0].tolist()
             wrong += sum(a != b for a, b in zip(drawn, response, strict=True))
             total += len(response)
     return wrong, total

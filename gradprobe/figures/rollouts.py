@@ -14,7 +14,7 @@ from ..common.files import iter_jsonl
 from ..dump.format import META, find_rollouts
 from ..dump.on_policy import Tokens
 from ..dump.records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json
-from ..rollouts.early_word import EarlyWord
+from ..rollouts.early_word import early_word
 from .tokens import Token, commonest_tokens, head_of, shaded, two_of_one_prompt
 
 MAX_TOKENS_READ = 200_000
@@ -116,7 +116,7 @@ def _facts(rollouts: Sequence[Rollout], manifest: Mapping[str, Any]) -> Iterable
         yield f"of {manifest['num_rollouts']:,} rollouts, the first {len(rollouts):,} in the file"
     end_ids = manifest.get("end_ids")
     if isinstance(end_ids, list) and all(map(is_index, end_ids)):  # without them nobody knows which were cut off
-        yield from EarlyWord.of(rollouts, frozenset(end_ids)).lines(Tokens.of(rollouts).test(is_claimed=False))
+        yield from early_word(rollouts, frozenset(end_ids), Tokens.of(rollouts).test(is_claimed=False))
 
 
 def _cut(rollout: Rollout) -> Rollout:

@@ -38,8 +38,9 @@ from ..problems.verifiers import Verifier, load_verifier
 from ..rollouts.files import Vocabulary, read_rollouts
 from ..rollouts.independence import shared_noise
 from ..rollouts.places import in_words, rollout_files
+from ..rollouts.sample import Sampling, StopText
 from ..rollouts.server import connect, key_in
-from ..rollouts.sources import GivenRollouts, SampledRollouts, SamplingSettings, Source, described_server
+from ..rollouts.sources import GivenRollouts, SampledRollouts, Source
 from .rules import ENTROPY, LOGIT_NORM, bucket_scores, score_key_of
 from .settings import BATCH_TOKENS, ProbeSettings
 
@@ -245,8 +246,13 @@ def read_problem_source(
     mine = np.searchsorted(study, shard)
     problems, prompts = [problem_set.problems[i] for i in mine], [prompts[i] for i in mine]
     log.info(f"for example {preview(problems[0])}")
-    sampling = SamplingSettings(
-        settings.num_samples, settings.max_new_tokens, settings.temperature, settings.seed, settings.stop
+    sampling = Sampling(
+        settings.num_samples,
+        settings.max_new_tokens,
+        settings.temperature,
+        end_token_ids(skeleton, tokenizer),
+        context,
+        None if settings.stop is None else StopText(settings.stop, tokenizer.decode),
     )
     server = None
     if settings.sampler == "openai":
@@ -262,7 +268,7 @@ def read_problem_source(
         **({"prompts": problem_set.rendering} if problem_set.rendering else {}),
         "sampling": {
             "distribution": "full softmax",
-            **(method if server is None else described_server(server)),
+            **(method if server is None else {"method": "completions server", "server_model": server.model}),
             "temperature": settings.temperature,
             "max_new_tokens": settings.max_new_tokens,
             "num_samples_per_prompt": settings.num_samples,
@@ -272,7 +278,8 @@ def read_problem_source(
             "verifier": verifier.described(settings.verifier_seconds),
         },
     }
-    return SampledRollouts(problems, prompts, sampling, server, settings.server_requests), facts
+    source = SampledRollouts(problems, prompts, sampling, settings.seed, server, settings.server_requests)
+    return source, facts
 
 
 def read_problems(settings: ProbeSettings) -> ProblemSet:

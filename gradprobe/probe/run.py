@@ -26,7 +26,7 @@ from ..model.checkpoint import Checkpoint, load_checkpoint
 from ..model.identity import refuse_changed_checkpoint
 from ..problems.verifiers import RunningVerifier
 from ..rollouts.copies import problem_of_copies
-from ..rollouts.early_word import EarlyWord, min_mixed_prompts, refuse_too_few_mixed
+from ..rollouts.early_word import early_word, refuse_too_few_mixed
 from ..rollouts.places import in_words
 from ..rollouts.sample import chunks_of
 from ..rollouts.score import TokenScores, score_responses
@@ -98,10 +98,9 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, An
 
 def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], on_policy: OnPolicy) -> None:
     """Say what the rollouts are like before any gradient is taken; those that can't answer anything are refused."""
-    word = EarlyWord.of(rollouts, checkpoint.end_ids)
-    for line in word.lines(on_policy):
+    for line in early_word(rollouts, checkpoint.end_ids, on_policy):
         log.info(line)
-    refuse_too_few_mixed(word, min_mixed_prompts(plan.settings.min_mixed_prompts, plan.source.rows_per_prompt))
+    refuse_too_few_mixed(rollouts, plan.settings.min_mixed_prompts, plan.source.rows_per_prompt)
 
 
 def refuse_changed_model(plan: Plan, checkpoint: Checkpoint) -> None:

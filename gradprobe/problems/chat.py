@@ -23,17 +23,14 @@ class ChatTemplate:
             ) from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], is_begun: bool = False) -> str:
-        """The prompt that ends where the model's answer begins, rendered in jinja's sandbox.
-
-        Args:
-            is_begun: the last message is the beginning of the answer, which is to go on.
+        """The prompt that ends where the model's answer begins, or with its beginning, the last message (`is_begun`).
 
         Raises:
             ChatRefusal: the template raises on these messages, or makes nothing of them.
         """
+        end = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
         try:
-            where = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
-            prompt = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **where)
+            prompt = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **end)
         except Exception as error:  # a template is a program, which can raise anything
             raise ChatRefusal(reason_of(error)) from error
         if not prompt:

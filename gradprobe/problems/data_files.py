@@ -15,11 +15,9 @@ DIRECTORY, HUB_DATASET = "datasets directory", "Hub data set"
 def open_data_set(source: str) -> RecordFile:
     """Open a data set named as on the command line.
 
-    - `hf:NAME[:CONFIG][:SPLIT]`: a data set of the Hub, or a local directory of data files, through the library
-      `datasets`. Nothing else touches the network.
-    - `gym:NAME[:key=value,...]`: one that reasoning-gym makes up, see `open_gym`.
-    - a directory: one that `datasets.save_to_disk` wrote; of several splits one is named as `DIR/SPLIT`.
-    - a file: see `open_record_file`.
+    - `hf:NAME[:CONFIG][:SPLIT]`: one of the Hub, or a local directory of data files. Nothing else touches the network.
+    - `gym:NAME[:key=value,...]`: one that reasoning-gym makes up.
+    - a directory that `datasets.save_to_disk` wrote; of several splits one is named as `DIR/SPLIT`; or a file.
     """
     if source.startswith(HUB):
         return _open_hub(source)
@@ -33,14 +31,12 @@ def open_data_set(source: str) -> RecordFile:
 
 def _open_directory(path: Path) -> RecordFile:
     named = f"`dataset` {path}"
-    datasets, arrow = library("datasets", named), library("pyarrow", named)
+    datasets = library("datasets", named)
     try:
         found = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         hint = f"name a file in it, or give {HUB}{path} for a directory of data files"
         raise InputError(f"{named}: {reason_of(error)}; {hint}") from error
-    except (OSError, ValueError, KeyError, TypeError, arrow.ArrowException) as error:
-        raise InputError(f"{named}: not readable as a datasets directory ({reason_of(error)})") from error
     return _records_of(str(path), DIRECTORY, _only_split(found, named, str(path / "SPLIT")))
 
 

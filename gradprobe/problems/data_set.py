@@ -5,7 +5,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,8 @@ class ProblemSet:
         described = {"path": self.source, "sha256": self.sha256, "num_problems": self.n_read}
         if self.kind == JSONL and self.columns == ORIGINAL_SCHEMA:
             return described
-        return {
-            **described,
-            "kind": self.kind,
-            "num_rows": self.n_rows,
-            "num_dropped": self.dropped,
-            "columns": self.columns,
-        }
+        read = {"kind": self.kind, "num_rows": self.n_rows, "num_dropped": self.dropped, "columns": self.columns}
+        return described | read
 
     @property
     def summary(self) -> str:
@@ -93,8 +89,7 @@ class ProblemSet:
             f"{self.source}: {self.kind}, {self.n_rows} rows, {self.n_read} problems "
             f"(problem from '{self.columns['problem']}', answer from '{self.columns['answer']}', {ids})"
         )
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
-        return line + (f"; dropped {sum(self.dropped.values())}: {reasons}" if reasons else "")
+        return line + (f"; dropped {sum(self.dropped.values())}: {_listed(self.dropped)}" if self.dropped else "")
 
 
 def load_problems(
@@ -103,16 +98,12 @@ def load_problems(
     """Read a data set; `open_data_set` says what can be one.
 
     Fields are found by the first of `PROBLEM_KEYS`, `ANSWER_KEYS` and `ID_KEYS` that any row has, upper and lower
-    case alike, or are named: `problem_key`, `answer_key`, `id_key`, dotted for those inside of others
-    (`reward_model.ground_truth`). Without an id, or with `id_key` "none", a row's number from 0 is its id.
+    case alike, or are named, dotted for those inside of others (`reward_model.ground_truth`). Without an id, or with
+    `id_key` "none", a row's number from 0 is its id.
 
-    A problem is text, or a list of chat messages. An answer is text or a number. Of an answer that ends in a line
-    `#### 42` that is the answer, without thousands separators; of one that has a `\\boxed{}`, its last one.
-
-    JSON lines in the original's schema (`id`, `prompt`, `ground_truth`) are taken as they are, and anything else in
-    them is an error. Of other data sets rows without a problem or an answer (null, blank, not a number), with
-    several answers, or without a final answer where most rows of that field have one, are dropped and counted.
-    A row of a wrong shape is an error everywhere: not JSON, a missing key, a wrong type, an id used before.
+    JSON lines in the original's schema are taken as they are. Of other data sets rows without a problem or an answer,
+    with several answers, or without a `final_answer` where most rows have one, are dropped and counted. A row of a
+    wrong shape is an error everywhere.
     """
     opened = open_data_set(str(source))
     columns = _choose_columns(opened, {"problem": problem_key, "answer": answer_key, "id": id_key})
@@ -120,26 +111,17 @@ def load_problems(
     problems, dropped, faults = _read_rows(rows, columns, opened.kind == JSONL and columns == ORIGINAL_SCHEMA)
     faults = [*opened.faults, *faults]
     if not problems and not faults:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
-        faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {reasons}" if reasons else ""))
+        faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {_listed(dropped)}" if dropped else ""))
     raise_if_any(first_few(faults, "faults"))
-    return ProblemSet(
-        source=str(source),
-        sha256=opened.sha256 or _canonical_sha256(problems),
-        problems=problems,
-        kind=opened.kind,
-        n_rows=len(rows),
-        columns=columns,
-        dropped=dict(dropped),
-    )
+    sha256 = opened.sha256
+    if not sha256:
+        canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in problems]
+        sha256 = hashlib.sha256(json.dumps(canonical, separators=(",", ":")).encode()).hexdigest()
+    return ProblemSet(str(source), sha256, problems, opened.kind, len(rows), columns, dict(dropped))
 
 
-def _canonical_sha256(problems: list[Problem]) -> str:
-    rows = [[problem.idx, problem.id, problem.prompt, problem.messages, problem.ground_truth] for problem in problems]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode("ascii")).hexdigest()
-
-
-# Which field is what
+def _listed(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in dropped.items())
 
 
 def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[str, str]:
@@ -147,13 +129,14 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
     if not opened.keys:
         raise_if_any(first_few(opened.faults or [f"`dataset` {opened.source}: no problems in it"], "faults"))
     there = f"(there: {first_of(opened.keys, MOST_KEYS_SHOWN)})"
+    spelt = {key.lower(): key for key in reversed(opened.keys)} | {key: key for key in opened.keys}
     columns: dict[str, str] = {}
     faults: list[str] = []
     for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
         key = given[what]
-        found = _first_of((key,) if key else common, opened.keys)
-        if found:
-            columns[what] = found
+        found = [spelt.get(name, spelt.get(name.lower())) for name in ((key,) if key else common)]
+        if any(found):
+            columns[what] = next(filter(None, found))
         elif what == "id" and key in (None, NO_ID):
             columns[what] = NO_ID
         elif key:
@@ -167,16 +150,6 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
     if faults:
         raise_if_any(first_few([*opened.faults, *faults], "faults"))
     return columns
-
-
-def _first_of(names: Sequence[str], keys: list[str]) -> str:
-    """The first of `names` among `keys`, spelt as there; "" if none is."""
-    by_lower_case = {key.lower(): key for key in reversed(keys)}
-    found = (name if name in keys else by_lower_case.get(name.lower()) for name in names)
-    return next(filter(None, found), "")
-
-
-# A row's problem
 
 
 class _EmptyRecord(FaultyRecord):
@@ -288,28 +261,21 @@ def final_answer(text: str) -> str:
 
 def _mostly_worked(rows: Iterable[Record], key: str) -> bool:
     """Whether more than half of a field's texts have a final answer in them: then one that has none is cut off."""
-    n_texts = n_worked = 0
+    is_worked = []
     for row in rows:
-        try:
+        with suppress(KeyError):  # which _problem_of names
             value = lookup(row.fields, key)
-        except KeyError:
-            continue  # _problem_of names it
-        if isinstance(value, str) and value.strip():
-            n_texts += 1
-            n_worked += bool(final_answer(value))
-    return 2 * n_worked > n_texts
+            is_worked += [bool(final_answer(value))] if isinstance(value, str) and value.strip() else []
+    return 2 * sum(is_worked) > len(is_worked)
 
 
 def shard_of_study(
     n_problems: int, num_prompts: int, seed: int, shard_index: int = 0, num_shards: int = 1
 ) -> np.ndarray:
-    """The problem indices of shard `shard_index`: its own slice of one seeded permutation.
+    """The problem indices of shard `shard_index`, [n] int64: its own slice of one seeded permutation.
 
     The study is the first `num_prompts` of the permutation, so its shards are disjoint and together hold the
     same problems whatever `num_shards` is.
-
-    Returns:
-        [n] int64 indices into a `ProblemSet`'s problems, in the permutation's order.
     """
     faults = []
     if num_prompts > n_problems:

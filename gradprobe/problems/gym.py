@@ -3,13 +3,13 @@
 import ast
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 from ..common.errors import InputError, reason_of
-from ..common.record_files import Record, RecordFile, numbered
+from ..common.record_files import RecordFile, numbered
 from .boxed import last_boxed
 
 GYM = "gym:"
@@ -28,19 +28,10 @@ def open_gym(source: str) -> RecordFile:
     rows = []
     for index in range(len(made)):
         problem = made[index]  # which makes it up
-        rows.append(
-            {
-                "id": f"{name}-{config['seed']}-{index}",
-                "question": problem["question"],
-                "answer": problem["answer"],
-                ENTRY: json.dumps({"name": name, "config": config, "index": index, "answer": problem["answer"]}),
-            }
-        )
-
-    def read(keys: Sequence[str]) -> list[Record]:
-        return numbered(source, rows)
-
-    return RecordFile(source, GYM_DATASET, "", list(rows[0]) if rows else [], read)
+        shown = {key: problem[key] for key in ("question", "answer")}
+        entry = {"name": name, "config": config, "index": index, "answer": problem["answer"]}
+        rows.append({"id": f"{name}-{config['seed']}-{index}", **shown, ENTRY: json.dumps(entry)})
+    return RecordFile(source, GYM_DATASET, "", list(rows[0]) if rows else [], lambda keys: numbered(source, rows))
 
 
 def load_gym_verifier() -> tuple[Callable[[str, str], bool], dict[str, Any]]:

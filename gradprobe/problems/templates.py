@@ -17,10 +17,7 @@ PREVIEW_CHARACTERS = 600
 
 
 def read_template(given: str) -> str:
-    """The text of `prompt_template`: `given` itself if it holds `{problem}`, else that of the file it names.
-
-    A file's text is taken as it is, its last newline included.
-    """
+    """The text of `prompt_template`: `given` itself if it holds `{problem}`, else all of the file that it names."""
     if PLACEHOLDER in given:
         return given
     try:
@@ -54,57 +51,44 @@ def render_prompts(
 
     `rendering` holds all that goes into the prompts, and a hash of them: a chat template may well print today's date.
     """
-    in_messages = next((problem for problem in problem_set.problems if problem.messages), None)
-    if in_messages and not chat:
+    source, problems = problem_set.source, problem_set.problems
+    in_messages = next((problem.id for problem in problems if problem.messages), None)
+    begun = next((problem.id for problem in problems if _is_begun(problem)), None)
+    other_field = "or name another field with `problem_key`"
+    if in_messages is not None and not chat:
+        of_messages = f"prompts are lists of chat messages (problem '{in_messages}')"
+        raise InputError(f"`dataset` {source}: {of_messages}; add `chat_template` to render them, {other_field}")
+    if in_messages is not None and template is not None:
+        of_messages = f"prompts of {source} are lists of chat messages (problem '{in_messages}')"
+        raise InputError(f"`prompt_template`: {of_messages}; leave it out, {other_field}")
+    if begun is not None and not continue_final_message:
         raise InputError(
-            f"`dataset` {problem_set.source}: prompts are lists of chat messages (problem '{in_messages.id}'); "
-            "add `chat_template` to render them, or name another field with `problem_key`"
-        )
-    if in_messages and template is not None:
-        raise InputError(
-            f"`prompt_template`: prompts of {problem_set.source} are lists of chat messages "
-            f"(problem '{in_messages.id}'); leave it out, or name another field with `problem_key`"
-        )
-    begun = next((problem for problem in problem_set.problems if _is_begun(problem)), None)
-    if begun and not continue_final_message:
-        raise InputError(
-            f"`dataset` {problem_set.source}: messages end in one of the role {ASSISTANT} (problem '{begun.id}'); "
+            f"`dataset` {source}: messages end in one of the role {ASSISTANT} (problem '{begun}'); "
             "leave it out of them if it is a solution; if it is an answer's beginning, add `continue_final_message`"
         )
-    if continue_final_message and not begun:
-        raise InputError(
-            f"`continue_final_message`: no prompt of {problem_set.source} ends in an {ASSISTANT}'s message"
-        )
-    if template is None and not chat:
-        notes = () if tokenizer is None else _without_specials([p.prompt for p in problem_set.problems], tokenizer)
-        return replace(problem_set, notes=(*problem_set.notes, *notes)) if notes else problem_set
+    if continue_final_message and begun is None:
+        raise InputError(f"`continue_final_message`: no prompt of {source} ends in an {ASSISTANT}'s message")
     rendering: dict[str, Any] = {"prompt_template": template}
-    notes: list[str] = []
-    problems = problem_set.problems
     if template is not None:
         problems = [replace(problem, prompt=fill(template, problem.prompt)) for problem in problems]
     if chat:
         chat_template = ChatTemplate(tokenizer)
         notes = _notes(problems, tokenizer, chat_template.text)
-        rendering["chat_template_sha256"] = _sha256(chat_template.text)
-        rendering["system_prompt"] = system_prompt
+        rendering |= {"chat_template_sha256": _sha256(chat_template.text), "system_prompt": system_prompt}
+        rendering |= {"continue_final_message": True} if continue_final_message else {}
         problems = [_in_chat(problem, system_prompt, chat_template) for problem in problems]
-        if continue_final_message:
-            rendering["continue_final_message"] = True
-    elif tokenizer is not None:
-        notes = _without_specials([problem.prompt for problem in problems], tokenizer)
+    else:
+        notes = [] if tokenizer is None else _without_specials([problem.prompt for problem in problems], tokenizer)
+    if template is None and not chat:
+        return replace(problem_set, notes=tuple(notes))
     rendering["prompts_sha256"] = _sha256(json.dumps([problem.prompt for problem in problems]))
-    return replace(problem_set, problems=problems, rendering=rendering, notes=(*problem_set.notes, *notes))
+    return replace(problem_set, problems=problems, rendering=rendering, notes=tuple(notes))
 
 
 def encode_prompts(
     problems: Sequence[Problem], tokenizer: Any, vocab_size: int, context: int | None
 ) -> list[list[int]]:
-    """Token ids of each prompt, with nothing added.
-
-    Args:
-        context: the model's, in which a prompt has to leave room for an answer; None for no bound.
-    """
+    """Token ids of each prompt, with nothing added; it has to leave room for an answer in the model's context."""
     prompts = tokenizer([problem.prompt for problem in problems], add_special_tokens=False)["input_ids"]
 
     def faults() -> Iterator[str]:
@@ -128,11 +112,9 @@ def fill(template: str, problem: str) -> str:
 
 def preview(problem: Problem, n_characters: int = PREVIEW_CHARACTERS) -> str:
     """One problem as it is handed to the model, for a person to look at; a long prompt without its middle."""
-    prompt = problem.prompt
+    prompt, half = problem.prompt, n_characters // 2
     if len(prompt) > n_characters:
-        half = n_characters // 2
-        n_left_out = len(prompt) - 2 * half
-        prompt = f"{prompt[:half]} [... {n_left_out} characters ...] {prompt[len(prompt) - half :]}"
+        prompt = f"{prompt[:half]} [... {len(prompt) - 2 * half} characters ...] {prompt[-half:]}"
     return f"problem '{problem.id}', answer '{problem.ground_truth}', prompt: {prompt}"
 
 
@@ -142,14 +124,13 @@ def _sha256(text: str) -> str:
 
 def _in_chat(problem: Problem, system_prompt: str | None, chat_template: ChatTemplate) -> Problem:
     given = problem.messages or (("user", problem.prompt),)
-    if system_prompt is not None and any(role == "system" for role, _ in given):
-        raise InputError(f"`system_prompt`: problem '{problem.id}' brings a system message of its own; leave it out")
     if system_prompt is not None:
+        if any(role == "system" for role, _ in given):
+            raise InputError(f"`system_prompt`: problem '{problem.id}' brings a system message of its own; omit it")
         given = (("system", system_prompt), *given)
+    messages = [{"role": role, "content": content} for role, content in given]
     try:
-        prompt = chat_template.render(
-            [{"role": role, "content": content} for role, content in given], _is_begun(problem)
-        )
+        prompt = chat_template.render(messages, _is_begun(problem))
     except ChatRefusal as error:
         raise InputError(f"`chat_template`: the tokenizer's refuses problem '{problem.id}' ({error})") from error
     return replace(problem, prompt=prompt, messages=())

@@ -67,10 +67,9 @@ def _load_function(name: str) -> tuple[Judge, dict[str, Any]]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise InputError(
-                f"there is no module '{error.name}', neither in the current directory nor installed"
-            ) from error
+        if (module_name + ".").startswith(f"{error.name}."):
+            said = f"there is no module '{error.name}', neither in the current directory nor installed"
+            raise InputError(said) from error
         raise InputError(f"its module can't be imported ({error})") from error
     except Exception as error:  # as in _answer
         raise InputError(f"its module, when imported, raised {type(error).__name__}: {error}") from error
@@ -81,7 +80,11 @@ def _load_function(name: str) -> tuple[Judge, dict[str, Any]]:
         function = getattr(function, part)
     if not callable(function):
         raise InputError(f"'{path}' is of type {type(function).__name__}, not a function")
-    _check_arguments(function)
+    try:
+        with suppress(ValueError):  # a function in C may have no signature to check
+            inspect.signature(function).bind("response", "ground_truth")
+    except TypeError as error:
+        raise InputError(f"can't be called with (response, ground_truth): {error}") from error
     return function, {"name": name, **_identity_of(module_name, before)}
 
 
@@ -103,25 +106,10 @@ def _identity_of(module: str, loaded_before: Collection[str]) -> dict[str, Any]:
     return {"source_sha256": hashlib.sha256(listed.encode()).hexdigest(), "modules": list(hashes)}
 
 
-def _check_arguments(function: Callable[..., Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:
-        return  # a function in C may have no signature to check
-    try:
-        signature.bind("response", "ground_truth")
-    except TypeError as error:
-        raise InputError(f"can't be called with (response, ground_truth): {error}") from error
-
-
 def _load_numeric() -> tuple[Judge, dict[str, Any]]:
     """The box's text or, failing that, math-verify; what is no mathematics equals nothing but its own text."""
     same_mathematics, library = _load_math_verify(raises=False)
-
-    def judge(response: str, ground_truth: str) -> bool:
-        return is_correct(response, ground_truth) or same_mathematics(response, ground_truth)
-
-    return judge, library | {"name": "numeric"}
+    return lambda *of: is_correct(*of) or same_mathematics(*of), library | {"name": "numeric"}
 
 
 def _load_math_verify(raises: bool = True) -> tuple[Judge, dict[str, Any]]:

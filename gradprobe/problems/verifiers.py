@@ -62,9 +62,9 @@ def load_verifier(name: str) -> Verifier:
 class RunningVerifier:
     """A verifier that judges one answer after the other; as a context manager, so that its process ends.
 
-    All but `boxed` run in a process of their own, begun with the first answer. It is killed when an answer takes longer
-    than `seconds`, and started anew for the next. An answer on which the verifier raises, runs out of time, ends its
-    process or returns anything but a bool gets an error, never "incorrect".
+    All but `boxed` run in a process of their own, killed when an answer takes longer than `seconds`, and begun anew for
+    the next. An answer on which the verifier raises, runs out of time, ends its process or returns anything but a bool
+    gets an error, never "incorrect".
     """
 
     def __init__(self, verifier: Verifier, seconds: float = SECONDS_PER_ANSWER):
@@ -112,12 +112,11 @@ class _Process:
         self.is_alive = True
         try:
             self.description = self._answer(SECONDS_TO_START)
+            if "error" in self.description:
+                raise InputError(f"`verifier` {name}: {self.description['error']}")
         except BaseException:
             self.end()
             raise
-        if "error" in self.description:
-            self.end()
-            raise InputError(f"`verifier` {name}: {self.description['error']}")
 
     def ask(self, question: dict[str, str], seconds: float) -> dict[str, Any]:
         """Its answer, or `{"error": why there is none}`."""

@@ -1,12 +1,11 @@
 """Copies among rollouts: a prompt's responses that are the same where independent samples would not be.
 
-All that is said of rollouts rests on their independence: a file that was written twice, or a server that answers every
-seed alike, halves an interval and can turn a verdict. A short and certain answer is repeated by chance; how likely that
-is, its log-prob says.
+A file that was written twice, or a server that answers every seed alike, halves an interval and can turn a verdict. A
+short and certain answer is repeated by chance; how likely that is, its log-prob says.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,29 +30,28 @@ def problem_of_copies(rollouts: Sequence[Rollout], sampled_at: float | None, is_
 
     Args:
         rollouts: scored; of whole prompts.
-        sampled_at: the temperature, where they are known to be from the full softmax; None where that is not known.
-        is_off_policy: they are known not to be from the probed model's full softmax, so that its log-probs don't say
-            what was likely: only the last of the three is refused.
+        sampled_at: the temperature, where they are known to be from the full softmax; else None.
+        is_off_policy: the probed model's log-probs don't say what was likely: only the last of the three is refused.
     """
-    of_prompt: dict[tuple[int, ...], list[Rollout]] = defaultdict(list)
+    n_of_prompt = Counter(tuple(rollout.prompt_ids) for rollout in rollouts)
+    alike: dict[tuple[tuple[int, ...], ...], list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
-        of_prompt[tuple(rollout.prompt_ids)].append(rollout)
-    groups = [(len(samples), group) for samples in of_prompt.values() for group in _alike(samples)]
+        alike[tuple(rollout.prompt_ids), tuple(rollout.response_ids)].append(rollout)
+    groups = [(n_of_prompt[prompt], group) for (prompt, _), group in alike.items()]
     n_repeats = len(rollouts) - len(groups)
     if n_repeats == 0:
         return None
-    most = [log_chance(group[0], sampled_at) for _, group in groups]
-    expected = sum(len(group) * math.exp(p) * (n - 1) / 2 for p, (n, group) in zip(most, groups, strict=True))
-    chances = [_log_chance_of_repeats(n, len(group), p) for p, (n, group) in zip(most, groups, strict=True)]
-    rarest = int(np.argmin(chances))
-    shown = groups[rarest][1]
+    log_p = [log_chance(group[0], sampled_at) for _, group in groups]
+    expected = sum(len(group) * math.exp(p) * (n - 1) / 2 for p, (n, group) in zip(log_p, groups, strict=True))
+    chances = [_log_chance_of_repeats(n, len(group), p) for p, (n, group) in zip(log_p, groups, strict=True)]
+    shown = groups[int(np.argmin(chances))][1]
     said = (
         f"{n_repeats} of {len(rollouts)} responses repeat another one of their prompt, such as prompt "
         f"{shown[0].prompt_idx} samples {shown[0].sample_idx} and {shown[-1].sample_idx}, {len(shown[0].response_ids)} "
         f"tokens of log-prob {sum(shown[0].logprobs):.1f}"
     )
     if not is_off_policy:
-        is_rare = chances[rarest] < math.log(LARGEST_CHANCE / len(rollouts))
+        is_rare = min(chances) < math.log(LARGEST_CHANCE / len(rollouts))
         if is_rare or pdtrc(n_repeats - 1, expected) < LARGEST_CHANCE:
             return f"{said}, where chance gives {expected:.2g} repeats: not independent samples"
     k = math.gcd(*(len(group) for _, group in groups))
@@ -76,14 +74,6 @@ def log_chance(rollout: Rollout, sampled_at: float | None) -> float:
         return min(float(logprobs.sum()), 0.0)
     below = np.log1p(-np.asarray(rollout.tail_mass, dtype=np.float64)) - logprobs
     return -float(np.logaddexp(0, below / (sampled_at or 1.0))[below > LIKELIEST_WITHIN].sum())
-
-
-def _alike(rollouts: list[Rollout]) -> list[list[Rollout]]:
-    """The rollouts of one prompt, those of the same response together."""
-    groups: dict[tuple[int, ...], list[Rollout]] = defaultdict(list)
-    for rollout in rollouts:
-        groups[tuple(rollout.response_ids)].append(rollout)
-    return list(groups.values())
 
 
 def _log_chance_of_repeats(n: int, m: int, log_p: float) -> float:

@@ -17,12 +17,9 @@ SECONDS_TO_CONNECT = 30.0
 
 
 def json_at(url: str, seconds: float, body: dict[str, Any] | None = None, api_key: str | None = None) -> dict[str, Any]:
-    """The JSON object at `url`, asked for again where the server is busy.
+    """The JSON object at `url`, waited for `seconds` and asked for again where the server is busy; a `body` is posted.
 
-    Args:
-        seconds: to wait for the answer.
-        body: posted as JSON; None gets.
-        api_key: sent as a bearer token; an error that repeats it is shown without.
+    `api_key` is sent as a bearer token; an error that repeats it is shown without.
     """
     try:
         import urllib3
@@ -30,8 +27,7 @@ def json_at(url: str, seconds: float, body: dict[str, Any] | None = None, api_ke
         raise InputError(f"`base_url` {url}: asking a server takes urllib3: pip install 'gradprobe[server]'") from error
     # Each request has its connection: a server may close an idle one just when it is used again.
     headers = {"Content-Type": "application/json", "Connection": "close"}
-    if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
+    headers |= {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     try:
         response = urllib3.request(
             "GET" if body is None else "POST",

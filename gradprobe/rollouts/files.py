@@ -5,9 +5,9 @@ care: what does not come back from its ids is dropped and counted, for its token
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..problems.chat import ChatRefusal, ChatTemplate
 from ..problems.data_set import Problem
 from .formats import TRUTH_KEYS, Completion, RolloutReport, Unusable, completions_of, is_list_of, raise_folded
 from .places import in_words
-from .server import are_token_ids
 from .verdicts import Verdicts
 
 CACHED_TEXTS = 4096
@@ -32,7 +31,6 @@ TOO_LONG = "completions longer than the model's context"
 END_APPENDED = "ended by themselves, which their text can't say: the end-of-sequence id was appended"
 END_UNKNOWN = "may lack their end-of-sequence token: the file doesn't say how they ended"
 PADDING_CUT = "ended in several end-of-sequence or padding ids, of which the first was kept"
-BOUNDARY_DIFFERS = "have other ids where prompt and completion are tokenised as one text; kept as tokenised apart"
 TEXT_DIFFERS = "have a text that this tokenizer does not make of their ids"
 FROM_DATASET = "have the data set's prompt: the file's own lacks special tokens, or is missing"
 OTHER_THAN_DATASET = "have a prompt other than the data set's rendering of their problem; probed as in the file"
@@ -50,13 +48,7 @@ class ForeignRollouts:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What token ids mean to the model to be probed.
-
-    Attributes:
-        size: ids are below it.
-        end_ids: its end-of-sequence ids.
-        context: the most tokens of prompt and response together; None for no bound.
-    """
+    """What token ids mean to the model to be probed, and the most of prompt and response together (None: no bound)."""
 
     tokenizer: Any
     size: int
@@ -76,13 +68,10 @@ def read_rollouts(
 ) -> ForeignRollouts:
     """Read rollouts of any of `FORMATS` from JSONL, JSON or parquet, one file or several of one shape.
 
-    All faults are named with their lines.
-
     Args:
         vocabulary: of the model to be probed; what is longer than its context is dropped.
         file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
-        problems: the data set the prompts come from; gives ground truths and prompt_idx. Without it prompts are
-            numbered as they appear.
+        problems: the data set the prompts come from; gives ground truths and prompt_idx.
         correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
             bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
@@ -105,19 +94,19 @@ def read_rollouts(
             scores = [] if score_key is None else _scores_of(completion, score_key, rollout)
             rollouts.append(replace(rollout, reward=verdicts.reward(completion.fields), bucket_scores=scores))
         except Unusable as error:
-            report.drop(str(error), completion.where)
+            report.count(report.dropped, str(error), completion.where)
         except FaultyRecord as error:
             faults.append((completion.where, str(error)))
     raise_folded(faults)
-    if correct_above is not None and rollouts and " > " not in verdicts.source:
-        source = verdicts.source
+    source = verdicts.source
+    if correct_above is not None and rollouts and " > " not in source:
         took = "" if source == "verifier" else f"; its verdicts are taken from '{source}', which needs none"
         raise InputError(f"`correct_above` {correct_above:g}: {file} has no reward to hold against it{took}")
     if not rollouts:
         raise InputError("; ".join((f"`rollouts` {file}: no rollouts left", *report.lines()[1:])))
     report.n_rollouts = len(rollouts)
     report.n_prompts = len({rollout.prompt_idx for rollout in rollouts})
-    report.verdict_from = verdicts.source
+    report.verdict_from = source
     report.n_to_verify = sum(rollout.correct is None for rollout in rollouts)
     return ForeignRollouts(rollouts, report)
 
@@ -133,27 +122,13 @@ class _Codec:
     """Text to token ids and back, with nothing added, skipped or tidied up unless it says so."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self._ids_of = lru_cache(CACHED_TEXTS)(self._tokenise)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it stands."""
-        return list(self._ids_of(text))
-
-    def _tokenise(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        self.encode = lru_cache(CACHED_TEXTS)(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        self.readable = partial(self.decode, skip_special_tokens=True)
 
     def comes_back(self, text: str) -> bool:
         """Whether `text` is the text of its own ids; with a lone surrogate, which no tokenizer takes, it is not."""
         return SURROGATE.search(text) is None and self.decode(self.encode(text)) == text
-
-    def readable(self, ids: list[int]) -> str:
-        """The text of token ids without special tokens, as verifiers are given it."""
-        return self.decode(ids, skip_special_tokens=True)
 
 
 class _Resolver:
@@ -161,7 +136,7 @@ class _Resolver:
 
     def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
-        self.tokenizer, self.end_ids, self.vocabulary, self.report = tokenizer, end_ids, vocabulary, report
+        self.tokenizer, self.vocabulary, self.report = tokenizer, vocabulary, report
         self.chat_template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.n_samples_of: Counter = Counter()
@@ -170,7 +145,8 @@ class _Resolver:
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
-        self.strips_specials = report.format == "verl" and _template_has_specials(tokenizer, self.chat_template)
+        specials = (*tokenizer.all_special_tokens, "bos_token", "eos_token") if report.format == "verl" else ()
+        self.strips_specials = any(token in self.chat_template.text for token in specials if self.chat_template)
 
     def rollout(self, completion: Completion, correct: bool | None) -> Rollout:
         """The completion's rollout; what must be said of it is counted.
@@ -191,7 +167,7 @@ class _Resolver:
         self.n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
         ids, remarks = self._response(completion)
         self._check_length(prompt_ids, ids)
-        self._note(completion, [*self._remarks_on_prompt(completion, prompt, problem, prompt_ids), *remarks])
+        self._note(completion, self._remarks_on_prompt(completion, prompt, problem, prompt_ids) | remarks)
         given_id = completion.fields.get("problem_id")
         return Rollout(
             prompt_idx=prompt_idx,
@@ -213,13 +189,13 @@ class _Resolver:
         self.own_samples.add(sample)
         ids = self._checked(own.response_ids, "response ids")
         self._check_length(self._checked(own.prompt_ids, "prompt ids"), ids)
-        self._note(completion, self._remarks_on_text(own.response, ids))
+        self._note(completion, {TEXT_DIFFERS: not self._is_text_of(ids, own.response)})
         return replace(own, correct=correct)
 
     def _prompt_ids(self, completion: Completion, text: str | None, problem: Problem | None) -> list[int]:
         if completion.prompt_ids is not None:
             return self._checked(completion.prompt_ids, "prompt ids")
-        if problem is not None and (text is None or text == self.problems.readable_prompts[problem.idx]):
+        if problem is not None and text in (None, self.problems.readable_prompts[problem.idx]):
             return self.codec.encode(problem.prompt)
         if text is None:
             raise FaultyRecord("neither text nor token ids of the prompt; `dataset` brings them where ids match")
@@ -234,8 +210,10 @@ class _Resolver:
 
     def _prompt_text(self, completion: Completion) -> str | None:
         prompt = completion.prompt
-        if prompt is None or isinstance(prompt, str) or completion.prompt_ids is not None:
-            return prompt if isinstance(prompt, str) else None
+        if prompt is None or isinstance(prompt, str):
+            return prompt
+        if completion.prompt_ids is not None:
+            return None
         if not is_list_of(dict, prompt):
             raise FaultyRecord("its prompt is neither a text nor a list of messages")
         if self.chat_template is None:
@@ -246,42 +224,39 @@ class _Resolver:
         except ChatRefusal as error:
             raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
 
-    def _response(self, completion: Completion) -> tuple[list[int], list[str]]:
+    def _response(self, completion: Completion) -> tuple[list[int], dict[str, bool]]:
         """The response's ids, and what must be said of them."""
-        if completion.response_ids is not None:
+        has_ids = completion.response_ids is not None
+        if has_ids:
             given = self._checked(completion.response_ids, "response ids")
             if completion.unusable is not None:
                 raise Unusable(completion.unusable)
-            ids = self._without_padding(given)
-            return ids, [PADDING_CUT] * (len(ids) < len(given)) + self._remarks_on_text(completion.text, ids)
-        if not isinstance(completion.text, str):
+        elif not isinstance(completion.text, str):
             raise FaultyRecord("neither text nor token ids of the completion")
-        if LOST_BYTES in completion.text or not self.codec.comes_back(completion.text):
+        elif LOST_BYTES in completion.text or not self.codec.comes_back(completion.text):
             raise Unusable(NOT_ROUND_TRIP)
-        given = self.codec.encode(completion.text)
-        ids = self._without_padding(given)
-        if len(ids) < len(given):
-            return ids, [PADDING_CUT]
-        end_id = completion.end if type(completion.end) is int else self.tokenizer.eos_token_id
-        if completion.end == "cut" or (ids and ids[-1] in self.end_ids):
-            return ids, []
-        if completion.end is None or end_id is None:
-            return ids, [END_UNKNOWN]
-        return self._checked([*ids, end_id], "response ids"), [END_APPENDED]
-
-    def _without_padding(self, ids: list[int]) -> list[int]:
+        else:
+            given = self.codec.encode(completion.text)
         # An end id further ahead stays: it may be one of this checkpoint and not of the one that sampled.
-        n_kept = len(ids)
-        while n_kept > 1 and ids[n_kept - 1] in self.padding and ids[n_kept - 2] in self.padding:
+        n_kept = len(given)
+        while n_kept > 1 and given[n_kept - 1] in self.padding and given[n_kept - 2] in self.padding:
             n_kept -= 1
-        return ids[:n_kept]
+        ids, is_cut = given[:n_kept], n_kept < len(given)
+        if has_ids:
+            is_of_ids = completion.text is None or self._is_text_of(ids, completion.text)
+            return ids, {PADDING_CUT: is_cut, TEXT_DIFFERS: not is_of_ids}
+        if is_cut or completion.end == "cut" or (ids and ids[-1] in self.vocabulary.end_ids):
+            return ids, {PADDING_CUT: is_cut}
+        end_id = completion.end if type(completion.end) is int else self.tokenizer.eos_token_id
+        if completion.end is None or end_id is None:
+            return ids, {END_UNKNOWN: True}
+        return self._checked([*ids, end_id], "response ids"), {END_APPENDED: True}
 
     def _checked(self, ids: Any, what: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise FaultyRecord(f"its {what} are not a list of integers")
         size = self.vocabulary.size
-        if not are_token_ids(ids, size):
-            odd = next(i for i in ids if not 0 <= i < size)
+        for odd in (i for i in ids if not 0 <= i < size):
             raise FaultyRecord(f"its {what} have {odd}, the model's are 0 to {size - 1}: another model's?")
         if what == "prompt ids" and not ids:
             raise FaultyRecord("its prompt has no tokens, at least 1 is needed")
@@ -293,34 +268,26 @@ class _Resolver:
         if self.vocabulary.context is not None and len(prompt_ids) + len(ids) > self.vocabulary.context:
             raise Unusable(TOO_LONG)
 
-    def _note(self, completion: Completion, remarks: Iterable[str]) -> None:
-        for remark in remarks:
-            self.report.note(remark, completion.where)
+    def _note(self, completion: Completion, remarks: dict[str, bool]) -> None:
+        for remark in (remark for remark, holds in remarks.items() if holds):
+            self.report.count(self.report.notes, remark, completion.where)
 
     def _remarks_on_prompt(
         self, completion: Completion, text: str | None, problem: Problem | None, prompt_ids: list[int]
-    ) -> Iterator[str]:
-        has_ids = completion.prompt_ids is not None
-        if problem is not None and prompt_ids != self.codec.encode(problem.prompt):
-            yield OTHER_THAN_DATASET
-        elif problem is not None and not has_ids and text != problem.prompt:
-            yield FROM_DATASET
-        if has_ids:
-            return
-        if isinstance(completion.prompt, list):
-            yield RENDERED
-        if self.adds_specials:
-            yield SPECIALS_NOT_ADDED
-        if completion.response_ids is None:
-            joint = self.codec.encode(self.codec.decode(prompt_ids) + completion.text)
-            if joint != prompt_ids + self.codec.encode(completion.text):
-                yield BOUNDARY_DIFFERS
+    ) -> dict[str, bool]:
+        has_text, is_found = completion.prompt_ids is None, problem is not None
+        is_other = is_found and prompt_ids != self.codec.encode(problem.prompt)
+        return {
+            OTHER_THAN_DATASET: is_other,
+            FROM_DATASET: is_found and has_text and not is_other and text != problem.prompt,
+            RENDERED: has_text and isinstance(completion.prompt, list),
+            SPECIALS_NOT_ADDED: has_text and self.adds_specials,
+        }
 
-    def _remarks_on_text(self, text: str | None, ids: list[int]) -> list[str]:
+    def _is_text_of(self, ids: list[int], text: str) -> bool:
         # The last is how our own sampler decodes; a tokenizer that tidies up makes another text of it.
         plain = self.tokenizer.decode(ids, skip_special_tokens=True)
-        is_of_ids = text is None or text in (self.codec.decode(ids), self.codec.readable(ids), plain)
-        return [] if is_of_ids else [TEXT_DIFFERS]
+        return text in (self.codec.decode(ids), self.codec.readable(ids), plain)
 
 
 def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:
@@ -334,16 +301,6 @@ def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool
     if given is not None and str(given).split() != problem.ground_truth.split():
         raise FaultyRecord(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
     return problem.ground_truth
-
-
-def _template_has_specials(tokenizer: Any, chat_template: ChatTemplate | None) -> bool:
-    if chat_template is None:
-        return False
-    try:
-        rendered = chat_template.render([{"role": "user", "content": "x"}])
-    except ChatRefusal:
-        return True  # as far as anybody knows
-    return any(token in rendered for token in tokenizer.all_special_tokens)
 
 
 class _ProblemIndex:
@@ -365,12 +322,11 @@ class _ProblemIndex:
 
     def of(self, completion: Completion, prompt: str | None) -> Problem:
         """The problem that a completion answers; `prompt` is its prompt's text."""
-        given_id = completion.fields.get("problem_id")
+        given_id, ids = completion.fields.get("problem_id"), completion.prompt_ids
         if given_id is not None and str(given_id) in self.by_id:
             return self.by_id[str(given_id)]
-        ids = completion.prompt_ids
-        found = self.by_prompt.get(tuple(ids), []) if is_list_of(int, ids) else []
-        found = found or self.by_prompt.get(prompt, [])
+        found = self.by_prompt.get(tuple(ids)) if is_list_of(int, ids) else None
+        found = found or self.by_prompt.get(prompt)
         if not found:
             named = "" if given_id is None else f" and no problem has the id '{given_id}'"
             raise FaultyRecord(f"its prompt is none of the data set's{named}")

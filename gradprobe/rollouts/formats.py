@@ -6,7 +6,7 @@ and llama.cpp's `logprobs.content[].id`), TRL 1.x's completion logs and verl 0.x
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from ..common.record_files import open_record_file
 from ..dump.records import Rollout, rollout_from_json
 from .server import logprob_entries, object_at, token_ids_of
 
-FORMATS = ("gradprobe", "vllm", "openai", "trl", "verl")
 N_EXAMPLES = 3
 
 FAILED_REQUEST = "requests that failed"
@@ -72,30 +71,21 @@ class RolloutReport:
     notes: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def drop(self, reason: str, where: str) -> None:
-        """Count a completion that is left out."""
-        self.dropped[reason] += 1
-        self._show(reason, where)
-
-    def note(self, remark: str, where: str) -> None:
-        """Count a completion that is kept and of which something must be said."""
-        self.notes[remark] += 1
-        self._show(remark, where)
-
-    def _show(self, reason: str, where: str) -> None:
+    def count(self, counter: Counter, reason: str, where: str) -> None:
+        """Count in `dropped` a completion that is left out, in `notes` one of which something must be said."""
+        counter[reason] += 1
         place = Path(where).name
         if len(self.examples[reason]) < N_EXAMPLES and place not in self.examples[reason]:
             self.examples[reason].append(place)
 
     def lines(self) -> list[str]:
         """The report for a person, one line each."""
-        head = f"{self.format} rollouts: {self.n_rollouts} of {self.n_prompts} prompts"
-        verify = f", verdict from '{self.verdict_from}'" if self.n_rollouts else ""
-        verify = f", {self.n_to_verify} to be verified" if self.n_to_verify else verify
+        verdict = f", verdict from '{self.verdict_from}'" if self.n_rollouts else ""
+        verdict = f", {self.n_to_verify} to be verified" if self.n_to_verify else verdict
+        counts = [("dropped", self.dropped), ("note:", self.notes)]
         return [
-            head + verify,
-            *(f"dropped {n} {reason} ({', '.join(self.examples[reason])})" for reason, n in self.dropped.items()),
-            *(f"note: {n} {remark} ({', '.join(self.examples[remark])})" for remark, n in self.notes.items()),
+            f"{self.format} rollouts: {self.n_rollouts} of {self.n_prompts} prompts{verdict}",
+            *(f"{word} {n} {why} ({', '.join(self.examples[why])})" for word, of in counts for why, n in of.items()),
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,63 +103,53 @@ def completions_of(files: Sequence[Path], file_format: str) -> tuple[list[Comple
     hashes = [file.sha256 for file in opened]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     report = RolloutReport(_recognise(*records[0]) if file_format == "auto" else file_format, sha256)
+    is_shape, parse = SHAPES[report.format]
     completions: list[Completion] = []
     faults: list[tuple[str, str]] = []
     for where, record in records:
         try:
-            if not IS_SHAPE[report.format](record):
+            if not is_shape(record):
                 raise FaultyRecord(f"not of the shape {report.format}: {_keys_of(record)}")
-            completions += PARSERS[report.format](where, record)
+            completions += parse(where, record)
         except Unusable as error:
-            report.drop(str(error), where)
+            report.count(report.dropped, str(error), where)
         except FaultyRecord as error:
             faults.append((where, str(error)))
         else:
             if report.format in ("trl", "verl") and record.get("step") != records[0][1].get("step"):
-                report.note(OTHER_STEPS, where)
+                report.count(report.notes, OTHER_STEPS, where)
     raise_folded([*faults, *_repeated_requests(completions)])
     report.n_completions = len(completions)
     return completions, report
 
 
-def _repeated_requests(completions: list[Completion]) -> Iterator[tuple[str, str]]:
+def _repeated_requests(completions: list[Completion]) -> list[tuple[str, str]]:
     """(place, fault) of samples of one request that stand twice, word for word.
 
     vLLM numbers its requests from 0 in every process, so that two runs in one file share ids; where any of the samples
     of one name differ, names say nothing.
     """
     first: dict[tuple[str, Any], Completion] = {}
-    again = []
-    for completion in completions:
-        before = None if completion.sample is None else first.setdefault(completion.sample, completion)
-        if before is None or before is completion:
+    faults = []
+    for again in completions:
+        before = again if again.sample is None else first.setdefault(again.sample, again)
+        if before is again:
             continue
-        if any(getattr(before, name) != getattr(completion, name) for name in WHAT_WAS_SAID):
-            return
-        again.append((completion, before))
-    for completion, before in again:
-        yield (
-            completion.where,
-            f"request '{one_line(completion.sample[0], 60)}' stands at {Path(before.where).name} already, word for "
-            "word: was the file written twice? leave the copies out",
-        )
+        if (before.prompt, before.prompt_ids, before.text, before.response_ids) != (
+            again.prompt, again.prompt_ids, again.text, again.response_ids
+        ):  # fmt: skip
+            return []
+        named = f"request '{one_line(again.sample[0], 60)}' stands at {Path(before.where).name} already"
+        faults.append((again.where, f"{named}, word for word: was the file written twice? leave the copies out"))
+    return faults
 
 
 class Unusable(FaultyRecord):
     """Well-formed, and without anything to probe: dropped, and counted under the reason given."""
 
 
-IS_SHAPE: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "gradprobe": lambda r: {"prompt_idx", "sample_idx", "prompt_ids", "response_ids"} <= r.keys(),
-    "vllm": lambda r: isinstance(r.get("outputs"), list),
-    "openai": lambda r: "choices" in r or isinstance(r.get("response"), dict) or bool(r.get("error")),
-    "verl": lambda r: {"input", "output"} <= r.keys(),
-    "trl": lambda r: "completion" in r or "completion_ids" in r,
-}
-
-
 def _recognise(where: str, record: dict[str, Any]) -> str:
-    found = [name for name, is_shape in IS_SHAPE.items() if is_shape(record)]
+    found = [name for name, (is_shape, _) in SHAPES.items() if is_shape(record)]
     if len(found) != 1:
         what = f"of several shapes ({', '.join(found)})" if found else f"of no known shape: {_keys_of(record)}"
         raise InputError(f"{where}: {what}; `rollouts_format` names one of {', '.join(FORMATS)}")
@@ -186,26 +166,22 @@ def _own(where: str, record: dict[str, Any]) -> list[Completion]:
 
 
 def _vllm(where: str, record: dict[str, Any]) -> list[Completion]:
-    found = []
-    for number, output in enumerate(record["outputs"]):
-        output = {"text": output} if isinstance(output, str) else output
-        if not isinstance(output, dict):
-            raise FaultyRecord("an entry of 'outputs' is neither an object nor a text")
-        fields = _fields(record, output, len(record["outputs"]))
-        prompt_ids, ids = record.get("prompt_token_ids"), output.get("token_ids")
-        found.append(
-            Completion(
-                where,
-                record.get("prompt"),
-                prompt_ids,
-                output.get("text"),
-                ids,
-                _end_of(output),
-                fields,
-                sample=_sample_of(record.get("request_id"), output, number),
-            )
+    outputs = [{"text": output} if isinstance(output, str) else output for output in record["outputs"]]
+    if not all(isinstance(output, dict) for output in outputs):
+        raise FaultyRecord("an entry of 'outputs' is neither an object nor a text")
+    return [
+        Completion(
+            where,
+            record.get("prompt"),
+            record.get("prompt_token_ids"),
+            output.get("text"),
+            output.get("token_ids"),
+            _end_of(output),
+            _fields(record, output, len(outputs)),
+            sample=_sample_of(record.get("request_id"), output, number),
         )
-    return found
+        for number, output in enumerate(outputs)
+    ]
 
 
 def _openai(where: str, record: dict[str, Any]) -> list[Completion]:
@@ -251,10 +227,7 @@ def _has_all_ids(response: dict[str, Any], choice: dict[str, Any]) -> bool:
     """False where ids stand beside llama.cpp's log-probs and their bytes don't make the text."""
     if choice.get("token_ids") is not None or "__verbose" in response or token_ids_of(response, choice) is None:
         return True
-    try:
-        spoken = b"".join(bytes(list(entry.get("bytes") or [])) for entry in logprob_entries(choice))
-    except (TypeError, ValueError):  # what stands under 'bytes' is none
-        return False
+    spoken = b"".join(bytes(entry.get("bytes") or []) for entry in logprob_entries(choice))
     return isinstance(choice.get("text"), str) and spoken.startswith(choice["text"].encode("utf-8", "surrogatepass"))
 
 
@@ -273,15 +246,15 @@ def _verl(where: str, record: dict[str, Any]) -> list[Completion]:
     return [Completion(where, record["input"], prompt_ids, record["output"], ids, None, record)]
 
 
-WHAT_WAS_SAID = ("prompt", "prompt_ids", "text", "response_ids")
-
-PARSERS: dict[str, Callable[[str, dict[str, Any]], list[Completion]]] = {
-    "gradprobe": _own,
-    "vllm": _vllm,
-    "openai": _openai,
-    "trl": _trl,
-    "verl": _verl,
+SHAPES: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[str, dict[str, Any]], list[Completion]]]] = {
+    "gradprobe": (lambda r: {"prompt_idx", "sample_idx", "prompt_ids", "response_ids"} <= r.keys(), _own),
+    "vllm": (lambda r: isinstance(r.get("outputs"), list), _vllm),
+    "openai": (lambda r: "choices" in r or isinstance(r.get("response"), dict) or bool(r.get("error")), _openai),
+    "trl": (lambda r: "completion" in r or "completion_ids" in r, _trl),
+    "verl": (lambda r: {"input", "output"} <= r.keys(), _verl),
 }
+"""How a record's keys tell its shape, and what reads it."""
+FORMATS = tuple(SHAPES)
 
 
 def is_list_of(kind: Any, value: Any) -> bool:

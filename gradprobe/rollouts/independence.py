@@ -21,12 +21,9 @@ LARGEST_Z = 4.0
 
 @dataclass(frozen=True)
 class SharedNoise:
-    """How often rollouts of two prompts have the same token at the same step.
+    """How often rollouts of two prompts have the same token at the same step: at the `same` sample number, at others.
 
-    Attributes:
-        same: share of agreeing steps where both have the same sample number; None without such pairs.
-        other: where they have different ones.
-        z: `same` against shuffled numbers, in standard deviations of these; None where it can't be told.
+    `z` is `same` against shuffled numbers, in standard deviations of these. None is what can't be told.
     """
 
     same: float | None
@@ -47,27 +44,24 @@ class SharedNoise:
         if self.z is None:
             return "whether rollouts of different prompts are independent can't be told: it takes two with two each"
         agree = f"the same token at a step in {self.same:.3f} at the same sample number, in {self.other:.3f} at another"
-        if self.is_shared:
-            return (
-                f"rollouts of different prompts share their noise: {agree} (z {self.z:.1f}); were they sampled with "
-                "one seed for all prompts? Intervals take them for independent: sample again, with a seed for each "
-                "prompt and sample, or with none"
-            )
-        return f"rollouts of different prompts look independent: {agree} (z {self.z:+.1f})"
+        if not self.is_shared:
+            return f"rollouts of different prompts look independent: {agree} (z {self.z:+.1f})"
+        return (
+            f"rollouts of different prompts share their noise: {agree} (z {self.z:.1f}); was there one seed for all? "
+            "Intervals take them for independent: sample again, with a seed for each prompt and sample, or with none"
+        )
 
 
 def shared_noise(rollouts: Iterable[Rollout], seed: int = 0) -> SharedNoise:
-    """Compare rollouts of different prompts at equal and at other sample numbers.
-
-    Args:
-        seed: of the shuffles.
-    """
+    """Compare rollouts of different prompts at equal and at other sample numbers; `seed` is of the shuffles."""
     tokens = _table(rollouts)
     if tokens.shape[0] < 2 or ((tokens[:, :, 0] >= 0).sum(axis=1) > 1).sum() < 2:
         return SharedNoise(None, None, None)
     rng = np.random.default_rng(seed)
     same, n_same = _agreements(tokens)
-    shuffled = [np.divide(*_agreements(_renumbered(tokens, rng))) for _ in range(SHUFFLES)]
+    numbers = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
+    renumbered = (rng.permuted(numbers, axis=1)[:, :, None] for _ in range(SHUFFLES))
+    shuffled = [np.divide(*_agreements(np.take_along_axis(tokens, of, axis=1))) for of in renumbered]
     of_all, n_all = _agreements(tokens.reshape(1, -1, tokens.shape[2]).swapaxes(0, 1))
     within = [_agreements(of_prompt[:, None]) for of_prompt in tokens]
     other = of_all - same - sum(agreeing for agreeing, _ in within)
@@ -88,12 +82,6 @@ def _table(rollouts: Iterable[Rollout]) -> np.ndarray:
             ids = r.response_ids[:MOST_STEPS]
             table[prompts[r.prompt_idx], samples[r.sample_idx], : len(ids)] = ids
     return table
-
-
-def _renumbered(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The table with sample numbers shuffled within each prompt; a rollout's tokens stay together."""
-    numbers = rng.permuted(np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)), axis=1)
-    return np.take_along_axis(tokens, numbers[:, :, None], axis=1)
 
 
 def _agreements(tokens: np.ndarray) -> tuple[float, float]:

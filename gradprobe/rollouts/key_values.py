@@ -16,10 +16,7 @@ from ..common.errors import InputError
 class KeyValues(Cache):
     """Keys and values of all layers: columns `begin` .. `end` of [rows, heads, room, head dim].
 
-    Args:
-        filled: of the prompts, padded on the left; it tells layers, heads and devices.
-        prompt_of: [rows] which of these prompts each row begins with.
-        room: columns.
+    It begins with those of the prompts, `filled`, padded on the left, of which each row has one: `prompt_of`, [rows].
     """
 
     def __init__(self, filled: DynamicCache, prompt_of: torch.Tensor, room: int) -> None:

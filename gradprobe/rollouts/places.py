@@ -12,19 +12,13 @@ RECORD_FILES = (".jsonl", ".json", ".parquet")
 
 
 def rollout_files(given: Sequence[Path]) -> list[Path]:
-    """The files that hold rollouts.
-
-    Args:
-        given: files, dumps, or folders with the completions of one training step.
-    """
+    """The files that hold rollouts, of files, dumps, or folders with the completions of one training step."""
     files = [_file_at(place) for place in given]
     for i, file in enumerate(files):
         if file.resolve() in (other.resolve() for other in files[:i]):
             raise InputError(f"`rollouts` {file}: stands there twice")
         if len(files) > 1 and contract.find_manifest(file) is not None:
-            raise InputError(
-                f"`rollouts` {file}: is a dump's, and goes with no other; merge the dumps and name that one"
-            )
+            raise InputError(f"`rollouts` {file}: is a dump's, and goes with no other; merge dumps and name that one")
     return files
 
 
@@ -39,7 +33,9 @@ def _file_at(place: Path) -> Path:
     found = contract.find_rollouts(place)
     if found is not None:
         return found
-    steps = _completions_in(place) or _completions_in(place / COMPLETIONS)
+    # In the order of their steps, which are numbers of at least five digits.
+    steps = [*place.glob("completions_*.parquet")] or [*(place / COMPLETIONS).glob("completions_*.parquet")]
+    steps.sort(key=lambda file: (len(file.name), file.name))
     if len(steps) == 1:
         return steps[0]
     if steps:
@@ -50,8 +46,3 @@ def _file_at(place: Path) -> Path:
     others = sorted(file.name for file in place.iterdir() if file.suffix in RECORD_FILES)
     hint = f"; name one or several of {first_of(others)}" if others else ""
     raise InputError(f"`rollouts` {place}: no {contract.ROLLOUTS} there, nor completions_*.parquet{hint}")
-
-
-def _completions_in(directory: Path) -> list[Path]:
-    """In the order of their steps, which are numbers of at least five digits."""
-    return sorted(directory.glob("completions_*.parquet"), key=lambda file: (len(file.name), file.name))

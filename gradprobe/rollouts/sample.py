@@ -24,15 +24,12 @@ STEPS_UNSEEN = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn from the full softmax, and what ends one.
+    """How `n_samples` responses to each prompt are drawn from the full softmax, and what ends one.
 
     Attributes:
-        n_samples: responses to each prompt.
-        max_new_tokens: tokens of a response at most.
         temperature: divides the logits.
         end_ids: any of them ends a response, which keeps it.
         context: the most tokens of prompt and response together; None for no bound.
-        stop: ends a response too; None for no such text.
     """
 
     n_samples: int
@@ -53,7 +50,7 @@ class Sampling:
 
     def ends(self, ids: list[int], n: int) -> bool:
         """Whether the n-th of a response's `ids` ends it."""
-        return ids[n - 1] in self.end_ids or (self.stop is not None and self.stop.ends(ids[self.stop.tail_of(n)]))
+        return ids[n - 1] in self.end_ids or (self.stop is not None and self.stop.ends(ids, n))
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,10 @@ class StopText:
     text: str
     decode: Callable[[list[int]], str]
 
-    def tail_of(self, n: int) -> slice:
-        """Which of n tokens the text can stand in where the last completes it."""
+    def ends(self, ids: list[int], n: int) -> bool:
+        """Whether the n-th of a response's `ids` completes the text."""
         # A token has a byte at least; one more, since tokenizers drop a blank before the first word.
-        return slice(max(0, n - len(self.text.encode()) - 1), n)
-
-    def ends(self, tail: list[int]) -> bool:
-        """Whether the last of a response's tokens completes the text. `tail`: see `tail_of`."""
-        return self.text in self.decode(tail)
+        return self.text in self.decode(ids[max(0, n - len(self.text.encode()) - 1) : n])
 
 
 Uniforms = Callable[[int, int], np.ndarray]
@@ -97,26 +90,17 @@ def chunks_of(rows_per_prompt: Sequence[int], max_rows: int) -> Iterator[range]:
         yield range(start, len(rows_per_prompt))
 
 
-def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse-CDF sampling from the full softmax: the first token whose cumulative probability exceeds u.
+
+    Summed block by block and then inside one block only: no float64 table of the vocabulary, no wait for the device.
 
     Args:
         logits: [batch, vocab].
         uniforms: [batch] float64 in [0, 1).
-        temperature: divides the logits.
 
     Returns:
-        [batch] token ids.
-    """
-    drawn, is_sound = _draw(logits, uniforms, temperature)
-    _raise_unless(is_sound.all())
-    return drawn
-
-
-def _draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids, whether the logits made a distribution), both [batch]; nothing waits for the device.
-
-    Summed block by block and then inside one block only: no float64 table of the vocabulary.
+        (token ids, whether the logits made a distribution), both [batch].
     """
     logits = logits.float()
     weights = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
@@ -151,22 +135,10 @@ def sample_responses(
     sampling: Sampling,
     max_rows: int | Budget = 256,
 ) -> Iterator[list[list[list[int]]]]:
-    """Sample responses to each prompt from the model's full softmax.
+    """Sample responses to each prompt, `max_rows` at once; yields the next few prompts': [prompt][sample][token].
 
     The model's generation config plays no part: neither top-k, top-p nor penalties apply. One uniform number decides
     each token, so a response depends on the batch around it only through rounding.
-
-    Args:
-        prompts: token ids of each prompt.
-        uniforms: gives the uniform numbers of (number of the prompt, number of the sample).
-        max_rows: how many responses are under way at once.
-
-    Yields:
-        The next few prompts' responses: [prompt][sample][token].
-
-    Raises:
-        InputError: the model has no cache, or would change what it keeps there (see `model.past`), or draws from no
-            distribution.
     """
     refuse_lengths(model, max((len(p) + sampling.room_after(p) for p in prompts), default=0), "`max_new_tokens`")
     if not keeps_tokens_apart(model):
@@ -188,8 +160,7 @@ def _one_prompt_at_a_time(
 ) -> Iterator[list[list[list[int]]]]:
     """As `sample_responses`, with whatever cache is the model's own: rows of one prompt in step, so nothing is padded.
 
-    What can't be padded (recurrent states) or take another's place needs no more than this. Rows that are over run on
-    with the others until all are.
+    Rows that are over run on with the others until all are.
     """
     refuse_without_cache(model)
     name, device = cache_name(model), input_device(model)
@@ -198,8 +169,7 @@ def _one_prompt_at_a_time(
 
     @torch.inference_mode()
     def responses_to(prompt: list[int], u: torch.Tensor) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in u]
-        is_over = [False] * len(u)
+        found, is_over = [[] for _ in u], [False] * len(u)
         new, behind, n_seen = torch.tensor([prompt] * len(u), device=device), {}, 0
         for step in range(sampling.room_after(prompt)):
             if "position_ids" in named:  # Bamba counts from 0 behind any cache
@@ -209,7 +179,7 @@ def _one_prompt_at_a_time(
             behind = {name: getattr(output, name, None)}
             if not isinstance(behind[name], Cache):  # of another kind, which a batch may not pass through unharmed
                 raise InputError(no_cache(model))
-            drawn, is_sound = _draw(output.logits[:, -1], u[:, step], sampling.temperature)
+            drawn, is_sound = sample_from(output.logits[:, -1], u[:, step], sampling.temperature)
             _raise_unless(is_sound.all())
             for row, token in enumerate(drawn.tolist()):
                 if not is_over[row]:
@@ -223,33 +193,27 @@ def _one_prompt_at_a_time(
     budget = max_rows if isinstance(max_rows, Budget) else Budget(max_rows)
     for p, prompt in enumerate(prompts):
         steps = torch.from_numpy(np.stack([uniforms(p, s) for s in range(sampling.n_samples)])).to(device)
-        of_prompt: dict[int, list[int]] = {}
-        for batch, found in run_in_batches([1] * len(steps), budget, lambda b: responses_to(prompt, steps[b])):  # noqa: B023
-            of_prompt |= dict(zip(batch, found, strict=True))
-        yield [[of_prompt[s] for s in range(sampling.n_samples)]]
+        batches = run_in_batches([1] * len(steps), budget, lambda b: responses_to(prompt, steps[b]))  # noqa: B023
+        yield [[ids for _, found in batches for ids in found]]
 
 
 class _Rows:
     """Rollouts under way side by side, each in a row of its own; what is over gives its row up.
 
-    What a rollout is hangs on nothing in the other rows. One may run on past its end, until it is looked at; what it
-    draws there is cut off.
-
-    Args:
-        prompts: token ids; each has `sampling.n_samples` rows of `uniforms`, [rows, steps].
+    One may run on past its end, until it is looked at; what it draws there is cut off. Each of the `prompts` has
+    `sampling.n_samples` rows of `uniforms`, [rows, steps].
     """
 
     def __init__(self, model: nn.Module, sampling: Sampling, prompts: list[list[int]], uniforms: np.ndarray) -> None:
         self._model, self._sampling, self._prompts, self._device = model, sampling, prompts, input_device(model)
         self._responses: list[list[int]] = [[] for _ in uniforms]
-        self._unseen = STEPS_UNSEEN[self._device.type]
+        self._step, self._unseen = 0, STEPS_UNSEEN[self._device.type]
         self._ends = torch.tensor(sorted(sampling.end_ids), device=self._device)
         self._is_sound = torch.ones((), dtype=torch.bool, device=self._device)
         # Of each row: which rollout is in it (-1: it is over), and the column where its prompt begins.
         self._row = np.arange(len(uniforms))
         n_prompt = np.repeat(list(map(len, prompts)), sampling.n_samples)
         self._start = n_prompt.max() - n_prompt
-        self._step = 0
         room = np.repeat([sampling.room_after(prompt) for prompt in prompts], sampling.n_samples)
         self._room, self._n_prompt = (torch.from_numpy(n).to(self._device) for n in (room, n_prompt))
         # The last column of both is for what is cut off.
@@ -282,7 +246,7 @@ class _Rows:
 
     def _draw(self, logits: torch.Tensor) -> None:
         at = min(self._step, self._tokens.shape[1] - 1)
-        self._last, is_sound = _draw(logits, self._u[:, at], self._sampling.temperature)
+        self._last, is_sound = sample_from(logits, self._u[:, at], self._sampling.temperature)
         self._tokens[:, at] = self._last
         self._step += 1
         self._is_over |= torch.isin(self._last, self._ends) | (self._step >= self._room)
@@ -302,23 +266,13 @@ class _Rows:
         """Take out what is over."""
         _raise_unless(self._is_sound)
         is_over = self._is_over.cpu().numpy()
-        if self._sampling.stop is not None:
-            is_over |= self._stopped()
+        if (stop := self._sampling.stop) is not None:
+            new, tokens = range(max(1, self._step - self._unseen), self._step + 1), self._tokens.tolist()
+            is_over |= [self._row[i] >= 0 and any(stop.ends(ids, n) for n in new) for i, ids in enumerate(tokens)]
         for row in np.flatnonzero(is_over & (self._row >= 0)).tolist():
             ids = self._tokens[row, : self._room[row]].tolist()
             self._responses[self._row[row]] = ids[: self._sampling.n_until_over(ids)]
             self._row[row] = -1
-
-    def _stopped(self) -> np.ndarray:
-        """[rows] whether the stop text stands in what was drawn since the last look."""
-        tokens, stop = self._tokens.tolist(), self._sampling.stop
-        new = range(max(1, self._step - self._unseen), self._step + 1)
-        return np.array(
-            [
-                number >= 0 and any(stop.ends(tokens[row][stop.tail_of(n)]) for n in new)
-                for row, number in enumerate(self._row)
-            ]
-        )
 
     def _keep(self, rows: np.ndarray, cache: KeyValues) -> None:
         """Go on with these rows alone."""

@@ -1,7 +1,7 @@
 """Rollouts from a completions server (vLLM, SGLang, llama.cpp): raw prompt ids in, response ids out.
 
-The server's own sampling defaults and the checkpoint's generation config play no part: every request says in full
-how to sample. A server that keeps the token ids to itself is refused, since text does not determine them.
+Every request says in full how to sample, so that the server's own defaults and the checkpoint's generation config play
+no part. A server that keeps the token ids to itself is refused, since text does not determine them.
 """
 
 import os
@@ -82,13 +82,7 @@ def key_in(variable: str | None) -> str | None:
 def connect(
     base_url: str, model: str | None = None, timeout: float = 600.0, api_key: str | None = None
 ) -> CompletionsServer:
-    """The server at `base_url` (with or without `/v1`).
-
-    Args:
-        model: the name under which it serves the model; None for the only one that it lists.
-        timeout: seconds to wait for one answer.
-        api_key: sent with every request, as a bearer token.
-    """
+    """The server at `base_url` (with or without `/v1`), and the `model` that it lists, None for the only one."""
     url = base_url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"`base_url` {base_url}: must start with http:// or https://")
@@ -119,19 +113,11 @@ def sample_completions(
     vocab_size: int,
     n_parallel: int = 16,
 ) -> Iterator[list[ServerResponse]]:
-    """Ask for responses to each prompt from the model's full softmax, one request each.
+    """Yield the responses to each prompt from the model's full softmax; one request each, `n_parallel` at once.
 
     Responses end as with our own sampler: what a server says beyond that is cut off. It is not told of a stop text,
     since servers differ in whether the token that completes one is among their ids. Seeds make a server's answers
     repeatable only as far as its own arithmetic does; batching servers round differently from run to run.
-
-    Args:
-        prompts: token ids of each prompt.
-        vocab_size: ids must be below it.
-        n_parallel: requests under way at once.
-
-    Yields:
-        The responses to each prompt, in the prompts' order.
     """
 
     def ask(numbers: tuple[int, int]) -> ServerResponse:
@@ -166,12 +152,9 @@ def faults_of_answer(answer: dict[str, Any], prompt: list[int], vocab_size: int,
     choice = answer["choices"][0]
     ids, most = token_ids_of(answer, choice), sampling.room_after(prompt)
     if ids is None:
-        yield (
-            "the answer has no token ids (neither choices[].token_ids nor __verbose.tokens); vLLM, SGLang and "
-            "llama.cpp give them"
-        )
+        yield "the answer has no token ids (token_ids or __verbose.tokens), which vLLM, SGLang and llama.cpp give"
         return
-    if not are_token_ids(ids, vocab_size):
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
         yield f"the answer's token ids are not integers from 0 to {vocab_size - 1}: another model's?"
         return
     if not ids:
@@ -212,23 +195,11 @@ def object_at(record: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def are_token_ids(ids: Any, vocab_size: int) -> bool:
-    """Whether `ids` is a list of integers from 0 to `vocab_size` - 1."""
-    return isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
-
-
 def mean_logprob_gap(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float | None:
     """Mean |difference|, in nats per token, between the server's log-probs and those of our own pass.
 
-    Rounding gives thousandths in float32 and hundredths in bfloat16; a quantised or another model gives more.
-    llama.cpp and vLLM report log-probs at temperature 1 whatever the sampling temperature.
-
-    Args:
-        theirs: of each response, one per id; empty where the server gave none.
-        ours: of its ids at temperature 1.
-
-    Returns:
-        None where the server gave no log-probs.
+    None where it gave none (`theirs` are empty). Rounding gives thousandths in float32 and hundredths in bfloat16; a
+    quantised or another model gives more. llama.cpp and vLLM report log-probs at temperature 1 whatever they sample at.
     """
     gaps = [np.abs(np.asarray(a) - np.asarray(b)) for a, b in zip(theirs, ours, strict=True) if len(a)]
     return float(np.concatenate(gaps).mean()) if gaps else None

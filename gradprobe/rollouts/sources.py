@@ -2,19 +2,18 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
-from ..common.errors import InputError
+from ..common.errors import InputError, first_few
 from ..dump.records import PromptKey, Rollout
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint
-from ..model.decoder import context_length
 from ..problems.data_set import Problem
 from ..problems.verifiers import RunningVerifier
-from .sample import Sampling, StopText, rollout_uniforms, sample_responses
+from .sample import Sampling, rollout_uniforms, sample_responses
 from .server import CompletionsServer, ServerResponse, request_seed, sample_completions
 
 log = logging.getLogger(__name__)
@@ -22,39 +21,19 @@ log = logging.getLogger(__name__)
 SHOWN_FAILURES = 5
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How responses are sampled."""
-
-    num_samples: int
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    stop: str | None = None
-
-
 class Source(Protocol):
     """Gives a shard's rollouts, without scores, and without verdicts where `correct` is None."""
 
-    prompts: list[PromptKey]
-    """The prompts that are due, in order."""
-
-    rows_per_prompt: list[int]
-    """How many rollouts each of them has."""
-
-    n_tokens_at_most: int
-    """The most response tokens that all of them can have."""
+    prompts: list[PromptKey]  # that are due, in order
+    rows_per_prompt: list[int]  # how many rollouts each of them has
+    n_tokens_at_most: int  # the most response tokens that all of them can have
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """What gives the rollouts of a stretch of prompts."""
 
 
 class GivenRollouts:
-    """A shard's part, whole prompts, of the rollouts of another dump or another tool.
-
-    Attributes:
-        of_all_shards: all of them.
-    """
+    """A shard's part, whole prompts, of the rollouts of another dump or another tool; `of_all_shards` are all."""
 
     def __init__(self, rollouts: Sequence[Rollout], shard_index: int = 0, num_shards: int = 1):
         self.of_all_shards = rollouts
@@ -74,92 +53,63 @@ class GivenRollouts:
         return lambda chunk: [rollout for index in chunk for rollout in self._groups[index]]
 
 
-@dataclass(frozen=True)
 class SampledRollouts:
     """Responses of the probed model to problems, sampled here or by a server that runs it.
 
-    Attributes:
-        problems: of the data set.
-        prompt_ids: the tokens of each one's prompt.
-        settings: how to sample.
+    Args:
+        prompt_ids: the tokens of each problem's prompt.
         server: asked for responses in the place of our own sampler, `n_requests` at once; they carry its log-probs.
     """
 
-    problems: Sequence[Problem]
-    prompt_ids: Sequence[list[int]]
-    settings: SamplingSettings
-    server: CompletionsServer | None = None
-    n_requests: int = 1
-
-    @property
-    def prompts(self) -> list[PromptKey]:
-        """See `Source`."""
-        return [problem.idx for problem in self.problems]
-
-    @property
-    def rows_per_prompt(self) -> list[int]:
-        """See `Source`."""
-        return [self.settings.num_samples] * len(self.problems)
-
-    @property
-    def n_tokens_at_most(self) -> int:
-        """See `Source`."""
-        return sum(self.rows_per_prompt) * self.settings.max_new_tokens
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        prompt_ids: Sequence[list[int]],
+        sampling: Sampling,
+        seed: int,
+        server: CompletionsServer | None = None,
+        n_requests: int = 1,
+    ):
+        self.prompts: list[PromptKey] = [problem.idx for problem in problems]
+        self.rows_per_prompt = [sampling.n_samples] * len(problems)
+        self.n_tokens_at_most = sum(self.rows_per_prompt) * sampling.max_new_tokens
+        self._problems, self._prompt_ids, self._sampling, self._seed = problems, prompt_ids, sampling, seed
+        self._server, self._n_requests = server, n_requests
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
         """See `Source`."""
-        settings, context = self.settings, context_length(checkpoint.model)
-        if context is not None and max(map(len, self.prompt_ids)) + settings.max_new_tokens > context:
-            log.info(f"note: responses end at the model's context of {context} tokens")
-        stop = None if settings.stop is None else StopText(settings.stop, checkpoint.tokenizer.decode)
-        sampling = Sampling(
-            settings.num_samples, settings.max_new_tokens, settings.temperature, checkpoint.end_ids, context, stop
-        )
-        rows = Budget(sample_rows)
+        sampling, seed, rows = self._sampling, self._seed, Budget(sample_rows)
+        if any(sampling.room_after(ids) < sampling.max_new_tokens for ids in self._prompt_ids):
+            log.info(f"note: responses end at the model's context of {sampling.context} tokens")
+        n_steps, size = sampling.room_after([]), checkpoint.model.config.get_text_config().vocab_size
 
         def sample(chunk: range) -> list[Rollout]:
-            if self.server is None:
-                responses = self._sampled(checkpoint, chunk, sampling, rows)
+            idxs, prompts = [self.prompts[i] for i in chunk], [self._prompt_ids[i] for i in chunk]
+            if self._server is None:
+                uniforms = lambda p, s: rollout_uniforms(seed, idxs[p], s, n_steps)  # noqa: E731
+                batches = sample_responses(checkpoint.model, prompts, uniforms, sampling, rows)
+                found = [[ServerResponse(ids, []) for ids in samples] for batch in batches for samples in batch]
             else:
-                responses = self._asked(self.server, checkpoint, chunk, sampling)
+                seeds = lambda p, s: request_seed(seed, idxs[p], s)  # noqa: E731
+                found = sample_completions(self._server, prompts, seeds, sampling, size, self._n_requests)
             return [
-                self._rollout(checkpoint, number, sample_idx, response)
-                for number, samples in zip(chunk, responses, strict=True)
+                Rollout(
+                    prompt_idx=self.prompts[i],
+                    sample_idx=sample_idx,
+                    problem_id=self._problems[i].id,
+                    prompt_ids=self._prompt_ids[i],
+                    response_ids=response.ids,
+                    entropies=[],
+                    logprobs=response.logprobs,
+                    response=checkpoint.tokenizer.decode(response.ids, skip_special_tokens=True),
+                    ground_truth=self._problems[i].ground_truth,
+                    correct=None,  # still to be judged
+                )
+                for i, samples in zip(chunk, found, strict=True)
                 for sample_idx, response in enumerate(samples)
             ]
 
         return sample
-
-    def _sampled(
-        self, checkpoint: Checkpoint, chunk: range, sampling: Sampling, rows: Budget
-    ) -> list[list[ServerResponse]]:
-        seed, idxs, n_steps = self.settings.seed, [self.problems[i].idx for i in chunk], sampling.room_after([])
-        uniforms = lambda p, s: rollout_uniforms(seed, idxs[p], s, n_steps)  # noqa: E731
-        batches = sample_responses(checkpoint.model, [self.prompt_ids[i] for i in chunk], uniforms, sampling, rows)
-        return [[ServerResponse(ids, []) for ids in samples] for batch in batches for samples in batch]
-
-    def _asked(
-        self, server: CompletionsServer, checkpoint: Checkpoint, chunk: range, sampling: Sampling
-    ) -> list[list[ServerResponse]]:
-        seed, idxs = self.settings.seed, [self.problems[i].idx for i in chunk]
-        seeds = lambda p, s: request_seed(seed, idxs[p], s)  # noqa: E731
-        prompts, size = [self.prompt_ids[i] for i in chunk], checkpoint.model.config.get_text_config().vocab_size
-        return list(sample_completions(server, prompts, seeds, sampling, size, self.n_requests))
-
-    def _rollout(self, checkpoint: Checkpoint, number: int, sample_idx: int, response: ServerResponse) -> Rollout:
-        problem = self.problems[number]
-        return Rollout(
-            prompt_idx=problem.idx,
-            sample_idx=sample_idx,
-            problem_id=problem.id,
-            prompt_ids=self.prompt_ids[number],
-            response_ids=response.ids,
-            entropies=[],
-            logprobs=response.logprobs,
-            response=checkpoint.tokenizer.decode(response.ids, skip_special_tokens=True),
-            ground_truth=problem.ground_truth,
-            correct=None,  # still to be judged
-        )
 
 
 def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollout]:
@@ -170,10 +120,10 @@ def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollou
     verdicts = [None if r.correct is not None else running.judge(r.response, r.ground_truth) for r in rollouts]
     pairs = list(zip(rollouts, verdicts, strict=True))
     failed = [(r, verdict.error) for r, verdict in pairs if verdict is not None and verdict.correct is None]
-    for r, error in failed[:SHOWN_FAILURES]:
-        log.warning(f"prompt {r.prompt_idx} sample {r.sample_idx} is left out, the verifier failed on it: {error}")
-    if len(failed) > SHOWN_FAILURES:
-        log.warning(f"it failed on {len(failed) - SHOWN_FAILURES} more of these {len(rollouts)}")
+    left_out = "is left out, the verifier failed on it"
+    said = [f"prompt {r.prompt_idx} sample {r.sample_idx} {left_out}: {error}" for r, error in failed]
+    for line in first_few(said, f"of these {len(rollouts)}", SHOWN_FAILURES):
+        log.warning(line)
     if len(failed) == len(rollouts) > 1:
         raise InputError(f"`verifier` {running.verifier.name}: failed on every answer, first with: {failed[0][1]}")
     return [
@@ -181,8 +131,3 @@ def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollou
         for r, verdict in pairs
         if verdict is None or verdict.correct is not None
     ]
-
-
-def described_server(server: CompletionsServer) -> dict[str, Any]:
-    """What the manifest says of a server: what it serves, not where."""
-    return {"method": "completions server", "server_model": server.model}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import FaultyRecord
@@ -18,18 +18,13 @@ NO_REWARDS = {"step", "prompt", "completion", "advantage", "prompt_ids", "comple
 
 @dataclass
 class Verdicts:
-    """Takes the verdict from a completion's fields; None leaves it to the verifier.
-
-    Attributes:
-        format: of the file.
-        correct_from, correct_above: as of `read_rollouts`.
-        places: where each kind of verdict that was kept is first: a field, a field and its threshold, or the verifier.
-    """
+    """Takes the verdicts from completions' fields, as `read_rollouts` is told; None leaves one to the verifier."""
 
     format: str
     correct_from: str
     correct_above: float | None
-    places: dict[str, str] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
+    """What the first that was kept is from (a field, maybe with a threshold, or the verifier), and its place."""
 
     def of(self, fields: dict[str, Any]) -> tuple[bool | None, str]:
         """The verdict, and what it is from."""
@@ -37,31 +32,29 @@ class Verdicts:
         if key is None:
             return None, VERIFIER
         value = fields[key]
-        if isinstance(value, bool) or self._is_verdict(key, value):
+        if isinstance(value, bool) or (key in VERDICTS and self._is_verdict(key, value)):
             return bool(value), key
         if not is_finite(value):
             raise FaultyRecord(f"'{key}' is {json.dumps(value)[:40]}, no verdict: {ANEW}")
         if self.correct_above is None:
-            raise FaultyRecord(
-                f"'{key}' is a number: `correct_above` THRESHOLD says which rewards are correct answers, {ANEW}"
-            )
+            how = "`correct_above` THRESHOLD says which rewards are correct answers"
+            raise FaultyRecord(f"'{key}' is a number: {how}, {ANEW}")
         return value > self.correct_above, f"{key} > {self.correct_above:g}"
 
     def keep(self, source: str, where: str) -> None:
         """Count a rollout whose verdict is from `source`; `FaultyRecord` if others' are from elsewhere."""
-        first, place = next(iter(self.places.items()), (source, where))
-        if source != first:
-            said, before = (name if name == VERIFIER else f"'{name}'" for name in (source, first))
+        self.first = self.first or (source, where)
+        if source != self.first[0]:
+            said, before = (name if name == VERIFIER else f"'{name}'" for name in (source, self.first[0]))
             raise FaultyRecord(
-                f"would take its verdict from {said}, {place} from {before}: one file needs one kind; "
+                f"would take its verdict from {said}, {self.first[1]} from {before}: one file needs one kind; "
                 "`correct_from` names a field that all have, or verifier"
             )
-        self.places[source] = place
 
     @property
     def source(self) -> str:
         """What all verdicts are from."""
-        return next(iter(self.places), VERIFIER).removeprefix("the ")
+        return (self.first or (VERIFIER,))[0].removeprefix("the ")
 
     def reward(self, fields: dict[str, Any]) -> float | None:
         """What a completion was rewarded with, where one number is known; none goes with a verdict made anew."""
@@ -72,12 +65,10 @@ class Verdicts:
         return float(found[0]) if len(found) == 1 else None
 
     def _is_verdict(self, key: str, value: Any) -> bool:
-        """Whether a value is a verdict as it stands: true or false, or `acc` (or `correct`) as 1 or 0."""
-        if isinstance(value, bool):
-            return key in VERDICTS
+        """Whether the value of one of `VERDICTS` is one as it stands: true, false, 1 or 0."""
         # With a threshold for it, a number in `correct` is a reward; verl's `acc` is one only where it is asked for.
         is_reward = self.correct_above is not None and (key != "acc" or self.correct_from == key)
-        return key in VERDICTS and not is_reward and is_finite(value) and value in (0, 1)
+        return isinstance(value, bool) or (not is_reward and is_finite(value) and value in (0, 1))
 
     def _key(self, fields: dict[str, Any]) -> str | None:
         if self.correct_from == "verifier":

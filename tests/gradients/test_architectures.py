@@ -110,7 +110,7 @@ def test_cached_sampling_and_scores_agree_with_the_teacher_forced_model(family):
         tokens = prompts[p] + response
         logits = model(input_ids=torch.tensor([tokens])).logits[0, len(prompts[p]) - 1 : -1]
         u = torch.from_numpy(rollout_uniforms(1, p, s, n_steps)[: len(response)])
-        assert sample_from(logits, u, 0.8).tolist() == response
+        assert sample_from(logits, u, 0.8)[0].tolist() == response
         log_probs = torch.log_softmax(logits, -1)
         np.testing.assert_allclose(scores[i][0], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4)
         picked = log_probs.gather(-1, torch.tensor(response)[:, None])[:, 0]

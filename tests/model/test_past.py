@@ -79,7 +79,7 @@ def test_states_of_the_model_s_own_cache_sample_what_a_full_pass_draws(family):
         for s, response in enumerate(samples):
             logits = model(input_ids=torch.tensor([prompts[p] + response])).logits[0, len(prompts[p]) - 1 : -1]
             u = torch.from_numpy(rollout_uniforms(1, p, s, 12)[: len(response)])
-            assert sample_from(logits, u, 0.9).tolist() == response
+            assert sample_from(logits, u, 0.9)[0].tolist() == response
             room = sampling.room_after(prompts[p])
             assert len(response) == sampling.n_until_over(response)
             assert len(response) == room or sampling.ends(response, len(response))

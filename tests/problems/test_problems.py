@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -185,28 +184,6 @@ def test_splits_of_a_datasets_directory(tmp_path):
     with pytest.raises(InputError, match=r"has the splits train, test; name one: .*two/SPLIT"):
         load_problems(tmp_path / "two")
     assert len(load_problems(tmp_path / "two" / "test").problems) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("state.json", b"{"),
-        ("state.json", b"{}"),
-        ("state.json", b"[]"),
-        ("dataset_info.json", b"\xff"),
-        ("dataset_info.json", None),
-        ("data-00000-of-00001.arrow", b""),
-        ("data-00000-of-00001.arrow", (DATA / "saved" / "data-00000-of-00001.arrow").read_bytes()[:700]),
-        ("data-00000-of-00001.arrow", None),
-    ],
-)
-def test_a_damaged_datasets_directory_is_an_input_error(tmp_path, name, content):
-    directory = shutil.copytree(DATA / "saved", tmp_path / "saved")
-    (directory / name).unlink(missing_ok=True)
-    if content is not None:
-        (directory / name).write_bytes(content)
-    with pytest.raises(InputError, match="`dataset` .*saved"):
-        load_problems(directory)
 
 
 @pytest.mark.parametrize(("name", "library"), [("gsm8k.parquet", "pyarrow.parquet"), ("saved", "datasets")])

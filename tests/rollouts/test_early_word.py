@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 import probe_grad_vectors
+from gradprobe.common.errors import InputError
+from gradprobe.dump.on_policy import OnPolicy
 from gradprobe.dump.records import Rollout
-from gradprobe.rollouts.early_word import EarlyWord, min_mixed_prompts, share
+from gradprobe.rollouts.early_word import early_word, refuse_too_few_mixed, share
 
 SMALL = "--num-samples 2 --max-new-tokens 6 --device cpu --bins 2 --pos-per-bin-per-rollout 1".split()
 VERIFIERS = (
@@ -23,11 +25,13 @@ def rollout(prompt: int, correct: bool, n_tokens: int = 3, end: int = 7, text: s
 def test_counts_are_of_rollouts_and_prompts():
     mixed_for_rho = [rollout(0, kind) for kind in (True, True, False, False)]
     mixed = [rollout(1, True, end=9, text="so \\boxed{3}"), rollout(1, False, n_tokens=7)]
-    word = EarlyWord.of([*mixed_for_rho, *mixed, rollout(2, False), rollout(3, True)], frozenset({7}))
-    assert (word.num_rollouts, word.num_correct, word.num_prompts) == (8, 4, 4)
-    assert (word.num_mixed_prompts, word.num_prompts_for_rho) == (2, 1)
-    assert (word.num_answered, word.num_cut_off) == (1, 1)
-    assert (word.mean_tokens, word.mean_entropy) == (3.5, 0.5)
+    rollouts = [*mixed_for_rho, *mixed, rollout(2, False), rollout(3, True)]
+    assert list(early_word(rollouts, frozenset({7}), OnPolicy(-0.01, 1.26, None))) == [
+        "rollouts: 4 of 8 (50%) correct, 1 of 8 (12%) with a \\boxed{} answer",
+        "prompts: 2 of 4 (50%) with correct and incorrect rollouts; "
+        "Exp 3 rests on these, Exp 2's ρ on the 1 with at least 2 of each",
+        "tokens: 4 a rollout, 1 of 8 (12%) cut off; entropy 0.500 nats, log π + H -0.0100 nats (+1.3 standard errors)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -38,8 +42,11 @@ def test_all_and_none_are_said_of_all_and_none(count, total, said):
 
 
 def test_few_prompts_or_single_rollouts_are_not_stopped():
-    assert min_mixed_prompts(None, [2] * 16) == 1
-    assert min_mixed_prompts(None, [2] * 15) == min_mixed_prompts(None, [1] * 64) == min_mixed_prompts(0, [2] * 64) == 0
+    of_one_kind = [rollout(0, True), rollout(1, True)]
+    for given, rows in ((None, [2] * 15), (None, [1] * 64), (0, [2] * 64)):
+        refuse_too_few_mixed(of_one_kind, given, rows)
+    with pytest.raises(InputError, match=r"`min_mixed_prompts` 1: 0 of 2 \(0%\) prompts"):
+        refuse_too_few_mixed(of_one_kind, None, [2] * 16)
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_first_token_frequencies_match_every_token_s_probability():
 def test_inverse_cdf_never_draws_what_has_no_probability():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(4, 1)
     u = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
-    assert sample_from(logits, u, 1.0).tolist() == [1, 1, 3, 3]
+    assert sample_from(logits, u, 1.0)[0].tolist() == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("vocab_size", [3, 256, 1000])
@@ -78,7 +78,7 @@ def test_inverse_cdf_by_blocks_draws_what_a_float64_table_draws(vocab_size):
     u = torch.rand(2000, generator=generator, dtype=torch.float64)
     table = torch.softmax(logits / 0.7, -1).double().cumsum(-1)
     table /= table[:, -1:].clone()
-    drawn = sample_from(logits, u, 0.7)
+    drawn, _ = sample_from(logits, u, 0.7)
     above = table.gather(1, drawn[:, None])[:, 0]
     below = torch.where(drawn > 0, table.gather(1, (drawn - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     assert ((below - 1e-6 <= u) & (u < above + 1e-6)).all()
@@ -86,9 +86,14 @@ def test_inverse_cdf_by_blocks_draws_what_a_float64_table_draws(vocab_size):
     assert (drawn != exact).sum() <= 1
 
 
-def test_logits_that_are_no_distribution_are_an_error_not_a_token():
-    with pytest.raises(InputError, match="not finite"):
-        sample_from(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64), 1.0)
+def test_logits_that_are_no_distribution_are_an_error_not_a_token(monkeypatch):
+    model = tiny_model(3)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    for keeps_apart in (True, False):
+        monkeypatch.setattr(sampling_module, "keeps_tokens_apart", lambda model, found=keeps_apart: found)
+        with pytest.raises(InputError, match="not finite"):
+            sample(model, [[1, 2]], 2, 3)
 
 
 def test_a_rollout_does_not_depend_on_the_batch_around_it():
