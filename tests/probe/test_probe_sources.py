@@ -103,7 +103,7 @@ def test_the_tokenizers_chat_template_renders_what_the_demo_has_rendered(tmp_pat
 def test_only_the_studys_problems_are_rendered_and_shards_agree(checkpoint_dir, tmp_path, monkeypatch):
     texts = []
     monkeypatch.setattr(
-        "gradprobe.problems.chat.ChatTemplate.render", lambda self, messages: texts.append(messages) or "1+2="
+        "gradprobe.problems.chat.ChatTemplate.render", lambda self, messages, is_begun: texts.append(messages) or "1+2="
     )
     flags = ["--model-path", DEMO / "base", "--chat-template", "--problem-key", "meta.problem", "--num-prompts", 6]
     of_shards = []
