@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import InputError, first_of, one_line, raise_if_any
+from ..common.fields import is_finite
 from .fetch import json_at
 from .sample import Sampling
 
@@ -135,7 +136,8 @@ def sample_completions(
         choice = answer["choices"][0]
         ids, logprobs = token_ids_of(answer, choice), _logprobs_of(choice)
         n_kept = sampling.n_until_over(ids)
-        return ServerResponse(ids[:n_kept], logprobs[:n_kept] if len(logprobs) == len(ids) else [])
+        has_all = len(logprobs) == len(ids) and all(map(is_finite, logprobs))
+        return ServerResponse(ids[:n_kept], logprobs[:n_kept] if has_all else [])
 
     # Leaving it, also by a signal, waits for no request that is under way.
     with ThreadPool(n_parallel) as pool:

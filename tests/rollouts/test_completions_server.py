@@ -237,6 +237,14 @@ def test_an_answer_that_would_give_a_wrong_number_is_refused(playing, changes, s
         list(answers)
 
 
+def test_log_probs_that_are_none_count_as_not_given(playing):
+    choice = {"token_ids": [1, 2], "prompt_token_ids": [3, 4], "logprobs": {"token_logprobs": [-0.5, float("nan")]}}
+    playing.script = [(200, {}, json.dumps({"choices": [choice]}).encode())]
+    there = CompletionsServer(f"{url_of(playing)}/v1", "demo")
+    (answers,) = sample_completions(there, [[3, 4]], lambda p, s: s, Sampling(1, 4), vocab_size=10)
+    assert answers == [ServerResponse([1, 2], [])]
+
+
 def test_what_the_server_refuses_is_said(server, checkpoint):
     with pytest.raises(InputError, match=r"/v1/completions: HTTP 400 .*invalid tokens"):
         sampled(server, checkpoint, [[999]])
