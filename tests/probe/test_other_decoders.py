@@ -55,7 +55,11 @@ def test_longrope_is_refused_where_prompt_and_response_could_pass_its_length(
     assert "--max-new-tokens 20: up to 32 tokens with the prompt, and beyond 26" in capsys.readouterr().err
     assert not (out / "rollouts.jsonl").exists()
     assert probe(tmp_path / "short", model, "--dataset", problems_file, "--max-new-tokens", 14) == 0
-    records = [{**RECORD, "sample_idx": n, "response_ids": [8] * n, "correct": True} for n in (4, 24)]
+    records = [
+        {**RECORD, "sample_idx": n, "response_ids": [8] * n, "correct": True}
+        | dict.fromkeys(("entropies", "logprobs"), [0.0] * n)
+        for n in (4, 24)
+    ]
     file = tmp_path / "rollouts.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     flags = ["--model-path", model, "--output-dir", tmp_path / "given", "--rollouts", file, "--bins", 2]
