@@ -186,7 +186,7 @@ SETTINGS = [
     Change("entropy_edges", "entropy_edges", "--entropy-edges", "--entropy-edges other"),
     Change("entropy_edges", SAME, SAME, "--entropy-edges moved", act=moved("other", "moved"), scenario="edges"),
     Change("seed", "seed", "seed is", "--seed 1"),
-    Change("device", "sees no GPU", None, "--device cuda"),
+    Change("device", "sees 0 GPUs", None, "--device cuda"),
     Change("device_map", SAME, SAME, "--device auto --device-map auto"),
     Change("max_memory", SAME, SAME, "--device auto --device-map auto --max-memory cpu=1GiB"),
     Change("offload_dir", SAME, SAME, "--device auto --device-map auto --offload-dir weights"),
