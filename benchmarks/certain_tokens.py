@@ -24,7 +24,7 @@ from gradprobe.dump.records import iter_rollouts  # noqa: E402
 from gradprobe.gradients.chosen import Chosen  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import Projection, expand_projected, expand_targets  # noqa: E402
-from gradprobe.model.checkpoint import DTYPES, CheckpointSource, load_checkpoint  # noqa: E402
+from gradprobe.model.checkpoint import DTYPES, Checkpoint, CheckpointSource, load_checkpoint  # noqa: E402
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
 from gradprobe.rollouts.score import score_responses  # noqa: E402
 
@@ -32,11 +32,11 @@ BINS = 5
 NEVER = np.finfo(np.float64).tiny
 
 
-def sharpened(source: CheckpointSource, dtype: torch.dtype, factor: float) -> torch.nn.Module:
-    model = load_checkpoint(source, torch.device("cpu"), dtype).model
+def sharpened(source: CheckpointSource, dtype: torch.dtype, factor: float) -> Checkpoint:
+    checkpoint = load_checkpoint(source, torch.device("cpu"), dtype)
     with torch.no_grad():
-        model.base_model.norm.weight.mul_(factor)
-    return model
+        checkpoint.model.base_model.norm.weight.mul_(factor)
+    return checkpoint
 
 
 def gradients(model, targets, prompts, responses, chosen, by_hand: bool) -> list[np.ndarray]:
@@ -82,22 +82,21 @@ def main() -> None:
     rollouts = list(iter_rollouts(args.rollouts / "rollouts.jsonl"))[: args.num_rollouts]
     prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
     source = CheckpointSource(str(args.model_path), adapter=args.adapter)
-    narrow = sharpened(source, DTYPES[args.dtype], args.sharpen)
-    wide = sharpened(source, torch.float64, args.sharpen)
+    checkpoint = sharpened(source, DTYPES[args.dtype], args.sharpen)
+    narrow, wide = checkpoint.model, sharpened(source, torch.float64, args.sharpen).model
     if args.sharpen != 1:
-        end = load_checkpoint(source, torch.device("cpu"), torch.float32).end_ids
-        sampling = Sampling(1, 64, end_ids=end)
+        sampling = Sampling(1, 64, end_ids=checkpoint.end_ids)
         batches = sample_responses(narrow, prompts, lambda p, s: rollout_uniforms(0, p, s, 64), sampling)
         responses = [samples[0] for batch in batches for samples in batch]
     scores = {i: s for batch in score_responses(wide, prompts, responses, 2048) for i, s in batch.items()}
     edges = fit_edges(np.concatenate([scores[i].entropies for i in range(len(prompts))]), BINS)
-    rng = np.random.default_rng(0)
-    picked = [choose_positions(bucket_of(scores[i].entropies, edges), BINS, 4, rng) for i in range(len(prompts))]
-    bucket = np.concatenate([bucket_of(scores[i].entropies[p], edges) for i, p in enumerate(picked)])
+    buckets, rng = [bucket_of(scores[i].entropies, edges) for i in range(len(prompts))], np.random.default_rng(0)
+    picked = [choose_positions(of_rollout, BINS, 4, rng) for of_rollout in buckets]
+    bucket = np.concatenate([of_rollout[p] for of_rollout, p in zip(buckets, picked, strict=True)])
     missing = np.concatenate([-np.expm1(scores[i].logprobs[p]) for i, p in enumerate(picked)])
     each = [Chosen.each(p) for p in picked]
-    pooled = [Chosen.pooled(bucket_of(scores[i].entropies, edges)) for i in range(len(prompts))]
-    pooled_bucket = np.concatenate([np.unique(bucket_of(scores[i].entropies, edges)) for i in range(len(prompts))])
+    pooled = list(map(Chosen.pooled, buckets))
+    pooled_bucket = np.concatenate(list(map(np.unique, buckets)))
     rows = expand_targets(wide, None, "mlp.down_proj.weight", "0", 0)
     weights = expand_projected(wide, None, "mlp.down_proj.weight", Projection(16, 16, 0))
     print(f"{args.model_path}, final norm x {args.sharpen:g}, {args.dtype}, {len(prompts)} rollouts\n")

@@ -54,7 +54,6 @@ def _of_type(kind: type, words: str) -> Kind:
     return Kind(lambda value: isinstance(value, kind), words)
 
 
-ANYTHING = Kind(lambda value: True, "")
 INDEX = Kind(is_index, "an integer from 0")
 NUMBER = Kind(is_finite, "a finite number")
 TEXT, TRUE_OR_FALSE = _of_type(str, "a text"), _of_type(bool, "true or false")

@@ -172,7 +172,7 @@ def _count_problems(dump: Dump) -> list[str]:
 
 def _eaten_by_rounding(dump: Dump) -> list[str]:
     """What must be said of gradients that were taken from 1 − π as a difference."""
-    if dump.manifest.get("format_version", 0) >= contract.FORMAT_VERSION:
+    if dump.manifest.get("format_version", 0) >= contract.EXACT_SINCE:
         return []
     known, most = dump.tail_mass, contract.CERTAIN_TAIL_MASS
     if known is None:

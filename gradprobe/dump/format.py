@@ -28,7 +28,8 @@ ROLLOUTS = "rollouts.jsonl"
 SETTINGS = "settings.json"
 PROGRESS = "progress.jsonl"
 FORMAT_VERSION = 2
-"""Since 2, gradients of tokens of which the model is certain are exact; before, rounding ate them."""
+EXACT_SINCE = 2
+"""Since this version gradients of tokens of which the model is certain are exact; before, rounding ate them."""
 CERTAIN_TAIL_MASS, CERTAIN_ENTROPY = 1e-6, 1.5e-5
 """Below this tail mass, of which so much entropy (nats) speaks too, a gradient before version 2 is mostly rounding."""
 
@@ -162,6 +163,11 @@ def prompt_hashes_of(manifest: Mapping[str, Any]) -> dict[PromptKey, str] | None
         return None
     keys = map(prompt_key_from_json, manifest["prompt_idxs"])
     return dict(zip(keys, manifest["prompt_hashes"], strict=True))
+
+
+def without_path(fact: Any) -> Any:
+    """What a manifest says of something, without the place where it lay: a moved file is the same file."""
+    return {key: value for key, value in fact.items() if key != "path"} if isinstance(fact, dict) else fact
 
 
 def is_pooled(manifest: Mapping[str, Any]) -> bool:

@@ -135,13 +135,9 @@ def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tup
     # Of an original's data set nothing is known; what is known must be the same.
     data_keys = ["dataset"] if (first.get("dataset") or {}).keys() & (other.get("dataset") or {}).keys() else []
     for key in (*model_keys, *seed_keys, *data_keys, *keys_that_are(SAME)):
-        here, there = (_without_path(manifest.get(key)) for manifest in (first, other))
+        here, there = (contract.without_path(manifest.get(key)) for manifest in (first, other))
         if here != there:
             yield key, json.dumps(here), json.dumps(there)
-
-
-def _without_path(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
 
 
 def namespaces(shards: list[Dump]) -> list[int | None]:

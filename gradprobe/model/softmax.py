@@ -42,14 +42,13 @@ class Softmax:
 
     def not_drawn(self, ids: torch.Tensor) -> torch.Tensor:
         """[n] float64, 1 − π of the words `ids`, [n]."""
-        is_top, drawn = self._is_top(ids), self.others.gather(-1, ids[:, None])[:, 0].double()
-        return torch.where(is_top, self.weight, 1 + self.weight - drawn) / (1 + self.weight)
+        return torch.where(self._is_top(ids), self.weight, 1 + self.weight - self._drawn(ids)) / (1 + self.weight)
 
     def logit_norm(self, ids: torch.Tensor) -> torch.Tensor:
         """[n] float64, ‖onehot − π‖, the length of the gradient of log π of the words `ids`, [n], in the logits."""
         # Unless the likeliest word was drawn, it is one of the others, and no difference is near 0.
-        drawn = self.others.gather(-1, ids[:, None])[:, 0].double()
-        others = torch.linalg.vecdot(self.others, self.others).double() - drawn**2 + ~self._is_top(ids)
+        squares = torch.linalg.vecdot(self.others, self.others).double()
+        others = squares - self._drawn(ids) ** 2 + ~self._is_top(ids)
         return (self.not_drawn(ids) ** 2 + others / (1 + self.weight) ** 2).sqrt()
 
     def logit_gradient(self, ids: torch.Tensor) -> torch.Tensor:
@@ -57,6 +56,9 @@ class Softmax:
         not_drawn = self.not_drawn(ids)[:, None]
         gradient = self.others.scatter_(-1, self._top, 1.0).mul_((-1 / (1 + self.weight))[:, None].type_as(self.others))
         return gradient.scatter_(-1, ids[:, None], not_drawn.type_as(gradient))
+
+    def _drawn(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.others.gather(-1, ids[:, None])[:, 0].double()
 
     def _is_top(self, ids: torch.Tensor) -> torch.Tensor:
         return ids == self._top[:, 0]

@@ -87,11 +87,8 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """The facts that a run which continues another must share: without paths, for a moved file is the same file."""
-        identity = {}
-        for key, fact in self.facts.items():
-            without_path = {k: v for k, v in fact.items() if k != "path"} if isinstance(fact, dict) else fact
-            identity["model" if key == "model_identity" else key] = without_path
-        return identity
+        names = {"model_identity": "model"}
+        return {names.get(key, key): contract.without_path(fact) for key, fact in self.facts.items()}
 
     def in_numbers(self) -> dict[str, Any]:
         """What the launcher asks for: how much there will be at most."""

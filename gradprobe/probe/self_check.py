@@ -32,10 +32,10 @@ from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
 from ..gradients.targets import AnyTarget, ProjectedTarget, Target, Weight, full_name, linears_of, signs
 from ..model.batches import pad_right
-from ..model.checkpoint import faults_as_input
 from ..model.decoder import context_length, decoder_hidden, decoder_of, head_logits, n_inputs, n_output_rows
 from ..model.past import length_limit
 from ..model.placement import input_device, is_spread
+from ..model.source import faults_as_input
 from ..rollouts.sample import Sampling, rollout_uniforms, sample_responses
 from ..rollouts.score import score_responses
 
@@ -99,7 +99,7 @@ class _Check:
         # Also under float64 weights transformers computes norms in float32.
         self.tolerance = max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
         self.where = ""
-        self._alone: dict[tuple[int, ...], torch.Tensor] = {}  # logits
+        self._alone: dict[tuple[str | int, ...], torch.Tensor] = {}  # logits, by where and of which tokens
 
     @contextmanager
     def shifted(self, by: torch.Tensor) -> Iterator[None]:
@@ -156,20 +156,21 @@ class _Check:
 
     def scores(self, rollouts: list[_Rollout]) -> None:
         """Log-probs and entropies of several rollouts together are those of each alone."""
-        logits = [self._logits(r.tokens).double() for r in rollouts]
         shared = [replace(r, response=r.response[:n]) for r in rollouts for n in (RESPONSE, RESPONSE - 1)]
         alone = [_Rollout(r.tokens[:n], r.tokens[n:]) for r, n in zip(rollouts, (LONG_PROMPT - 2, 2), strict=True)]
         together = shared + alone
+        whole = [rollout for rollout in rollouts for _ in (0, 1)] + rollouts  # of which each of them is a part
         scores = {}
         for batch in score_responses(
             self.model, [r.prompt for r in together], [r.response for r in together], MOST_TOKENS
         ):
             scores.update(batch)
-        spread = float(torch.cat(logits).std(dim=-1).square().mean().sqrt())
+        logits = torch.cat([self._logits(rollout.tokens) for rollout in rollouts]).double()
+        spread = float(logits.std(dim=-1).square().mean().sqrt())
         shares = []
-        for i, (rollout, sequence) in enumerate(zip(together, (0, 0, 1, 1, 0, 1), strict=True)):
-            first = len(rollout.prompt) - 1
-            log_probs = logits[sequence][first : first + len(rollout.response)].log_softmax(-1).cpu()
+        for i, (rollout, of_whole) in enumerate(zip(together, whole, strict=True)):
+            predicting = self._logits(of_whole.tokens)[len(rollout.prompt) - 1 :][: len(rollout.response)]
+            log_probs = predicting.double().log_softmax(-1).cpu()
             logprobs = log_probs.gather(-1, torch.tensor(rollout.response)[:, None])[:, 0].numpy()
             entropies = -(log_probs.exp() * log_probs).sum(-1).numpy()
             off = np.concatenate([scores[i].logprobs - logprobs, scores[i].entropies - entropies])
@@ -319,13 +320,12 @@ class _Check:
         return logits.double().log_softmax(-1).gather(-1, ids[:, -RESPONSE:, None]).sum((1, 2))
 
     def _logits(self, tokens: list[int]) -> torch.Tensor:
-        """[tokens - 1, vocab] of a pass over these alone; made once where nothing is shifted."""
-        if self.where or tuple(tokens) not in self._alone:
-            logits = self.model(input_ids=pad_right([tokens], self.device), use_cache=False).logits[0, :-1]
-            if self.where:
-                return logits
-            self._alone[tuple(tokens)] = logits
-        return self._alone[tuple(tokens)]
+        """[tokens - 1, vocab] of a pass over these alone, made once."""
+        key = self.where, *tokens
+        if key not in self._alone:
+            ids = pad_right([tokens], self.device)
+            self._alone[key] = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return self._alone[key]
 
     def _refuse(self, found: float, most: float, what: str, remedy: str) -> None:
         if not found <= most:  # NaN too

@@ -12,7 +12,7 @@ import torch
 
 from ..common.errors import InputError, raise_if_any
 from ..dump.buckets import BUCKET, NO_POOLING
-from ..model.checkpoint import CheckpointSource
+from ..model.source import CheckpointSource
 from ..problems.verifiers import BOXED, SECONDS_PER_ANSWER
 from ..rollouts.formats import FORMATS
 from .rules import ENTROPY, RULES, score_key_of

@@ -49,11 +49,12 @@ def score_responses(
     Yields:
         For one batch: each response's scores by its index.
     """
-    refuse_lengths(model, max(map(len, map(list.__add__, prompts, responses)), default=0), "`rollouts`")
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    refuse_lengths(model, max(lengths, default=0), "`rollouts`")
     budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
-    lengths = _lengths_behind_shared_prompts(prompts, responses) if keeps_tokens_apart(model) else {}
-    alone = {i: len(prompts[i]) + len(response) for i, response in enumerate(responses) if i not in lengths}
-    for hidden_states, length_of in ((_states_behind_shared_prompts, lengths), (_states, alone)):
+    shared = _lengths_behind_shared_prompts(prompts, responses) if keeps_tokens_apart(model) else {}
+    alone = {i: length for i, length in enumerate(lengths) if i not in shared}
+    for hidden_states, length_of in ((_states_behind_shared_prompts, shared), (_states, alone)):
         members = list(length_of)
 
         @torch.inference_mode()

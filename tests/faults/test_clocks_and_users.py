@@ -18,23 +18,9 @@ import probe_grad_vectors
 from gradprobe import check
 from gradprobe.probe.output import Progress
 
-SMALL = "--num-prompts 4 --num-samples 2 --max-new-tokens 4 --device cpu --bins 2 --pos-per-bin-per-rollout 1 -q"
-SMALL += " --sample-rows 2 --batch-tokens 40"
 DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
 YEARS = 20 * 365 * 86400
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def sampling(checkpoint_dir, problems_file) -> list[str]:
-    return ["--model-path", str(checkpoint_dir), "--dataset", str(problems_file), *SMALL.split()]
-
-
-@pytest.fixture(scope="module")
-def finished(sampling, tmp_path_factory) -> Path:
-    dump = tmp_path_factory.mktemp("undisturbed") / "dump"
-    assert probe_grad_vectors.main([*sampling, "--output-dir", str(dump)]) == 0
-    return dump
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------

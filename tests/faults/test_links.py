@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -12,20 +11,7 @@ import probe_grad_vectors
 from gradprobe import check
 from gradprobe.dump.consistency import problems_of
 
-SMALL = "--num-prompts 2 --num-samples 2 --max-new-tokens 4 --device cpu --bins 2 --pos-per-bin-per-rollout 1 -q"
 DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def sampling(checkpoint_dir, problems_file) -> list[str]:
-    return ["--model-path", str(checkpoint_dir), "--dataset", str(problems_file), *SMALL.split()]
-
-
-@pytest.fixture(scope="module")
-def finished(sampling, tmp_path_factory) -> Path:
-    dump = tmp_path_factory.mktemp("undisturbed") / "dump"
-    assert run(probe_grad_vectors.main, *sampling, "--output-dir", dump) == 0
-    return dump
 
 
 def run(main: Callable[[list[str]], int], *arguments: object) -> int:
