@@ -19,15 +19,14 @@ import sys
 from pathlib import Path
 
 from gradprobe.analysis.differences import say_differences
-from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
-from gradprobe.analysis.summaries import sealed
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
-from gradprobe.common.files import make_directory, write_json
+from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
+from gradprobe.analysis.summaries import write_results
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
 from gradprobe.exp3.measure import measure_dumps, refusal
-from gradprobe.exp3.summary import SUMMARY, report, summary_over_targets
+from gradprobe.exp3.summary import SUMMARY, numbers_of, tables_of
 from gradprobe.exp3.weights import OBJECTIVES
-from gradprobe.figures.exp3 import draw_analysis
-from gradprobe.figures.look import add_format_flag, drawn_from, save, subjects_of
+from gradprobe.figures.exp3 import draw_exp3
+from gradprobe.figures.look import add_format_flag, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,34 +50,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @script_main
 def main(argv: list[str] | None = None) -> int:
-    """Read the dumps, measure signal and noise, then write the summary, the figures and the tables."""
+    """Read the dumps, measure signal and noise, write the summary and the figures, print the tables."""
     args = parse_args(argv)
     paths = parse_tagged_dumps(args.dumps)
     dumps = open_dumps(paths, refusal)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
-    results, others = measure_dumps(dumps, args.objective)
-    make_directory(output_dir)
     warn(dumps)
     differences = say_differences(dumps)
 
-    fingerprints = fingerprints_of(dumps)
-    summary = sealed(
-        {
-            tag: {
-                **summary_over_targets(targets, results[tag], others[tag], fingerprints[tag]),
-                "differences": differences[tag],
-            }
-            for tag, targets in dumps.items()
-        }
+    results, others = measure_dumps(dumps, args.objective)
+    numbers = {tag: numbers_of(targets, results[tag], others[tag]) for tag, targets in dumps.items()}
+    summary = about_study(numbers, dumps, differences)
+    written = write_results(
+        output_dir, SUMMARY, summary, lambda: save(draw_exp3(summary), output_dir, args.figure_format)
     )
-    drawn = draw_analysis(subjects_of(first_targets(dumps)), list(summary.values()))
-
-    write_json(output_dir / SUMMARY, summary)
-    written = [SUMMARY]
-    for name, figure in drawn.items():
-        written += save(figure, output_dir / name, drawn_from(SUMMARY, summary), args.figure_format)
-    print(report(summary), end="\n\n")
-    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
+    print_results([table for tag, one in summary.items() for table in tables_of(tag, one)], output_dir, written)
     return 0
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +12,22 @@ import numpy as np
 
 from ..common.errors import InputError, first_of, raise_if_any
 from ..dump.consistency import checksum_problems, load_dump, read_content
-from ..dump.format import GRADS, MANIFEST, META, Dump, find_rollouts, target_directories
-from ..dump.format import target_name as name_of_target
+from ..dump.format import (
+    GRADS,
+    MANIFEST,
+    META,
+    Dump,
+    find_rollouts,
+    model_of,
+    shown_projection,
+    target_directories,
+)
 from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy, is_chosen_by_prefix
 from ..dump.records import PromptKey, iter_rollouts
 from .differences import refuse_different_targets
 from .pooled import Pooled
+from .summaries import LAYOUT
+from .text import Table
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +187,6 @@ def directory_name(path: Path) -> str:
     return os.path.basename(os.path.abspath(path))
 
 
-def target_name(dump: Dump) -> str:
-    """The weight and the row of it that was probed, or whole weights, as `format.target_name` writes them."""
-    return name_of_target(dump.manifest)
-
-
 def fingerprint(dump: Path) -> str:
     """SHA-256 of a dump's manifest, hexadecimal."""
     try:
@@ -193,3 +198,30 @@ def fingerprint(dump: Path) -> str:
 def fingerprints_of(dumps: Mapping[Tag, list[Any]]) -> dict[Tag, list[str]]:
     """Of each tag's targets: what summaries and figures are about."""
     return {tag: [fingerprint(dump.path) for dump in targets] for tag, targets in dumps.items()}
+
+
+def about_study(
+    parts: Mapping[Tag, Mapping[str, Any]], dumps: Mapping[Tag, list[Dump]], differences: Mapping[Tag, list[str]]
+) -> dict[Tag, dict[str, Any]]:
+    """A whole summary: each tag's numbers, behind whose they are, and in what the tag differs from the first."""
+    fingerprints = fingerprints_of(dumps)
+    return {
+        tag: {
+            "layout": LAYOUT,
+            "model": model_of(first.manifest),
+            "target": first.manifest["target"],
+            "row_idx": first.manifest["row_idx"],
+            "projection": shown_projection(first.manifest),
+            "bins": first.bins,
+            **parts[tag],
+            "differences": differences[tag],
+            "manifest_sha256": fingerprints[tag],
+        }
+        for tag, (first, *_) in dumps.items()
+    }
+
+
+def print_results(tables: Sequence[Table], output_dir: Path, written: Sequence[str]) -> None:
+    """What a reader of the terminal gets: the tables; where files went is no result and goes to stderr."""
+    print("\n\n".join(table.text() for table in tables))
+    log.info(f"wrote {output_dir}: {', '.join(written)}")

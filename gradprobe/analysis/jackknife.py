@@ -21,6 +21,9 @@ class Estimate:
 
 
 NO_ESTIMATE = Estimate(None, None)
+POWER_FACTOR = 2.8
+"""Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""
+LEAST_Z = 0.5
 
 
 def stack_of_means(values: np.ndarray) -> np.ndarray:
@@ -95,3 +98,18 @@ def cosine_of(product: np.ndarray, first: np.ndarray, second: np.ndarray) -> Est
         return NO_ESTIMATE
     length = np.sqrt(first[0]) * np.sqrt(second[0])
     return ratio_of(product / length, (first / first[0] + second / second[0]) / 2)
+
+
+def prompts_to_tell(n_prompts: int, z: float | None, rate: float = 0.5) -> str:
+    """What it would take to tell a number from 0, in words: the prompts that find it with 80% power.
+
+    Args:
+        n_prompts: that there are.
+        z: of the number; where it is below 0.5, no size can be told from it.
+        rate: of n_prompts, at which the standard error falls: 1/2 of a mean over prompts, 1 of an average over pairs
+            of different prompts while noise outweighs signal.
+    """
+    if z is None or z < LEAST_Z:
+        return "how many prompts would tell can't be said: it is too near 0"
+    needed = float(f"{n_prompts * (POWER_FACTOR / z) ** (1 / rate):.2g}")
+    return f"about {needed:,.0f} prompts would tell, if it is as large as it looks"

@@ -1,70 +1,50 @@
-"""The seal of a summary: it is what an analysis wrote, and a figure with the same seal was drawn from these numbers.
+"""Summaries on disk: what an analysis wrote, of which dumps, in which layout."""
 
-A tag's part holds, under `content_sha256`, SHA-256 of all else in it. Whatever was changed, cut or mixed since then is
-found before a number is read.
-"""
-
-import hashlib
-import json
-import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..common.errors import InputError, first_of
-from ..common.files import read_json
+from ..common.files import make_directory, read_json, write_json
 
-log = logging.getLogger(__name__)
 Tag = TypeVar("Tag", bound="str | None")
-SEAL = "content_sha256"
-LONGEST_TAG = 40
-LAYOUT = 1
+Summary = Mapping[str, Mapping[str, Any]]
+"""Of each tag its numbers: what tables, figures and sentences are made from."""
+LAYOUT = 2
 """Of the summaries' keys and meanings: raise it where a reader of one could not read the other."""
 
 
-def seal_of(numbers: Mapping[str, Any]) -> str:
-    """SHA-256, hexadecimal, of one tag's part of a summary as JSON, in its order, without the seal."""
-    content = {key: value for key, value in numbers.items() if key != SEAL}
-    return hashlib.sha256(json.dumps([LAYOUT, content]).encode()).hexdigest()
+def write_results(
+    directory: Path, name: str, summary: Mapping[Tag, Mapping[str, Any]], write_others: Callable[[], list[str]]
+) -> list[str]:
+    """Write what an analysis found, the summary last: where one lies, the files beside it are of the same run.
 
+    Args:
+        directory: made if needed.
+        name: the summary's.
+        summary: by tag; that of an untagged dump, under None, is written without its key.
+        write_others: writes figures and arrays, and returns their names.
 
-def sealed(summary: Mapping[Tag, Mapping[str, Any]]) -> dict[Tag, dict[str, Any]]:
-    """The summary with a seal in every tag's part."""
-    return {tag: {**numbers, SEAL: seal_of(numbers)} for tag, numbers in summary.items()}
-
-
-def seals_of(summary: Mapping[Tag, Mapping[str, Any]]) -> dict[Tag, str]:
-    """Of each tag, its part's seal: what figures and arrays carry."""
-    return {tag: numbers[SEAL] for tag, numbers in summary.items()}
-
-
-def read_summary(file: Path) -> dict[str, dict[str, Any]]:
-    """A summary by tag; empty where there is none, and, with a warning, where it is of an earlier version.
-
-    Raises:
-        InputError: it can't be read, or is not what an analysis wrote.
+    Returns:
+        The names of all files.
     """
-    if not os.path.lexists(file):
-        return {}
-    if not file.is_file():  # a pipe would never end
-        raise InputError(f"{file}: is no regular file; remove it and run the analysis again")
-    summary = read_json(file)
-    if SEAL in summary and _is_intact(summary):
-        return {}  # of one untagged dump
-    if not any(SEAL in part for part in (summary, *summary.values()) if isinstance(part, dict)):
-        if summary:
-            log.warning(f"{file}: is of an earlier version of gradprobe and is left out; run the analysis again")
-        return {}
-    changed = [tag for tag, one in summary.items() if not isinstance(one, dict) or not _is_intact(one)]
-    if changed:
-        shown = first_of([repr(tag[:LONGEST_TAG]) for tag in changed], 3)
-        raise InputError(f"{file}: {shown}: not what an analysis wrote; run the analysis again")
-    return summary
+    make_directory(directory)
+    (directory / name).unlink(missing_ok=True)
+    written = write_others()
+    write_json(directory / name, summary.get(None, summary))
+    return [name, *written]
 
 
-def _is_intact(numbers: Mapping[str, Any]) -> bool:
-    try:
-        return numbers.get(SEAL) == seal_of(numbers)
-    except (ValueError, RecursionError):  # integers and nesting that can be read, but not written
-        return False
+def read_summary(file: Path, fingerprints: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]] | None:
+    """What an analysis wrote of these dumps, whatever other tags stand there; None where it did not, or long ago.
+
+    Args:
+        file: the summary.
+        fingerprints: of each tag's dumps, `inputs.fingerprints_of`.
+    """
+    found = read_json(file) if file.exists() else {}
+    parts = {tag: found[tag] for tag in fingerprints if isinstance(found.get(tag), dict)}
+    is_about = len(parts) == len(fingerprints) and all(
+        part.get("layout") == LAYOUT and part.get("manifest_sha256") == list(fingerprints[tag])
+        for tag, part in parts.items()
+    )
+    return parts if is_about else None

@@ -1,88 +1,82 @@
-"""Numbers as people read them: in tables on a terminal, and typeset in figures and the report."""
+"""Numbers and tables as people read them, on a terminal, in figures and on the page: one spelling of each."""
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-MISSING = "-"
-MISSING_TYPESET = "–"
+from ..common.console import printable
+
+MISSING = "–"
+Bounds = Sequence[float] | None
 
 
-def format_number(value: float | int | None, decimals: int = 3) -> str:
-    """A number for a table: integers as they are, others with `decimals`, None as `-`."""
+def number(value: float | int | None, decimals: int = 3) -> str:
+    """With thousands apart, a proper minus, never minus zero, `–` for None."""
     if value is None:
         return MISSING
-    return str(value) if isinstance(value, int) else f"{value:.{decimals}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−")
 
 
-def format_with_interval(value: float | None, interval: Sequence[float] | None, decimals: int = 2) -> str:
-    """`-0.63 [-1.33, -0.27]`; `-` for what there is not."""
+def with_interval(value: float | None, bounds: Bounds, decimals: int = 2) -> str:
+    """`14.5 [13.2, 15.9]`; the number alone where it has no interval."""
+    if value is None or bounds is None:
+        return number(value, decimals)
+    return f"{number(value, decimals)} [{', '.join(number(bound, decimals) for bound in bounds)}]"
+
+
+def share(value: float | None, bounds: Bounds = None) -> str:
+    """`66% [46, 86]`."""
     if value is None:
         return MISSING
-    ends = MISSING if interval is None else ", ".join(format_number(end, decimals) for end in interval)
-    return f"{format_number(value, decimals)} [{ends}]"
+    ends = "" if bounds is None else f" [{', '.join(number(100 * bound, 0) for bound in bounds)}]"
+    return f"{number(100 * value, 0)}%{ends}"
 
 
-def format_share(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """`66% [46, 86]`; without brackets where there is no interval, `-` for None."""
-    if value is None:
-        return MISSING
-    ends = "" if interval is None else f" [{', '.join(f'{100 * end:.0f}' for end in interval)}]"
-    return f"{round(100 * value) + 0:d}%{ends}"
+def estimate(found: Mapping[str, Any], decimals: int = 2) -> str:
+    """A number that is none without its interval, {value, ci95}: `0.93 [0.85, 1.01]` or `–`."""
+    return MISSING if found["ci95"] is None else with_interval(found["value"], found["ci95"], decimals)
 
 
-def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in [header, *rows]:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def share_estimate(found: Mapping[str, Any]) -> str:
+    """The same of a share."""
+    return MISSING if found["ci95"] is None else share(found["value"], found["ci95"])
 
 
-def format_replication(spreads: Mapping[str, Mapping[str, float | int | None]]) -> str:
+def counted(n: int, noun: str) -> str:
+    """`1 prompt`, `44 prompts`, `no prompt`."""
+    return f"{n:,} {noun}s" if n > 1 else f"{'no' if n == 0 else 1} {noun}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Ready cells, for the terminal and the page alike.
+
+    Attributes:
+        caption: what it is about.
+        header: the columns' names.
+        rows: as many cells each.
+        notes: sentences below.
+        is_words: whether cells are words, which wrap, and not numbers.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    is_words: bool = False
+
+    def text(self) -> str:
+        """The caption, aligned columns, the first to the left and the others to the right, and the notes."""
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = [printable(self.caption)]
+        for first, *others in [self.header, *self.rows] if self.rows else []:
+            cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join([*lines, *self.notes])
+
+
+def replication_table(tag: str, spreads: Mapping[str, Mapping[str, float | int | None]]) -> Table:
     """A table of numbers over targets, see `replication.spread_of`."""
     columns = ("n", "mean", "std", "min", "max")
-    return format_table(
-        ["over targets", *columns],
-        [[name, *(format_number(spread[column]) for column in columns)] for name, spread in spreads.items()],
-    )
-
-
-def format_p_value(p_value: float | None, n: int) -> str:
-    """`0.0002 (44)`: p with the number of prompts behind it."""
-    return f"{format_number(p_value, 4)} ({n})"
-
-
-def typeset_number(value: float | int | None, decimals: int = 3) -> str:
-    """As `format_number`, with thousands apart, a proper minus, never minus zero, and `–` for None."""
-    if value is None:
-        return MISSING_TYPESET
-    return f"{value:,}" if isinstance(value, int) else f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
-
-
-def typeset_share(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """As `format_share`, with a proper minus, never minus zero, and `–` for None."""
-    if value is None:
-        return MISSING_TYPESET
-    ends = "" if interval is None else f" [{', '.join(typeset_number(100 * end, 0) for end in interval)}]"
-    return f"{typeset_number(100 * value, 0)}%{ends}"
-
-
-def typeset_estimate(found: Mapping[str, Any], decimals: int = 2) -> str:
-    """A number with its interval, {value, ci95}: `0.93 [0.85, 1.01]`; a number without an interval is not said."""
-    if found["value"] is None or found["ci95"] is None:
-        return MISSING_TYPESET
-    ends = ", ".join(typeset_number(end, decimals) for end in found["ci95"])
-    return f"{typeset_number(found['value'], decimals)} [{ends}]"
-
-
-def typeset_sentence(text: str) -> str:
-    """The same with a proper minus before numbers."""
-    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
-
-
-def typeset_interval(bounds: Sequence[float] | None) -> str:
-    """`[−1.33, −0.27]`; says so where there is none."""
-    return "[no interval]" if bounds is None else f"[{', '.join(typeset_number(bound, 2) for bound in bounds)}]"
+    rows = [[name, *(number(spread[column]) for column in columns)] for name, spread in spreads.items()]
+    return Table(f"{tag}: over targets", ["", *columns], rows)

@@ -22,11 +22,13 @@ from ..analysis.jackknife import (
     above_zero,
     cosine_of,
     interval_of,
+    prompts_to_tell,
     ratio_of,
     stack_of_means,
     z_of,
 )
 from ..analysis.pooled import Pooled
+from ..analysis.text import number
 from ..dump.on_policy import MIN_RARE_TOKENS
 from .tables import MIN_PROMPTS, Moments, PromptTables, moments_of, prompt_tables
 
@@ -192,8 +194,8 @@ def reason_of(result: Exp3) -> str | None:
     counted = f"{result.n_prompts} prompts, {result.n_prompts_mixed or 'none'} with both outcomes"
     if result.signal.value is None:
         return f"{counted}; at least {MIN_PROMPTS} prompts are needed"
-    z = "" if result.signal.z is None else f": z {result.signal.z:.1f}"
-    return f"signal not above 0{z}; {counted}"
+    z = "" if result.signal.z is None else f" (z {number(result.signal.z, 1)})"
+    return f"signal not above 0{z}; {counted}; {prompts_to_tell(result.n_prompts, result.signal.z, rate=1)}"
 
 
 def kept_tokens(moments: Moments | None, tokens: np.ndarray, chance: np.ndarray) -> Kept:

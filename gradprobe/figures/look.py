@@ -9,8 +9,6 @@ says why.
 
 import argparse
 import functools
-import io
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
-from PIL import Image
 
-from ..analysis.inputs import target_name
-from ..analysis.summaries import seals_of
-from ..common.errors import InputError, reason_of
+from ..analysis.summaries import Summary
 from ..common.files import bytes_aside
-from ..dump.format import model_of
+from ..dump.format import target_name
 
 DPI = 160
 STYLE = {
@@ -54,14 +49,12 @@ SERIES_COLOURS = {"base": "#0072B2", "trained": "#D55E00"}
 OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 CONTROL_COLOUR = "#4d4d4d"
 NOTE_COLOUR = "#595959"
-ABOUT = "gradprobe"
-"""The PNG text that says, as JSON, what a figure was drawn from."""
-METADATA: dict[str, tuple[str, dict[str, None]]] = {
-    "png": (ABOUT, {"Software": None}),
-    "pdf": ("Keywords", {"Creator": None, "Producer": None, "CreationDate": None}),
-    "svg": ("Description", {"Creator": None, "Date": None}),
+METADATA: dict[str, dict[str, None]] = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": None, "Date": None},
 }
-"""Of each format, the entry for what a figure was drawn from, and entries that would change from day to day."""
+"""Of each format, entries that would change from day to day."""
 MAX_NAME_LENGTH = 32
 MAX_TAG_LENGTH = 16
 MAX_UPRIGHT_NAMES = 4
@@ -91,9 +84,9 @@ class Subject:
         return name if self.tag in (None, name) else f"{shortened(self.tag, MAX_TAG_LENGTH)} · {name}"
 
 
-def subjects_of(dumps: Mapping[str | None, Any]) -> list[Subject]:
-    """What the figures call each dump: anything with a `manifest` and `bins`."""
-    return [Subject(tag, model_of(dump.manifest), target_name(dump), dump.bins - 1) for tag, dump in dumps.items()]
+def subjects_of(summary: Summary) -> list[Subject]:
+    """What the figures call each tag of a summary."""
+    return [Subject(tag, one["model"], target_name(one), one["bins"] - 1) for tag, one in summary.items()]
 
 
 def shortened(text: str, longest: int = MAX_NAME_LENGTH) -> str:
@@ -116,22 +109,29 @@ def series_colours(subjects: list[Subject]) -> list[str]:
     ]
 
 
-def bucket_axis(ax: Axes, n_buckets: int) -> None:
-    """The x axis of what is drawn per bucket."""
-    ax.set_xlim(-0.6, n_buckets - 0.4)
-    ax.set_xticks(bucket_ticks(n_buckets))
+def bucket_places(n_buckets: int) -> np.ndarray:
+    """[n_buckets] where each stands on the axis: the highest, which every question is about, first and apart."""
+    places = np.arange(n_buckets - 1, -1, -1, dtype=float)
+    places[:-1] += 0.5
+    return places
+
+
+def bucket_axis(ax: Axes, n_buckets: int, by: str = "entropy") -> None:
+    """The x axis of what is drawn per bucket, at `bucket_places`."""
+    places, shown = bucket_places(n_buckets), bucket_ticks(n_buckets)
+    ends = {n_buckets - 1: "\nhighest", 0: "\nlowest"} if n_buckets > 1 else {}
+    ax.set_xlim(-0.6, max(places) + 0.6)
+    ax.set_xticks(places[shown], [f"{index}{ends.get(index, '')}" for index in shown])
+    ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
-    ax.set_xlabel(f"entropy bucket (0 lowest, {n_buckets - 1} highest)")
+    ax.set_xlabel(f"bucket of {by}")
+    if n_buckets > 1:
+        ax.axvline(0.75, color="#d0d0d0", linewidth=0.8, zorder=0.5)
 
 
 def bucket_colours(n_buckets: int) -> np.ndarray:
     """[n_buckets, 4] colours from dark (lowest entropy) to light; pure yellow is left out, it drowns on white."""
     return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, n_buckets))
-
-
-def drawn_from(name: str, summary: Mapping[str | None, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a figure of an analysis says that it shows: the summary written beside it, `name`, by its seals."""
-    return {"summary": name, "content_sha256": seals_of(summary)}
 
 
 def add_format_flag(parser: argparse.ArgumentParser) -> None:
@@ -153,45 +153,19 @@ def _formats(text: str) -> tuple[str, ...]:
     return tuple(name for name in METADATA if name == "png" or name in asked)
 
 
-def save(figure: Figure, file: Path, about: Mapping[str, Any], formats: Sequence[str] = ("png",)) -> list[str]:
-    """Write files that say what they were drawn from, each whole or not at all; the same figure gives the same bytes.
-
-    Args:
-        figure: drawn.
-        file: the PNG's path; other formats differ in the suffix.
-        about: what it was drawn from.
-        formats: of png, pdf, svg.
+def save(figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] = ("png",)) -> list[str]:
+    """Write figures by the name of their PNG, each file whole or not at all; the same figure gives the same bytes.
 
     Returns:
-        The names of the files.
+        The names of the files, those of other `formats` with another suffix.
     """
     written = []
-    for name in formats:
-        target = file.with_suffix(f".{name}")
-        key, others = METADATA[name]
+    for file, form in ((directory / name, form) for name in figures for form in formats):
+        target = file.with_suffix(f".{form}")
         with bytes_aside(target) as stream, matplotlib.rc_context(STYLE):  # tick labels are made when drawn
-            figure.savefig(stream, format=name, dpi=DPI, metadata={**others, key: json.dumps(about)})
+            figures[file.name].savefig(stream, format=form, dpi=DPI, metadata=METADATA[form])
         written.append(target.name)
     return written
-
-
-def read_picture(file: Path) -> tuple[bytes, Any]:
-    """A PNG's bytes and what it says that it was drawn from; None where it says nothing that can be read.
-
-    Raises:
-        InputError: it is no whole PNG.
-    """
-    try:
-        content = file.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-            about = picture.info.get(ABOUT)
-            picture.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file}: is no whole PNG ({reason_of(error)}); run the analysis again") from error
-    try:
-        return content, json.loads(str(about))
-    except (ValueError, RecursionError):
-        return content, None
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -273,9 +247,9 @@ def caption(ax: Axes, text: str) -> None:
     ax.set_xlabel(f"{ax.get_xlabel()}\n{text}" if ax.get_xlabel() else text)
 
 
-def bucket_ticks(n_buckets: int) -> range:
-    """The buckets that get a number on an axis."""
-    return range(0, n_buckets, -(-n_buckets // MAX_NUMBERED_BUCKETS))
+def bucket_ticks(n_buckets: int) -> list[int]:
+    """The buckets that get a number on an axis, the highest among them."""
+    return list(range(n_buckets - 1, -1, -(-n_buckets // MAX_NUMBERED_BUCKETS)))
 
 
 def name_checkpoints(axes: Iterable[Axes], subjects: Sequence[Subject], label: str) -> None:
