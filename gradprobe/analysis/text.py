@@ -7,6 +7,7 @@ from typing import Any
 from ..common.console import printable
 
 MISSING = "–"
+CANT_TELL = "can't tell"
 Bounds = Sequence[float] | None
 
 

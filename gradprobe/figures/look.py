@@ -10,6 +10,7 @@ says why.
 import argparse
 import functools
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,6 +205,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def text_figure(title: str, lines: Sequence[str]) -> Figure:
+    """What can't be told at all: a line each, and no picture of noise."""
+    figure = new_figure(9.0, 1.6 + 0.3 * len(lines))
+    figure.suptitle(title)
+    figure.text(0.5, 0.3, "\n".join(lines), ha="center", va="center", color=NOTE_COLOUR, wrap=True)
+    return figure
+
+
 def panels(count: int, width: float, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """One axes per subject, at most two beside each other, each about `width` × `height` inches."""
     n_columns = min(2, count)
@@ -249,7 +258,7 @@ def caption(ax: Axes, text: str) -> None:
 
 def bucket_ticks(n_buckets: int) -> list[int]:
     """The buckets that get a number on an axis, the highest among them."""
-    return list(range(n_buckets - 1, -1, -(-n_buckets // MAX_NUMBERED_BUCKETS)))
+    return list(range(n_buckets - 1, -1, n_buckets // -MAX_NUMBERED_BUCKETS))
 
 
 def name_checkpoints(axes: Iterable[Axes], subjects: Sequence[Subject], label: str) -> None:
@@ -264,3 +273,8 @@ def name_checkpoints(axes: Iterable[Axes], subjects: Sequence[Subject], label: s
         ax.set_xlim(-0.6, len(names) - 0.4)
         ax.grid(axis="x", visible=False)
         ax.set_xlabel(label)
+
+
+def wrapped(text: str, width: int = 68) -> str:
+    """The same on lines of at most `width` characters."""
+    return "\n".join(textwrap.wrap(text, width))
