@@ -1,16 +1,13 @@
 #!/usr/bin/env python3
-"""The headline figures of both experiments, checkpoints beside each other.
+"""What the study found: its three answers, one page with every figure, and what only several checkpoints can show.
 
-Draws what the two analyses left in the output directory (their summaries, `exp1_arrays.npz` and `exp2_arrays.npz`), and
-computes it from the dumps where they have not run, or on other dumps. Writes `exp1_headline.png` (participation ratios
-and rank95 per bucket with intervals, a 2-D PCA of each), `exp1_bin4_energy.png` (cumulative energy of the
-highest-entropy bucket; the file keeps its name where there are not 5 buckets) and `exp2_headline.png` (rho with its
-verdict, cosines of correct and incorrect gradients with their controls' bands); with three or more checkpoints also
-`exp12_trajectory.png` (unit-norm participation ratio, rho and the share of correct rollouts over them, in the order
-given). Where several targets were probed these show the first, and `exp12_replication.png` shows each headline number
-over all of them. From the summaries and all figures, those of Exp 3 too where `exp3_summary.json` lies there, it writes
-`report.html`, one page to read or mail that leads with the answers and shows, from `rollouts.jsonl`, two rollouts as
-text shaded by entropy and the commonest tokens of each bucket. The numbers drawn go to stdout.
+Reads the summaries and figures that the analyses left in the output directory; where those of Exp 1 or 2 are missing,
+or are of other dumps, it runs that analysis first. Writes `report.html`, one page to read or mail that opens with the
+answers and shows, from `rollouts.jsonl`, two rollouts as text shaded by entropy and the commonest tokens of each
+bucket; with Exp 3's part where `exp3_summary.json` of the same rollouts lies there. With three or more checkpoints also
+`exp12_trajectory.png` (unit-norm participation ratio, rho and the share of correct rollouts, in the order given), and
+where several targets were probed `exp12_replication.png` (the headline numbers over all of them). The answers go to
+stdout.
 
 The study's dumps:
     python plot_exp12_intuitive.py --base out/exp12/exp12_base --trained out/exp12/exp12_trained \\
@@ -26,61 +23,39 @@ Two small dumps that come with the tests (a few seconds):
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import analyze_exp1_compression
+import analyze_exp2_direction
 from gradprobe.analysis.differences import other_study, refuse_different_targets, say_differences, study_of
-from gradprobe.analysis.inputs import fingerprints_of, first_targets
-from gradprobe.analysis.summaries import read_summary
-from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, printable, script_main
+from gradprobe.analysis.inputs import fingerprints_of
+from gradprobe.analysis.summaries import Summary, read_summary
+from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, script_main
 from gradprobe.common.errors import InputError, raise_if_any
-from gradprobe.common.files import make_directory, write_text
+from gradprobe.common.files import make_directory, read_json, write_text
 from gradprobe.dump.consistency import load_manifest
 from gradprobe.dump.format import target_directories
 from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY
 from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
 from gradprobe.exp3.summary import SUMMARY as EXP3_SUMMARY
-from gradprobe.figures.exp1 import CROSS_BUCKET_COSINE, CUMULATIVE_ENERGY, NORMS
-from gradprobe.figures.exp2 import ALIGNMENT, HISTOGRAM
-from gradprobe.figures.exp3 import HEADLINE as EXP3_HEADLINE
-from gradprobe.figures.exp3 import KEEP_TOP
-from gradprobe.figures.exp3 import TRAJECTORY as EXP3_TRAJECTORY
-from gradprobe.figures.headlines import draw_headlines, headline_tables
-from gradprobe.figures.inputs import headlines_of, is_about
-from gradprobe.figures.look import Figure, add_format_flag, drawn_from, read_picture, save, subjects_of
-from gradprobe.figures.replication import draw_replication
-from gradprobe.figures.report import REPLICATION, render_report
+from gradprobe.figures.answers import answers_of, summed_up
+from gradprobe.figures.checkpoints import EXP12_TRAJECTORY, MIN_OF_TRAJECTORY, draw_trajectory
+from gradprobe.figures.look import Figure, add_format_flag, save, subjects_of
+from gradprobe.figures.replication import REPLICATION, draw_replication
+from gradprobe.figures.report import REPORT, render_report
 from gradprobe.figures.rollouts import see_rollouts
-
-REPORT = "report.html"
-FIGURES_OF = {
-    EXP1_SUMMARY: (CUMULATIVE_ENERGY, CROSS_BUCKET_COSINE, NORMS),
-    EXP2_SUMMARY: (HISTOGRAM, ALIGNMENT),
-    EXP3_SUMMARY: (EXP3_HEADLINE, KEEP_TOP, EXP3_TRAJECTORY),
-}
-"""What each analysis draws beside its summary."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One target's dump, of which only the manifest is read.
-
-    Attributes:
-        path: its directory.
-        manifest: `manifest.json` as it stands.
-    """
+    """One target's dump, of which only the manifest is read."""
 
     path: Path
     manifest: dict[str, Any]
-
-    @property
-    def bins(self) -> int:
-        """The number of entropy buckets."""
-        return self.manifest["bins"]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -97,55 +72,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @script_main
 def main(argv: list[str] | None = None) -> int:
-    """Take what the analyses computed, or compute it; then draw the figures, print the table and write the report."""
+    """Read the summaries, or have them made; draw what needs several, write the report, print the answers."""
     args = parse_args(argv)
-    output_dir, paths = args.output_dir, dump_paths(args.dumps, {"base": args.base, "trained": args.trained})
+    output_dir, formats = args.output_dir, args.figure_format
+    paths = dump_paths(args.dumps, {"base": args.base, "trained": args.trained})
     targets = read_sources(paths)
-    sources = first_targets(targets)
+    sources = {tag: found[0] for tag, found in targets.items()}
     refuse_different_buckets(sources)
     refuse_different_targets(targets)
-    fingerprints, summaries = fingerprints_of(targets), [read_summary(output_dir / name) for name in FIGURES_OF]
-    *summaries, exp3 = summaries
     make_directory(output_dir)
     say_differences(targets)
 
-    found = headlines_of(output_dir, paths, summaries, fingerprints)
-    drawn = draw_headlines(sources, found)
-    have_summaries = all(is_about(summary, fingerprints) for summary in summaries)
-    if have_summaries:
-        drawn |= draw_targets(summaries, targets)
+    fingerprints = fingerprints_of(targets)
+    exp1, exp2 = (
+        read_summary(output_dir / name, fingerprints) or analysis.analyse(paths, output_dir, formats=formats)[0]
+        for name, analysis in ((EXP1_SUMMARY, analyze_exp1_compression), (EXP2_SUMMARY, analyze_exp2_direction))
+    )
+    exp3 = exp3_of_this_study(output_dir / EXP3_SUMMARY, sources)
+    written = save(draw_several(exp1, exp2, sources), output_dir, formats)
 
-    if have_summaries:
-        exp3 = of_this_study(exp3, sources)
-        pictures = pictures_of(output_dir, dict(zip(FIGURES_OF, (*summaries, exp3), strict=True)))
-        seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
-    written = []
-    for name, figure in drawn.items():
-        written += save(figure, output_dir / name, {"manifest_sha256": fingerprints}, args.figure_format)
-    print(headline_tables(found), end="\n\n")
-    if have_summaries:
-        pictures |= {name: (output_dir / name).read_bytes() for name in drawn}
-        manifests = {tag: source.manifest for tag, source in sources.items()}
-        page = render_report(*summaries, manifests, dict(sorted(pictures.items())), exp3, seen)
-        write_text(output_dir / REPORT, page)
-    else:
-        tagged = " ".join(f"{tag}=..." for tag in paths)
-        log.warning(
-            f"{REPORT} is not written, nor {REPLICATION} drawn: they need {EXP1_SUMMARY} and {EXP2_SUMMARY} "
-            f"of these dumps in {output_dir}; run both analyses with {tagged} first"
-            + (f". The {REPORT} that lies there is of an earlier run" if (output_dir / REPORT).exists() else "")
-        )
-    written += [REPORT] if have_summaries else []
-    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
+    answers, manifests = answers_of(exp1, exp2, exp3), {tag: source.manifest for tag, source in sources.items()}
+    pictures = {
+        file.name: file.read_bytes()
+        for name, summary in (("exp1", exp1), ("exp2", exp2), ("exp3", exp3))
+        for file in sorted(output_dir.glob(f"{name}_*.png"))
+        if summary
+    } | {name: (output_dir / name).read_bytes() for name in written if name.endswith(".png")}
+    seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
+    write_text(output_dir / REPORT, render_report(answers, exp1, exp2, exp3, manifests, pictures, seen))
+    print("\n\n".join([summed_up(answers), *(answer.text() for answer in answers)]))
+    log.info(f"wrote {output_dir}: {', '.join([*written, REPORT])}")
     return 0
 
 
 def dump_paths(tagged: list[str], short: Mapping[str, Path | None]) -> dict[str, Path]:
-    """The dumps by tag, in the order given: as TAG=DUMP, or by the flags named like the tags of `short`.
-
-    Raises:
-        InputError: both ways to name them are used, or neither, or --base without --trained.
-    """
+    """The dumps by tag, in the order given: as TAG=DUMP, or by the flags named like the tags of `short`."""
     given = {tag: path for tag, path in short.items() if path is not None}
     if given and tagged:
         flags = " and ".join(f"--{tag}" for tag in given)
@@ -157,11 +118,7 @@ def dump_paths(tagged: list[str], short: Mapping[str, Path | None]) -> dict[str,
 
 
 def read_sources(paths: Mapping[str, Path]) -> dict[str, list[Source]]:
-    """Every tag's targets, by their manifests.
-
-    Raises:
-        InputError: with the problems of all.
-    """
+    """Every tag's targets, by their manifests; the problems of all are said together."""
     found: dict[str, list[Source]] = {}
     problems: list[str] = []
     for tag, path in paths.items():
@@ -173,42 +130,27 @@ def read_sources(paths: Mapping[str, Path]) -> dict[str, list[Source]]:
     return found
 
 
-def pictures_of(output_dir: Path, summaries: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
-    """The analyses' figures that were drawn from these very summaries; any other that lies there is named and left out.
-
-    Raises:
-        InputError: one is no PNG.
-    """
-    found = {}
-    for summary, names in FIGURES_OF.items():
-        for name in names if summaries[summary] else ():
-            if not os.path.lexists(output_dir / name):
-                continue
-            content, about = read_picture(output_dir / name)
-            if about == drawn_from(summary, summaries[summary]):
-                found[name] = content
-            else:
-                log.warning(
-                    f"{name} is left out of {REPORT}: it is of another run than {summary}; run that analysis again"
-                )
-    return found
+def refuse_different_buckets(sources: Mapping[str, Source]) -> None:
+    """Raise `InputError` unless all dumps have the same number of buckets."""
+    if len({source.manifest["bins"] for source in sources.values()}) > 1:
+        counts = ", ".join(f"{source.path} has {source.manifest['bins']}" for source in sources.values())
+        raise InputError(f"buckets can only be compared where their number is the same: {counts}")
 
 
-def of_this_study(exp3: dict[str, Any], sources: Mapping[str, Source]) -> dict[str, Any]:
+def exp3_of_this_study(file: Path, sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
     """Exp 3's summary where each of its tags is of the same model and rollouts as here; else empty, and why is said."""
-    reasons = []
-    for tag, numbers in exp3.items():
+    written = read_json(file) if file.exists() else {}
+    found = read_summary(file, {tag: one.get("manifest_sha256", ()) for tag, one in written.items()})
+    reasons = ["it is of another layout: run that analysis again"] if found is None else []
+    for tag, numbers in (found or {}).items():
         if tag not in sources:
             reasons.append(f"{tag} is none of the dumps given")
             continue
         differing = other_study(study_of(sources[tag].manifest), numbers["study"])
         reasons += [f"{tag} has another {', '.join(differing)}"] if differing else []
     if reasons:
-        log.warning(
-            f"{EXP3_SUMMARY} and its figures are left out of {REPORT}, as they are not of these rollouts: "
-            f"{'; '.join(reasons)}"
-        )
-    return {} if reasons else exp3
+        log.warning(f"{EXP3_SUMMARY} is left out of {REPORT}: {'; '.join(reasons)}")
+    return {} if reasons else found or {}
 
 
 def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
@@ -216,24 +158,22 @@ def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
     return signal["edges"] if signal and signal["bucket_by"] == "entropy" else None
 
 
-def refuse_different_buckets(sources: dict[str, Source]) -> None:
-    """Raise `InputError` unless all dumps have the same number of buckets."""
-    if len({source.bins for source in sources.values()}) > 1:
-        counts = ", ".join(f"{source.path} has {source.bins}" for source in sources.values())
-        raise InputError(f"buckets can only be compared where their number is the same: {counts}")
+def draw_several(exp1: Summary, exp2: Summary, sources: Mapping[str, Source]) -> dict[str, Figure]:
+    """What only several checkpoints, or several targets of each, can show."""
+    subjects, drawn = subjects_of(exp1), {}
+    if len(subjects) >= MIN_OF_TRAJECTORY:
+        correct = [correct_share(source.manifest) for source in sources.values()]
+        drawn[EXP12_TRAJECTORY] = draw_trajectory(subjects, list(exp1.values()), list(exp2.values()), correct)
+    if all("replication" in one for one in (*exp1.values(), *exp2.values())):
+        tables = [[one["replication"] for one in summary.values()] for summary in (exp1, exp2)]
+        drawn[REPLICATION] = draw_replication(subjects, *tables)
+    return drawn
 
 
-def draw_targets(summaries: list[dict[str, Any]], targets: dict[str, list[Source]]) -> dict[str, Figure]:
-    """`exp12_replication.png` from the summaries where several targets were probed."""
-    names = [[source.path.name for source in found] for found in targets.values()]
-    if min(map(len, names)) < 2:
-        return {}
-    tables = [[summary[tag].get("replication", {}) for tag in targets] for summary in summaries]
-    if any([table.get("targets") for table in of_all] != names for of_all in tables):
-        log.warning(f"{REPLICATION} is not drawn: the summaries are about other targets; run both analyses again")
-        return {}
-    subjects = subjects_of({tag: found[0] for tag, found in targets.items()})
-    return {REPLICATION: draw_replication(subjects, *tables)}
+def correct_share(manifest: Mapping[str, Any]) -> float | None:
+    """The share of correct rollouts; None where there are none, or the manifest does not count them."""
+    n_correct, n_rollouts = manifest.get("num_correct_rollouts"), manifest["num_rollouts"]
+    return None if n_correct is None or n_rollouts == 0 else n_correct / n_rollouts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Exp 3's figures, in the look of `look`: which tokens carry the update, and what keeping some of them does to it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from ..analysis.summaries import Summary
-from ..analysis.text import CANT_TELL, estimate, number, share, share_estimate
+from ..analysis.text import CANT_TELL, estimate, share_estimate
 from ..exp3.signal import CLAIMED_SHARE, SEEN
+from .checkpoints import MIN_OF_TRAJECTORY, Panel, draw_checkpoints, told
 from .look import (
     CONTROL_COLOUR,
     MAX_TAG_LENGTH,
@@ -22,7 +23,6 @@ from .look import (
     bucket_places,
     grid,
     heading,
-    name_checkpoints,
     new_figure,
     note,
     panel_title,
@@ -37,7 +37,6 @@ from .look import (
 HEADLINE = "exp3_headline.png"
 KEEP_TOP = "exp3_keep_top.png"
 TRAJECTORY = "exp3_trajectory.png"
-MIN_OF_TRAJECTORY = 3
 TOKENS_COLOUR = "#b3b3b3"
 RULE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAX_BANDS = 2
@@ -172,31 +171,17 @@ def draw_kept(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     return figure
 
 
-@styled
 def draw_trajectory(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """The top 20% of the tokens over checkpoints: share of the signal, cosine, and the full update's noise scale."""
-    figure = new_figure(max(15.0, 1.6 * len(subjects) + 6.0), 5.8)
-    axes = figure.subplots(1, 3)
     top = [one["at_20_percent"]["top"] for one in numbers]
-    colours = series_colours(subjects)
     name = f"top {CLAIMED_SHARE:.0%} of the tokens"
-    _points(axes[0], [kept["signal_share"] for kept in top], colours, share)
-    axes[0].set_title(f"signal in the {name}", loc="left")
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes[0].axhline(CLAIMED_SHARE, color=TOKENS_COLOUR, linewidth=3, zorder=1)
-    axes[0].axhline(0.0, color="black", linewidth=1.0, zorder=1)
-    _points(axes[1], [kept["cosine"] for kept in top], colours, lambda value: number(value, 2))
-    axes[1].axhline(1.0, color="black", linewidth=1.0, zorder=1)
-    axes[1].set_title(f"cosine, {name} with all", loc="left")
-    _points(axes[2], [one["noise_scale_prompts"] for one in numbers], colours, lambda value: number(value, 0))
-    axes[2].set_ylim(bottom=0)
-    axes[2].set_ylabel("prompts")
-    axes[2].set_title("noise scale of the full update", loc="left")
-    name_checkpoints(axes, subjects, "checkpoint, in the order given; 95% intervals")
-    line = Line2D([], [], color=TOKENS_COLOUR, linewidth=3, label=f"{CLAIMED_SHARE:.0%}: the share of the tokens")
-    figure.legend(handles=[line], loc="outside lower center")
-    figure.suptitle(heading(f"Does the {_objectives(numbers)} update change in training?", subjects))
-    return figure
+    shares = [told(**kept["signal_share"]) for kept in top]
+    panels = [
+        Panel(f"signal in the {name}", shares, is_share=True, lines={CLAIMED_SHARE: "their share of the tokens"}),
+        Panel(f"cosine, {name} with all", [told(**kept["cosine"]) for kept in top], lines={1.0: ""}),
+        Panel("noise scale, in prompts", [told(**one["noise_scale_prompts"]) for one in numbers], decimals=0),
+    ]
+    return draw_checkpoints(subjects, f"Does the {_objectives(numbers)} update change in training?", panels)
 
 
 def rule_names(subjects: Sequence[Subject], numbers: Sequence[Numbers]) -> list[str]:
@@ -271,21 +256,6 @@ def _said_at_claimed(one: Numbers, measure: str) -> str:
     if measure == "signal_share":
         return f"{share_estimate(found)} of the signal"
     return estimate(found)
-
-
-def _points(ax: Axes, found: Sequence[Numbers], colours: Sequence[str], said: Callable[[float], str]) -> None:
-    """A dot with its interval for each checkpoint, joined; one without a number says so in its place."""
-    values = [np.nan if one["ci95"] is None else one["value"] for one in found]
-    ax.plot(range(len(values)), values, color=NOTE_COLOUR, linewidth=1.0, zorder=1)
-    for place, (one, colour) in enumerate(zip(found, colours, strict=True)):
-        if one["ci95"] is None:
-            ax.annotate(CANT_TELL, (place, 0.5), xycoords=("data", "axes fraction"), rotation=90, ha="center",
-                        va="center", color=NOTE_COLOUR)  # fmt: skip
-            continue
-        ax.plot([place, place], one["ci95"], color=colour, linewidth=2.4, zorder=2)
-        ax.plot(place, one["value"], "o", color=colour, markersize=9, markeredgecolor="white", zorder=3)
-        ax.annotate(said(one["value"]), (place, one["value"]), (9, 0), textcoords="offset points", va="center",
-                    fontsize=10, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def _are_rules(numbers: Sequence[Numbers]) -> bool:

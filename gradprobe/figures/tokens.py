@@ -83,14 +83,22 @@ def visible(text: str) -> str:
 
 
 def two_of_one_prompt(rollouts: Iterable[Rollout]) -> list[Rollout]:
-    """A correct and an incorrect rollout of one prompt, the shortest such pair; fewer where there is none."""
+    """A correct and an incorrect rollout of one prompt, of lengths as typical of their kind as there are together."""
+    prompts = [list(of_prompt) for _, of_prompt in groupby(rollouts, lambda r: r.prompt_idx)]
+    typical = {
+        kind: np.median([len(r.response_ids) for own in prompts for r in own if r.correct is kind] or [0])
+        for kind in (True, False)
+    }
+
+    def off(rollout: Rollout) -> float:
+        return abs(len(rollout.response_ids) - typical[rollout.correct])
+
     pairs = []
-    for _, of_prompt in groupby(rollouts, lambda r: r.prompt_idx):
-        own = list(of_prompt)
+    for own in prompts:
         kinds = [[r for r in own if r.correct is kind] for kind in (True, False)]
         if all(kinds):
-            pairs.append([min(of_kind, key=lambda r: len(r.response_ids)) for of_kind in kinds])
-    return min(pairs, key=lambda pair: sum(len(r.response_ids) for r in pair), default=[])
+            pairs.append([min(of_kind, key=off) for of_kind in kinds])
+    return min(pairs, key=lambda pair: sum(map(off, pair)), default=[])
 
 
 def commonest_tokens(
