@@ -84,20 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     say_differences(targets)
 
     fingerprints = fingerprints_of(targets)
-    exp1, exp2 = (
-        read_summary(output_dir / name, fingerprints) or analysis.analyse(paths, output_dir, formats=formats)[0]
-        for name, analysis in ((EXP1_SUMMARY, analyze_exp1_compression), (EXP2_SUMMARY, analyze_exp2_direction))
-    )
+    for name, analysis in ((EXP1_SUMMARY, analyze_exp1_compression), (EXP2_SUMMARY, analyze_exp2_direction)):
+        if read_summary(output_dir / name, fingerprints) is None:
+            log.info(f"{name} of these dumps is not there: running that analysis")
+            analysis.analyse(paths, output_dir, formats=formats)
+    exp1, exp2 = (read_summary(output_dir / name, fingerprints) or {} for name in (EXP1_SUMMARY, EXP2_SUMMARY))
     exp3 = exp3_of_this_study(output_dir / EXP3_SUMMARY, sources)
     written = save(draw_several(exp1, exp2, sources), output_dir, formats)
 
     answers, manifests = answers_of(exp1, exp2, exp3), {tag: source.manifest for tag, source in sources.items()}
-    pictures = {
-        file.name: file.read_bytes()
-        for name, summary in (("exp1", exp1), ("exp2", exp2), ("exp3", exp3))
-        for file in sorted(output_dir.glob(f"{name}_*.png"))
-        if summary
-    } | {name: (output_dir / name).read_bytes() for name in written if name.endswith(".png")}
+    beside = [name for summary in (exp1, exp2, exp3) for one in summary.values() for name in one["files"]]
+    names = sorted({name for name in (*beside, *written) if name.endswith(".png")})
+    pictures = {name: (output_dir / name).read_bytes() for name in names if (output_dir / name).exists()}
     seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
     write_text(output_dir / REPORT, render_report(answers, exp1, exp2, exp3, manifests, pictures, seen))
     print("\n\n".join([summed_up(answers), *(answer.text() for answer in answers)]))

@@ -16,7 +16,7 @@ LAYOUT = 2
 def write_results(
     directory: Path, name: str, summary: Mapping[Tag, Mapping[str, Any]], write_others: Callable[[], list[str]]
 ) -> list[str]:
-    """Write what an analysis found, the summary last: where one lies, the files beside it are of the same run.
+    """Write what an analysis found, the summary last: where one lies, the files that it names are of the same run.
 
     Args:
         directory: made if needed.
@@ -25,12 +25,13 @@ def write_results(
         write_others: writes figures and arrays, and returns their names.
 
     Returns:
-        The names of all files.
+        The names of all files; under `files`, each tag's part has those beside the summary.
     """
     make_directory(directory)
     (directory / name).unlink(missing_ok=True)
     written = write_others()
-    write_json(directory / name, summary.get(None, summary))
+    named = {tag: {**numbers, "files": written} for tag, numbers in summary.items()}
+    write_json(directory / name, named.get(None, named))
     return [name, *written]
 
 
