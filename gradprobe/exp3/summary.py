@@ -76,7 +76,7 @@ def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
         kept = [(which, one) for which, one in numbers["at_20_percent"].items()]
         curve = [(share(one["share_of_tokens"]), one) for one in readings(numbers["keep_top"])]
         tables = [
-            _kept_table(f"{name}; {CLAIMED_SHARE:.0%} of the tokens kept", "which", kept),
+            _kept_table(f"{name}; {CLAIMED_SHARE:.0%} of the tokens kept", "which", kept, notes=[_facts(numbers)]),
             _kept_table(f"{name}; the highest kept", "tokens", curve),
             _bucket_table(name, numbers),
         ]
@@ -84,6 +84,17 @@ def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
         spreads = {one.replace("_", " "): numbers["replication"][one] for one in REPLICATED}
         tables.append(replication_table(tag, spreads))
     return tables
+
+
+def _facts(numbers: Mapping[str, Any]) -> str:
+    """The full update's own numbers, and whose rollouts these are."""
+    counts = f"{numbers['n_prompts']:,} prompts, {numbers['n_prompts_mixed']:,} with both outcomes"
+    scale = f"noise scale {estimate(numbers['noise_scale_prompts'], 0)} prompts"
+    found = numbers["on_policy"]
+    whose = "on-policy or not: not known"
+    if found["verdict"]:
+        whose = f"{found['verdict']} (log π + H {number(found['mean'], 4)} nats, z {number(found['z'], 1)})"
+    return f"signal z {number(numbers['signal']['z'], 1)}, {scale}; {counts}; {whose}"
 
 
 def _bucket_table(name: str, numbers: Mapping[str, Any]) -> Table:
@@ -117,7 +128,9 @@ def _within_table(name: str, numbers: Mapping[str, Any]) -> Table:
     return Table(f"{name}: every bucket", ["bucket", "tokens", "signal within prompts [95%]"], rows, notes=[why])
 
 
-def _kept_table(caption: str, column: str, kept: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+def _kept_table(
+    caption: str, column: str, kept: Sequence[tuple[str, Mapping[str, Any]]], notes: Sequence[str] = ()
+) -> Table:
     rows = [
         [
             which,
@@ -128,7 +141,7 @@ def _kept_table(caption: str, column: str, kept: Sequence[tuple[str, Mapping[str
         ]
         for which, found in kept
     ]
-    return Table(caption, [column, "cosine [95%]", "signal [95%]", "noise", "noise scale ratio [95%]"], rows)
+    return Table(caption, [column, "cosine [95%]", "signal [95%]", "noise", "noise scale ratio [95%]"], rows, notes)
 
 
 def readings(kept: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

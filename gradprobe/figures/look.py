@@ -120,12 +120,12 @@ def bucket_places(n_buckets: int) -> np.ndarray:
 def bucket_axis(ax: Axes, n_buckets: int, by: str = "entropy") -> None:
     """The x axis of what is drawn per bucket, at `bucket_places`."""
     places, shown = bucket_places(n_buckets), bucket_ticks(n_buckets)
-    ends = {n_buckets - 1: "\nhighest", 0: "\nlowest"} if n_buckets > 1 else {}
+    ends = {n_buckets - 1: "\nhighest"} if n_buckets > 1 else {}
     ax.set_xlim(-0.6, max(places) + 0.6)
     ax.set_xticks(places[shown], [f"{index}{ends.get(index, '')}" for index in shown])
     ax.tick_params(axis="x", length=0)
     ax.grid(axis="x", visible=False)
-    ax.set_xlabel(f"bucket of {by}")
+    ax.set_xlabel(f"bucket by {by}, 0 the lowest")
     if n_buckets > 1:
         ax.axvline(0.75, color="#d0d0d0", linewidth=0.8, zorder=0.5)
 

@@ -16,7 +16,7 @@ FIGURES = {"exp3_headline.png", "exp3_keep_top.png"}
 KEYS = {"n_prompts", "n_prompts_mixed", "n_rollouts", "bins", "objective", "outcome", "target", "on_policy", "signal"}
 KEYS |= {"noise_scale_prompts", "per_bucket", "keep_top", "keep_bottom", "keep_random", "at_20_percent", "bucket_by"}
 KEYS |= {"model", "manifest_sha256", "row_idx", "projection", "is_chosen_by_prefix", "edges"}
-KEYS |= {"differences", "study", "content_sha256"}
+KEYS |= {"differences", "study", "layout", "files"}
 ESTIMATE, TEST = {"value", "ci95"}, {"mean", "z", "verdict"}
 OF_BUCKET = {"share_of_tokens": None, "n_rare": None, "signal_share": ESTIMATE, "signal_share_within_prompts": ESTIMATE}
 OF_BUCKET |= {"noise_share": None, "noise_scale_prompts": None, "cosine_with_update": ESTIMATE, "on_policy": TEST}
@@ -92,9 +92,9 @@ def test_no_signal_gives_nulls_and_says_underpowered(tmp_path, capsys):
     assert numbers["noise_scale_prompts"] == none
     assert [bucket["signal_share"] for bucket in numbers["per_bucket"].values()] == 4 * [none]
     printed = capsys.readouterr().out
-    assert "signal underpowered" in printed
+    assert "no share across prompts can be told: signal not above 0" in printed
     assert not re.search(r"\bnan\b", printed.lower())
-    assert "of the tokens: cosine" not in printed
+    assert "cosine" not in printed
 
 
 def test_tables_say_what_the_summary_has(tmp_path, capsys):
@@ -104,13 +104,12 @@ def test_tables_say_what_the_summary_has(tmp_path, capsys):
     share = numbers["per_bucket"]["19"]["signal_share"]
     expected = "{:.0f}% [{:.0f}, {:.0f}]".format(*(100 * x for x in (share["value"], *share["ci95"])))
     assert expected in next(line for line in lines if line.startswith("19 "))
-    start = next(i for i, line in enumerate(lines) if line.startswith("a: top tokens kept"))
-    kept = lines[start + 1 : lines.index("", start)]
+    start = next(i for i, line in enumerate(lines) if line.endswith("; the highest kept"))
+    kept = lines[start + 2 : lines.index("", start)]
     assert len(kept) == 10
     assert kept[-1].startswith("100%")
     top = numbers["at_20_percent"]["top"]["cosine"]
-    said = next(line for line in lines if line.startswith("top 20% of the tokens"))
-    assert f"cosine {top['value']:.2f} [{top['ci95'][0]:.2f}, {top['ci95'][1]:.2f}]" in said
+    assert f"{top['value']:.2f} [{top['ci95'][0]:.2f}, {top['ci95'][1]:.2f}]" in lines[2]
 
 
 def test_objectives_and_rewards_make_the_update(tmp_path):
@@ -168,7 +167,7 @@ def test_dumps_of_single_tokens_are_refused(tmp_path, capsys):
 def test_off_policy_rollouts_are_said_to_be(tmp_path, capsys):
     dump = planted.write_planted_signal(tmp_path / "a", STRONG, excess=0.2)
     assert run(tmp_path / "out", f"a={dump}")["a"]["on_policy"]["verdict"] == "off-policy"
-    assert "off-policy (mean " in capsys.readouterr().out
+    assert "; off-policy (log π + H " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rule", ["surprisal", "score:mine"])
