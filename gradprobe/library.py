@@ -60,14 +60,13 @@ def row_gradients(
         InputError: a layer, weight, row or position that there is not.
     """
     from .gradients.engine import GradientEngine
-    from .gradients.targets import Target
-    from .model.decoder import layer_list
+    from .gradients.targets import expand_targets
 
     wanted = np.arange(len(response_ids)) if positions is None else np.asarray(positions, dtype=np.int64)
     if len(np.unique(wanted)) != len(wanted) or not np.isin(wanted, np.arange(len(response_ids))).all():
         raise InputError(f"positions must be distinct and from 0 to {len(response_ids) - 1}")
     model.eval().requires_grad_(False)
-    target = Target(len(layer_list(model)[1]) // 2 if layer is None else layer, param_suffix, row_idx)
+    (target,) = expand_targets(model, None if layer is None else str(layer), param_suffix, str(row_idx), seed=0)
     engine = GradientEngine(model, [target])
     found: dict[int, np.ndarray] = {}
     order = np.sort(wanted)

@@ -83,7 +83,6 @@ def refuse_unfit(engine: GradientEngine, path: str, is_sampled: bool) -> None:
         rollouts = check.sampled(check.random()) if is_sampled else check.random()
         check.scores(rollouts)
         late = _last_start(engine.model)
-        engine.try_blocks()  # at positions of its own
         with check.shifted(torch.tensor(late)):
             check.gradients(rollouts)
         if late:

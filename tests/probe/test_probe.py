@@ -223,7 +223,7 @@ def test_an_unfinished_dump_is_continued(whole, sampling, tmp_path, capsys):
         (["--temperature", "nan"], "--temperature nan"),
         (["--bins", "1"], "--bins 1"),
         (["--bins", "5000"], "--bins 5000: the rollouts have"),
-        (["--layer", "3"], "--layer 3: the model has layers 0 to 2"),
+        (["--layer", "3"], "--layer 3: '3' is not one of 0 to 2"),
         (["--param-suffix", "mlp.norm.weight"], "these can: "),
         (["--row-idx", "16"], "--row-idx 16"),
         (["--shard-index", "2", "--num-shards", "2"], "--shard-index 2"),
