@@ -34,8 +34,6 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     with faults_as_input(fault, (*READING_ERRORS, RuntimeError)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = PeftModel.from_pretrained(model, adapter, config=config, **options)
-        if not hasattr(adapted, "merge_and_unload"):
-            raise InputError(f"{fault}: is of type {config.peft_type.value}, which is no change of weights")
         # Once more, for what it says: weights that found no place are passed over above.
         found = adapted.load_adapter(adapter, "default", **options)
     without_place, lacking = (first_of(names, 3) for names in (found.unexpected_keys, found.missing_keys))

@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from ..common.errors import InputError, first_of, raise_if_any
 from .adapter import with_adapter
 from .decoder import decoder_of
-from .placement import Placement, input_device
-from .soundness import faults_of_files, faults_of_weights, weights_left_out
+from .placement import Placement
+from .soundness import faults_of_weights, refuse_wrapped, weights_left_out
 from .source import ADAPTER_CONFIG, CheckpointSource, faults_as_input, named, refuse_other_folders
 from .tokenizer import load_tokenizer
 
@@ -70,8 +70,7 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     decoder_of(skeleton)  # refuses what we can't serve
     if Path(source.path).is_dir():
-        faults = faults_of_files(Path(source.path), skeleton)
-        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults)
+        refuse_wrapped(Path(source.path), skeleton)
     options = {key: value for key, value in source.options.items() if key != "trust_remote_code"}
     with suppress(OSError):  # many checkpoints have none
         skeleton.generation_config = GenerationConfig.from_pretrained(source.path, **options)
@@ -134,12 +133,7 @@ def load_checkpoint(
     if placement is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
-    checkpoint = Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
-    ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
-    # An attention may load, and yet not run: flash_attention_2 in float32.
-    with faults_as_input(f"{whose}: can't be run", (ValueError, ImportError, RuntimeError)), torch.inference_mode():
-        model(input_ids=ids, use_cache=False)
-    return checkpoint
+    return Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights are the model's: what its files hold, and what loading left over."""
+"""Whether a checkpoint's weights are the model's: what its files name, and what loading left over."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,52 +7,30 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ..common.errors import first_of
+from ..common.errors import InputError, first_of
 from ..common.files import read_json
-from .source import CONFIG, INDEX, WEIGHTS, faults_as_input
+from .source import INDEX, WEIGHTS, faults_as_input
 
-WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FSDP",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-    "module": "DistributedDataParallel or DeepSpeed",
-    "policy": "a trainer that keeps others beside its policy",
-    "pretrained_model": "TRL's model with a value head",
-    "base_model": "PEFT",
-}
-"""What trainers wrap a model in, by the name that it leaves in those of the weights; those with _ at any depth."""
+WRAPPERS = {"module", "policy", "pretrained_model", "base_model"}
+"""What DistributedDataParallel, DeepSpeed, trainers with an actor, TRL's value head and PEFT put before all names."""
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and activation checkpointing put at any depth."""
 
 
-def faults_of_files(directory: Path, skeleton: nn.Module) -> Iterator[str]:
-    """Weights saved inside a wrapper, of which none would be found, or as integers, which would load in silence."""
-    of_the_model = {name for name, _ in skeleton.named_children()}
-    types, wrapped = _types_of_weights(directory), {}
-    for name in types:
-        for depth, part in enumerate(name.split(".")):
-            is_outermost = depth == 0 and part not in of_the_model
-            if part in WRAPPERS and (is_outermost or part.startswith("_")):
-                wrapped.setdefault(part, name)
-    if wrapped:
-        whose = " and ".join(f"'{part}.' of {WRAPPERS[part]}" for part in wrapped)
-        yield (
-            f"its weights were saved inside a wrapper, with {whose} in their names ({next(iter(wrapped.values()))}); "
-            "save the model that is inside, or take that out of the names"
-        )
-    integers = [name for name, kind in types.items() if kind[0] in "IU" or kind == "BOOL"]
-    if integers and "quantization_config" not in read_json(directory / CONFIG):
-        yield f"has integers for weights, and its config no quantization_config: {first_of(integers, 3)}"
-
-
-def _types_of_weights(directory: Path) -> dict[str, str]:
-    """What the headers say, by the weights' names, of all files that would be loaded."""
+def refuse_wrapped(directory: Path, skeleton: nn.Module) -> None:
+    """Raise `InputError` where a file of weights is cut, or was saved inside a wrapper: no name would be found."""
+    wrappers = WRAPPERS - {name for name, _ in skeleton.named_children()}
     is_one = (directory / WEIGHTS).exists()
-    files = [WEIGHTS] if is_one else sorted(set(read_json(directory / INDEX)["weight_map"].values()))
-    found = {}
-    for file in files:
-        blame = faults_as_input(f"`model_path` {directory}: {file}: can't be loaded")
-        with blame, safe_open(directory / file, framework="pt") as weights:
-            found |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-    return found
+    for file in [WEIGHTS] if is_one else sorted(set(read_json(directory / INDEX)["weight_map"].values())):
+        whose = f"`model_path` {directory}"
+        with faults_as_input(f"{whose}: {file}: can't be loaded"), safe_open(directory / file, "pt") as weights:
+            names = list(weights.keys())
+        wrapped = [n for n in names if n.split(".")[0] in wrappers or any(inner in n for inner in INNER_WRAPPERS)]
+        if wrapped:
+            raise InputError(
+                f"{whose}: its weights were saved inside a wrapper of a trainer's or of torch.compile ({wrapped[0]}); "
+                "save the model that is inside, or take that out of the names"
+            )
 
 
 def faults_of_weights(model: nn.Module, found: Mapping[str, Any]) -> Iterator[str]:

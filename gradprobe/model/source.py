@@ -104,8 +104,6 @@ def refuse_other_folders(source: CheckpointSource) -> None:
         return
     if source.revision is not None:
         raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {whose} is a directory")
-    if directory.is_file():
-        raise InputError(f"{whose}: is a file; a checkpoint is a directory")
     has_weights = any((directory / name).exists() for name in (WEIGHTS, INDEX))
     if (directory / ADAPTER_CONFIG).is_file() and not has_weights:
         base = read_json(directory / ADAPTER_CONFIG).get(BASE) or "which it does not name"

@@ -1,4 +1,4 @@
-"""Weights that are not the model's: cut, of other shapes, too few, too many, or integers; each is named, or is fine."""
+"""Weights that are not the model's: cut, of other shapes, too few or too many; each is named, or is fine."""
 
 import json
 import os
@@ -66,8 +66,6 @@ UNREADABLE = {
     "empty": (cut(0), "model.safetensors: can't be loaded: .*header too small"),
     "a part is missing": (lambda path: in_parts(path, 1), "No such file.*model-00002-of-00002.safetensors"),
     "a link to nothing": (lost, "no model.safetensors in it, nor its index"),
-    "integers": (cast(torch.int8), "integers for weights, and its config no quantization_config"),
-    "one of bool": (weights(lambda found: found.update({DOWN: found[DOWN] > 0})), f"integers .*: {DOWN}$"),
 }
 
 
