@@ -179,7 +179,7 @@ FAULTS = {
     late_scale: "the gradient of L0.mlp.down_proj.weight.r3 differs from autograd's.* at positions from 48",
     neighbours: "a step behind its cache differs",
     longest_neighbour: "in one batch near positions 0 and 48",
-    shared_prompt: "log-probs of rollouts behind a prompt that they share",
+    shared_prompt: "log-probs of rollouts side by side or behind a shared prompt",
 }
 
 
