@@ -23,9 +23,6 @@ def load_dump(path: str | Path) -> dump.Dump:
         `grads` [n, row_dim] float32 (a memory map, or some rows of one) and, one entry per row, `entropy` (nats),
         `bin`, `correct`, `prompt`, `sample_idx`, `pos`; `rows_of_bucket(b)` gives the rows of an entropy bucket;
         `warnings` says what was left out.
-
-    Raises:
-        InputError: a file is missing or malformed, files contradict each other, or there are several targets.
     """
     dumps = open_dumps({None: Path(path)})[None]
     if len(dumps) > 1:
@@ -55,9 +52,6 @@ def row_gradients(
 
     Returns:
         [n_positions, row_dim] float32 (float64 under a float64 model), in the order of `positions`.
-
-    Raises:
-        InputError: a layer, weight, row or position that there is not.
     """
     from .gradients.engine import GradientEngine
     from .gradients.targets import expand_targets

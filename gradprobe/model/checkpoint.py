@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
-from ..common.errors import InputError, first_of, raise_if_any
+from ..common.errors import InputError
 from .adapter import with_adapter
 from .decoder import decoder_of
 from .placement import Placement
-from .soundness import faults_of_weights, refuse_wrapped, weights_left_out
+from .soundness import refuse_other_weights, refuse_wrapped
 from .source import ADAPTER_CONFIG, CheckpointSource, faults_as_input, named, refuse_other_folders
 from .tokenizer import load_tokenizer
 
@@ -66,12 +66,12 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
     """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost."""
     refuse_other_folders(source)
     with faults_as_input(f"{named('model_path', source.path)}: can't be loaded"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.path, **source.options)
+        config = AutoConfig.from_pretrained(source.path, **source.options_of(source.path))
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     decoder_of(skeleton)  # refuses what we can't serve
     if Path(source.path).is_dir():
         refuse_wrapped(Path(source.path), skeleton)
-    options = {key: value for key, value in source.options.items() if key != "trust_remote_code"}
+    options = {key: value for key, value in source.options_of(source.path).items() if key != "trust_remote_code"}
     with suppress(OSError):  # many checkpoints have none
         skeleton.generation_config = GenerationConfig.from_pretrained(source.path, **options)
     return skeleton
@@ -119,12 +119,10 @@ def load_checkpoint(
             # With peft, an adapter whose files lie beside whole weights would be put on top of them.
             adapter_kwargs={"subfolder": "no adapter is looked for"},
             **where,
-            **source.options,
+            **source.options_of(source.path),
         )
     whose = f"`model_path` {source.path}"
-    raise_if_any(f"{whose}: {fault}" for fault in faults_of_weights(model, found))
-    if left_out := sorted(weights_left_out(model, found)):
-        log.warning(f"{whose}: weights of no part of the model are left out: {first_of(left_out)}")
+    refuse_other_weights(model, found, whose)
     if (Path(source.path) / ADAPTER_CONFIG).is_file():
         what = "holds whole weights and an adapter beside them, which is left out"
         log.warning(f"{whose}: {what}; where it is no part of them yet, name it by `adapter`")

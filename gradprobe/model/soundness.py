@@ -1,16 +1,18 @@
 """Whether a checkpoint's weights are the model's: what its files name, and what loading left over."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
 
-from ..common.errors import InputError, first_of
+from ..common.errors import InputError, first_of, raise_if_any
 from ..common.files import read_json
 from .source import INDEX, WEIGHTS, faults_as_input
 
+log = logging.getLogger(__name__)
 WRAPPERS = {"module", "policy", "pretrained_model", "base_model"}
 """What DistributedDataParallel, DeepSpeed, trainers with an actor, TRL's value head and PEFT put before all names."""
 INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -33,27 +35,15 @@ def refuse_wrapped(directory: Path, skeleton: nn.Module) -> None:
             )
 
 
-def faults_of_weights(model: nn.Module, found: Mapping[str, Any]) -> Iterator[str]:
-    """Weights that the checkpoint lacks, has in another shape, or has for parts that the model has otherwise.
+def refuse_other_weights(model: nn.Module, found: Mapping[str, Any], whose: str) -> None:
+    """Raise `InputError` where weights are missing, of other shapes, or for parts that the model has otherwise.
+
+    Those of no part of the model (neither among its layers nor of another module), such as a value head, are left out,
+    with a warning.
 
     Args:
         found: transformers' loading info.
-    """
-    without_place = set(found["unexpected_keys"]) - weights_left_out(model, found)
-    faults = {
-        "lacks weights of its architecture": found["missing_keys"],
-        "has weights of other shapes than its config's": [key[0] for key in found["mismatched_keys"]],
-        "has weights that its config leaves no place for": without_place,
-    }
-    for fault, names in faults.items():
-        if names:
-            yield f"{fault}: {first_of(sorted(names), 3)}"
-
-
-def weights_left_out(model: nn.Module, found: Mapping[str, Any]) -> set[str]:
-    """Names of weights that belong to no part of the model, such as a value head: they are not loaded.
-
-    They lie neither among its layers nor in another module that it has.
+        whose: how a fault begins.
     """
     modules = dict(model.named_modules())
     lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
@@ -62,6 +52,13 @@ def weights_left_out(model: nn.Module, found: Mapping[str, Any]) -> set[str]:
         return key.startswith(lists) or key.rpartition(".")[0] in modules
 
     # The weights of a bare decoder lack the prefix that it has inside a model.
-    return {
-        key for key in found["unexpected_keys"] if not any(map(is_within, (key, f"{model.base_model_prefix}.{key}")))
+    prefix, others = model.base_model_prefix, set(found["unexpected_keys"])
+    without_place = {key for key in others if is_within(key) or is_within(f"{prefix}.{key}")}
+    faults = {
+        "lacks weights of its architecture": found["missing_keys"],
+        "has weights of other shapes than its config's": [key[0] for key in found["mismatched_keys"]],
+        "has weights that its config leaves no place for": without_place,
     }
+    raise_if_any(f"{whose}: {fault}: {first_of(sorted(names), 3)}" for fault, names in faults.items() if names)
+    if left_out := sorted(others - without_place):
+        log.warning(f"{whose}: weights of no part of the model are left out: {first_of(left_out)}")

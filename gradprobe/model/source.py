@@ -51,10 +51,6 @@ class CheckpointSource:
         return options if self.revision is None or path != self.path else options | {"revision": self.revision}
 
     @property
-    def options(self) -> dict[str, Any]:
-        return self.options_of(self.path)
-
-    @property
     def tokenizer_place(self) -> tuple[str, str]:
         """Parameter and path that a tokenizer is read from: an adapter was trained with its own's end and template."""
         if self.tokenizer is not None:

@@ -74,9 +74,6 @@ def refuse_unfit(engine: GradientEngine, path: str, is_sampled: bool) -> None:
         engine: that will take the gradients.
         path: what its model is called in a refusal.
         is_sampled: by the model itself; else the sampler is left out.
-
-    Raises:
-        InputError: what differs, by how much, and what to do.
     """
     check = _Check(engine, path)
     with torch.no_grad():
@@ -259,7 +256,7 @@ class _Check:
             # A router may give a pair; what only ranks tokens is run without gradients by the model itself.
             is_followed = isinstance(output, torch.Tensor) and torch.is_grad_enabled()
             if is_followed and args[0].requires_grad and not output.requires_grad:
-                raise InputError(f"{self._its} {self._name_of(module)} has no backward pass{QUANTISED}")
+                raise InputError(f"{self._its} a {type(module).__name__} has no backward pass{QUANTISED}")
             if module in calls and output.requires_grad:
                 calls[module].append((args[0].detach(), output))
 
@@ -330,9 +327,6 @@ class _Check:
     @property
     def _its(self) -> str:
         return f"`model_path` {self.path}:"
-
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, other in self.model.named_modules() if other is module)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -200,18 +200,6 @@ def test_a_finished_dump_is_left_alone_and_other_settings_are_refused(sampling, 
     assert json.loads((output / "manifest.json").read_text())["seed"] == 5
 
 
-def test_an_unfinished_dump_is_continued(whole, sampling, tmp_path, capsys):
-    output = tmp_path / "out"
-    probe(output, *sampling)
-    for name in ("manifest.json", "grads.npy"):
-        (output / name).unlink()
-    capsys.readouterr()
-    assert probe(output, *sampling) == 0
-    assert "continuing" in capsys.readouterr().err
-    for name in ("grads.npy", "meta.jsonl", "rollouts.jsonl"):
-        assert (output / name).read_bytes() == (whole / name).read_bytes()
-
-
 def test_several_targets_through_merge_analyses_and_plots(checkpoint_dir, sampling, tmp_path):
     targets = ["--layer", "0,1", "--row-idx", "0,random:2"]
     for tag in ("base", "trained"):

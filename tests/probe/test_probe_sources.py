@@ -176,25 +176,6 @@ def test_rollouts_of_a_dump_that_have_changed_since_are_refused(tmp_path, checkp
         assert probe(tmp_path / f"sound{given.suffix}", *model, "--rollouts", given, *SMALL[4:]) == 0
 
 
-def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, problems_file, capsys):
-    for flags, complaint in (
-        (["--correct-above", "1"], "--correct-above says something of --rollouts only"),
-        (["--sampler", "openai"], "--sampler openai and --base-url need each other"),
-        (["--system-prompt", "x"], "--system-prompt"),
-        (["--verifier", "nothing"], "--verifier nothing"),
-        (["--verifier-seconds", "0"], "--verifier-seconds"),
-        (["--max-memory", "cpu=1GiB"], "--max-memory says something of --device-map only"),
-        (["--device-map", "auto"], "--device can't go with --device-map"),
-        (["--revision", "main"], "--revision main: only names on the Hub"),
-        (["--adapter", "nowhere", "--dataset", problems_file], "--adapter nowhere"),
-        (["--rollouts", "x", "--num-samples", "3"], "--num-samples can't go with --rollouts"),
-        (["--sampler", "openai", "--base-url", "http://127.0.0.1:9", "--dataset", problems_file], "can't be reached"),
-    ):
-        assert probe(tmp_path / "out", "--model-path", checkpoint_dir, "--num-prompts", 2, *SMALL, *flags) == 2
-        assert complaint in capsys.readouterr().err
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
 def test_an_adapter_probed_is_the_merged_checkpoint_probed(tmp_path, checkpoint_dir, problems_file):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
