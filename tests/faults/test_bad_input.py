@@ -301,9 +301,6 @@ CHECKPOINTS = {
     "generation config not JSON": (
         lambda path: (path / "generation_config.json").write_text("{"), "TMP/model/generation_config.json", "not JSON",
     ),
-    "end of sequence is a word": (
-        lambda path: edit_json(path / "generation_config.json", eos_token_id="</s>"), "eos_token_id", "</s>",
-    ),
     "no end of sequence": (without_end, "--model-path", "end-of-sequence"),
     "NaN in a weight": (of_down_proj(lambda weight: weight * math.nan), "not finite", "checkpoint"),
 }  # fmt: skip

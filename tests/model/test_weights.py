@@ -90,10 +90,6 @@ OF_ANOTHER_MODEL = {
     "a bias": (more("model.layers.1.mlp.down_proj.bias"), "no place for: .*layers.1.mlp.down_proj.bias"),
     "norms": (more("model.layers.1.self_attn.q_norm.weight"), "no place for: .*self_attn.q_norm"),
     "a head's bias": (more("lm_head.bias"), "no place for: lm_head.bias"),
-    "end of sequence beyond the vocabulary": (
-        lambda path: edit_json(path / "generation_config.json", eos_token_id=10**6),
-        "eos_token_id 1000000 is not within the vocabulary of 260",
-    ),
 }  # fmt: skip
 
 
