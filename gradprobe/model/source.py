@@ -105,16 +105,15 @@ def refuse_other_folders(source: CheckpointSource) -> None:
         base = read_json(directory / ADAPTER_CONFIG).get(BASE) or "which it does not name"
         raise InputError(f"{whose}: is an adapter; give it as `adapter`, and as `model_path` its base, {base}")
     if not (directory / CONFIG).is_file():
-        inside = checkpoints_inside(directory)
-        what_to_do = f"; name one of the checkpoints inside: {first_of(inside)}" if inside else ""
-        raise InputError(f"{whose}: no {CONFIG} in it{what_to_do}")
+        raise InputError(f"{whose}: no {CONFIG} in it{what_lies_inside(directory)}")
     if not has_weights:
         raise InputError(f"{whose}: no {WEIGHTS} in it, nor its index; formats that can hold code are not read")
     if (directory / GENERATION_CONFIG).is_file():
         read_json(directory / GENERATION_CONFIG)  # transformers passes over a torn one, and so over end tokens
 
 
-def checkpoints_inside(directory: Path) -> list[str]:
-    """Names of folders with a checkpoint or an adapter, `checkpoint-20` before `checkpoint-100`."""
+def what_lies_inside(directory: Path) -> str:
+    """The end of a refusal that names folders with a checkpoint or an adapter, `checkpoint-20` before `-100`."""
     found = {file.parent.name for name in (CONFIG, ADAPTER_CONFIG) for file in directory.glob(f"*/{name}")}
-    return sorted(found, key=lambda name: (len(name), name))
+    names = sorted(found, key=lambda name: (len(name), name))
+    return f"; name one of the checkpoints inside: {first_of(names)}" if names else ""
