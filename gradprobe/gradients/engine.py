@@ -253,8 +253,6 @@ class GradientEngine:
         ids = torch.tensor([token for g in gradients for token in g.ids], device=hidden.device)
         head_gradients = self._head_gradients(hidden.detach()[rollouts, at], ids)
         zeros = [zero for tap in self._taps.values() for zero in tap.zeros]
-        if zeros and not hidden.requires_grad:
-            raise InputError(f"{type(self.model).__name__}: its forward pass lets no gradient through")
         n_before = 0
         found: list[list[torch.Tensor]] = [[] for _ in self._taps]
         for k, group in itertools.groupby(gradients, key=lambda g: g.k):
