@@ -1,6 +1,5 @@
 """Which checkpoint, and a look at its folder: what is none of ours is called by its name before a library reads it."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def faults_as_input(what: str, kinds: tuple[type[Exception], ...] = READING_ERRO
     try:
         yield
     except kinds as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
+        if is_out_of_memory(error):
             raise
         raise InputError(f"{what}: {reason_of(error)}") from error
 
