@@ -23,9 +23,6 @@ def load_dump(path: str | Path) -> dump.Dump:
         `grads` [n, row_dim] float32 (a memory map, or some rows of one) and, one entry per row, `entropy` (nats),
         `bin`, `correct`, `prompt`, `sample_idx`, `pos`; `rows_of_bucket(b)` gives the rows of an entropy bucket;
         `warnings` says what was left out.
-
-    Raises:
-        InputError: a file is missing or malformed, files contradict each other, or there are several targets.
     """
     dumps = open_dumps({None: Path(path)})[None]
     if len(dumps) > 1:
@@ -55,19 +52,15 @@ def row_gradients(
 
     Returns:
         [n_positions, row_dim] float32 (float64 under a float64 model), in the order of `positions`.
-
-    Raises:
-        InputError: a layer, weight, row or position that there is not.
     """
     from .gradients.engine import GradientEngine
-    from .gradients.targets import Target
-    from .model.decoder import layer_list
+    from .gradients.targets import expand_targets
 
     wanted = np.arange(len(response_ids)) if positions is None else np.asarray(positions, dtype=np.int64)
     if len(np.unique(wanted)) != len(wanted) or not np.isin(wanted, np.arange(len(response_ids))).all():
         raise InputError(f"positions must be distinct and from 0 to {len(response_ids) - 1}")
     model.eval().requires_grad_(False)
-    target = Target(len(layer_list(model)[1]) // 2 if layer is None else layer, param_suffix, row_idx)
+    (target,) = expand_targets(model, None if layer is None else str(layer), param_suffix, str(row_idx), seed=0)
     engine = GradientEngine(model, [target])
     found: dict[int, np.ndarray] = {}
     order = np.sort(wanted)

@@ -11,8 +11,7 @@ where one forward pass calls a map several times, δ ⊗ x is summed over its ca
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,12 +131,10 @@ class GradientEngine:
     model: nn.Module
     targets: list[AnyTarget]
     by_hand: bool = True
-    _taps: dict[Weight, _Tap] = field(init=False)
+    _taps: dict[Weight, _Tap] = field(init=False, default_factory=dict)
     _blocks: list[Block] | None = field(init=False, default=None)
-    _is_tried: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self._taps = {}
         for weight, linear in linears_of(self.model, self.targets).items():
             projections = [t.projection for t in self.targets if isinstance(t, ProjectedTarget)]
             if projections:
@@ -146,6 +143,9 @@ class GradientEngine:
             else:
                 rows = [t.row_idx for t in self.targets if (t.layer, t.suffix) == weight]
                 self._taps[weight] = _RowTap(linear, rows)
+        self._lowest = min(layer for layer, _ in self._taps)
+        if self.by_hand and not is_spread(self.model):
+            self._blocks = blocks_of(self.model, self._lowest, self._taps)
 
     def batches(
         self,
@@ -174,7 +174,6 @@ class GradientEngine:
         # Tokens behind the last chosen position contribute nothing; log π of the token at q comes out of q - 1.
         n_used = [len(p) + int(of.positions.max(initial=0)) for p, of in zip(prompts, chosen, strict=True)]
         refuse_lengths(self.model, max(n_used, default=0), "`rollouts`")
-        self.try_blocks()
 
         def run(batch: list[int]) -> tuple[list[_Gradient], list[torch.Tensor]]:
             gradients = []
@@ -190,16 +189,6 @@ class GradientEngine:
 
         for batch, (found, gradients) in run_in_batches(n_used, budget, run, done):
             yield batch, np.array([gradient.row for gradient in found]), gradients
-
-    def try_blocks(self) -> None:
-        """Find out, once, whether the model can be run by hand."""
-        if not self._is_tried and self.by_hand and not is_spread(self.model):
-            self._blocks = blocks_of(self.model, self._lowest, self._taps)
-        self._is_tried = True
-
-    @property
-    def _lowest(self) -> int:
-        return min(layer for layer, _ in self._taps)
 
     # ---- blocks of Llama's kind -----------------------------------------------------------------------------
 
@@ -253,15 +242,17 @@ class GradientEngine:
         """One forward pass; then backward pass k serves the k-th gradient of every rollout in the batch."""
         gradients = sorted(gradients, key=lambda g: g.k)
         self._forget()
-        with _hooked(self._taps.values()):
+        handles = [tap.linear.register_forward_hook(tap.hook) for tap in self._taps.values()]
+        try:
             hidden = decoder_hidden(self.model, pad_right(inputs, input_device(self.model)))  # [batch, length, hidden]
+        finally:
+            for handle in handles:
+                handle.remove()
         rollouts = torch.tensor([g.rollout for g in gradients for _ in g.at])
         at = torch.tensor([place for g in gradients for place in g.at])
         ids = torch.tensor([token for g in gradients for token in g.ids], device=hidden.device)
         head_gradients = self._head_gradients(hidden.detach()[rollouts, at], ids)
         zeros = [zero for tap in self._taps.values() for zero in tap.zeros]
-        if zeros and not hidden.requires_grad:
-            raise InputError(f"{type(self.model).__name__}: its forward pass lets no gradient through")
         n_before = 0
         found: list[list[torch.Tensor]] = [[] for _ in self._taps]
         for k, group in itertools.groupby(gradients, key=lambda g: g.k):
@@ -369,13 +360,3 @@ def _by_rollout(
             f"and gives {places[0]}: it can't be a target"
         )
     return delta.reshape(n_rows, -1, delta.shape[-1]), inputs.reshape(n_rows, -1, inputs.shape[-1])
-
-
-@contextmanager
-def _hooked(taps: Iterable[_Tap]) -> Iterator[None]:
-    handles = [tap.linear.register_forward_hook(tap.hook) for tap in taps]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

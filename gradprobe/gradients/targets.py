@@ -150,19 +150,15 @@ def expand_targets(model: nn.Module, layers: str | None, suffixes: str, rows: st
         suffixes: e.g. `mlp.down_proj.weight`.
         rows: numbers, `first`, `mid`, `last` and `random:K` (K rows of each weight, drawn with `seed`).
     """
-    problems: list[str] = []
-    targets: list[Target] = []
     if layers == ALL or ALL_LINEAR in suffixes.split(","):
-        problems.append("`layer` all and `param_suffix` all-linear go with `project` only")
-    else:
-        for layer in _layer_numbers(model, layers, problems):
-            for suffix in suffixes.split(","):
-                linear = _find_linear(model, layer, suffix, problems)
-                if linear is not None:
-                    n_rows = n_output_rows(linear)
-                    targets += [Target(layer, suffix, row) for row in _expand_rows(rows, n_rows, seed, problems)]
-    _raise_faults(targets, problems)
-    return targets
+        raise InputError("`layer` all and `param_suffix` all-linear go with `project` only")
+    problems: list[str] = []
+    targets = [
+        Target(*weight, row)
+        for weight in _weights_named(model, _layer_numbers(model, layers, problems), suffixes.split(","), problems)
+        for row in _expand_rows(rows, n_output_rows(_linear(model, weight)), seed, problems)
+    ]
+    return _distinct(targets, problems)
 
 
 def expand_projected(
@@ -175,40 +171,45 @@ def expand_projected(
         projection: of each weight.
     """
     problems: list[str] = []
-    modules = layer_list(model)[1]
-    numbers = list(range(len(modules))) if layers == ALL else _layer_numbers(model, layers, problems)
-    numbers = [n for n in numbers if _is_layer(model, n, problems)]
+    numbers = _layer_numbers(model, layers, problems)
     targets = []
     for suffix in suffixes.split(","):
         if suffix == ALL_LINEAR:
-            weights = tuple((n, name) for n in numbers for name in linear_weights(modules[n]))
+            weights = tuple((n, name) for n in numbers for name in linear_weights(layer_list(model)[1][n]))
             of_layers = "" if layers == ALL else "L" + "+".join(map(str, numbers)) + "."
             targets.append(ProjectedTarget(of_layers + ALL_LINEAR, weights, projection))
         else:
-            targets += [
-                ProjectedTarget(f"L{n}.{suffix}", ((n, suffix),), projection)
-                for n in numbers
-                if _find_linear(model, n, suffix, problems) is not None
-            ]
-    _raise_faults(targets, problems)
+            weights = _weights_named(model, numbers, [suffix], problems)
+            targets += [ProjectedTarget(f"L{weight[0]}.{suffix}", (weight,), projection) for weight in weights]
+    return _distinct(targets, problems)
+
+
+def _distinct(targets: list[AnyTarget], problems: list[str]) -> list[Any]:
+    twice = [f"{t.directory}: this target is named twice" for t in set(targets) if targets.count(t) > 1]
+    raise_if_any(dict.fromkeys(problems + twice))
     return targets
 
 
-def _raise_faults(targets: Sequence[AnyTarget], problems: list[str]) -> None:
-    twice = [f"{t.directory}: this target is named twice" for t in set(targets) if targets.count(t) > 1]
-    raise_if_any(dict.fromkeys(problems + twice))
-
-
 def _layer_numbers(model: nn.Module, words: str | None, problems: list[str]) -> list[int]:
+    numbers = list(range(len(layer_list(model)[1])))
     if words is None:
-        return [len(layer_list(model)[1]) // 2]
-    numbers = []
-    for word in words.split(","):
-        if word.strip().isdecimal():
-            numbers.append(int(word))
-        else:
-            problems.append(f"`layer` {words}: '{word}' is not a number from 0")
-    return numbers
+        return [len(numbers) // 2]
+    if words == ALL:
+        return numbers
+    known = {str(number) for number in numbers}
+    others = [word for word in words.split(",") if word.strip() not in known]
+    problems += [f"`layer` {words}: '{word}' is not one of 0 to {numbers[-1]}" for word in others]
+    return [int(word) for word in words.split(",") if word not in others]
+
+
+def _weights_named(model: nn.Module, layers: list[int], suffixes: list[str], problems: list[str]) -> list[Weight]:
+    weights = []
+    for layer in layers:
+        available = linear_weights(layer_list(model)[1][layer])
+        others, known = [suffix for suffix in suffixes if suffix not in available], ", ".join(available)
+        problems += [f"`param_suffix` {suffix}: can't be a target; these can: {known}" for suffix in others]
+        weights += [(layer, suffix) for suffix in suffixes if suffix in available]
+    return weights
 
 
 def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> list[int]:
@@ -228,33 +229,6 @@ def _expand_rows(words: str, n_rows: int, seed: int, problems: list[str]) -> lis
     return rows
 
 
-def _is_layer(model: nn.Module, layer: int, problems: list[str]) -> bool:
-    n_layers = len(layer_list(model)[1])
-    if not 0 <= layer < n_layers:
-        problems.append(f"`layer` {layer}: the model has layers 0 to {n_layers - 1}")
-    return 0 <= layer < n_layers
-
-
-def _find_linear(model: nn.Module, layer: int, suffix: str, problems: list[str]) -> nn.Module | None:
-    if not _is_layer(model, layer, problems):
-        return None
-    available = linear_weights(layer_list(model)[1][layer])
-    if suffix not in available:
-        problems.append(f"`param_suffix` {suffix}: can't be a target; these can: {', '.join(available)}")
-    return available.get(suffix)
-
-
 def linears_of(model: nn.Module, targets: Sequence[AnyTarget]) -> dict[Weight, nn.Module]:
     """The linear map of each distinct weight among `targets`, in the order of first mention."""
-    problems: list[str] = [] if targets else ["no target is asked for"]
-    found: dict[Weight, nn.Module] = {}
-    for target in targets:
-        for layer, suffix in target.weights:
-            linear = _find_linear(model, layer, suffix, problems)
-            if linear is None:
-                continue
-            if isinstance(target, Target) and not 0 <= target.row_idx < n_output_rows(linear):
-                problems.append(f"`row_idx` {target.row_idx}: {suffix} has rows 0 to {n_output_rows(linear) - 1}")
-            found.setdefault((layer, suffix), linear)
-    raise_if_any(dict.fromkeys(problems))
-    return found
+    return {weight: _linear(model, weight) for target in targets for weight in target.weights}

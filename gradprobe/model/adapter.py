@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from ..common.errors import InputError, first_of
-from .source import ADAPTER_WEIGHTS, BASE, READING_ERRORS, checkpoints_inside, faults_as_input
+from .source import ADAPTER_WEIGHTS, BASE, READING_ERRORS, faults_as_input, what_lies_inside
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +20,7 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
         raise InputError(f"`adapter` {adapter}: needs the library peft; install gradprobe[peft], or peft") from error
     is_local = Path(adapter).exists()
     if is_local and not (Path(adapter) / ADAPTER_WEIGHTS).is_file():
-        inside = checkpoints_inside(Path(adapter))
-        what_to_do = f"name one of those inside: {first_of(inside)}" if inside else "other formats are not read"
-        raise InputError(f"`adapter` {adapter}: no {ADAPTER_WEIGHTS} in it; {what_to_do}")
+        raise InputError(f"`adapter` {adapter}: no {ADAPTER_WEIGHTS} in it{what_lies_inside(Path(adapter))}")
     fault = f"`adapter` {adapter}: can't be merged"
     with faults_as_input(fault):
         config = PeftConfig.from_pretrained(adapter, local_files_only=is_local)
@@ -34,8 +32,6 @@ def with_adapter(model: nn.Module, adapter: str, base: str) -> nn.Module:
     with faults_as_input(fault, (*READING_ERRORS, RuntimeError)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = PeftModel.from_pretrained(model, adapter, config=config, **options)
-        if not hasattr(adapted, "merge_and_unload"):
-            raise InputError(f"{fault}: is of type {config.peft_type.value}, which is no change of weights")
         # Once more, for what it says: weights that found no place are passed over above.
         found = adapted.load_adapter(adapter, "default", **options)
     without_place, lacking = (first_of(names, 3) for names in (found.unexpected_keys, found.missing_keys))

@@ -83,5 +83,5 @@ def run_in_batches(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises a plain RuntimeError where the CPU's allocator fails."""
+    """torch raises a plain RuntimeError where the CPU's allocator fails, the system an OSError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

@@ -2,28 +2,33 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import is_accelerate_available
 from transformers.utils import logging as transformers_logging
 
 from ..common.errors import InputError, first_of, raise_if_any
+from ..common.files import read_json
 from .adapter import with_adapter
 from .decoder import decoder_of
-from .placement import Placement, input_device
-from .soundness import faults_of_files, faults_of_weights, weights_left_out
-from .source import ADAPTER_CONFIG, CheckpointSource, faults_as_input, named, refuse_other_folders
+from .placement import Placement
+from .source import ADAPTER_CONFIG, INDEX, WEIGHTS, CheckpointSource, faults_as_input, named, refuse_other_folders
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+WRAPPERS = {"module", "policy", "pretrained_model", "base_model"}
+"""What DistributedDataParallel, DeepSpeed, trainers with an actor, TRL's value head and PEFT put before all names."""
+INNER_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and activation checkpointing put at any depth."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,31 @@ def load_skeleton(source: CheckpointSource) -> nn.Module:
     """The checkpoint's module tree and generation config without its weights: enough to resolve targets, at no cost."""
     refuse_other_folders(source)
     with faults_as_input(f"{named('model_path', source.path)}: can't be loaded"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.path, **source.options)
+        config = AutoConfig.from_pretrained(source.path, **source.options_of(source.path))
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     decoder_of(skeleton)  # refuses what we can't serve
     if Path(source.path).is_dir():
-        faults = faults_of_files(Path(source.path), skeleton)
-        raise_if_any(f"`model_path` {source.path}: {fault}" for fault in faults)
-    options = {key: value for key, value in source.options.items() if key != "trust_remote_code"}
+        refuse_wrapped(Path(source.path), skeleton)
+    options = {key: value for key, value in source.options_of(source.path).items() if key != "trust_remote_code"}
     with suppress(OSError):  # many checkpoints have none
         skeleton.generation_config = GenerationConfig.from_pretrained(source.path, **options)
     return skeleton
+
+
+def refuse_wrapped(directory: Path, skeleton: nn.Module) -> None:
+    """Raise `InputError` where a file of weights is cut, or was saved inside a wrapper: no name would be found."""
+    wrappers = WRAPPERS - {name for name, _ in skeleton.named_children()}
+    is_one = (directory / WEIGHTS).exists()
+    for file in [WEIGHTS] if is_one else sorted(set(read_json(directory / INDEX)["weight_map"].values())):
+        whose = f"`model_path` {directory}"
+        with faults_as_input(f"{whose}: {file}: can't be loaded"), safe_open(directory / file, "pt") as weights:
+            names = list(weights.keys())
+        wrapped = [n for n in names if n.split(".")[0] in wrappers or any(inner in n for inner in INNER_WRAPPERS)]
+        if wrapped:
+            raise InputError(
+                f"{whose}: its weights were saved inside a wrapper of a trainer's or of torch.compile ({wrapped[0]}); "
+                "save the model that is inside, or take that out of the names"
+            )
 
 
 def load_checkpoint(
@@ -95,8 +115,6 @@ def load_checkpoint(
         placement: spreads the weights over several devices.
     """
     source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
-    if placement is not None and source.adapter is not None:
-        raise InputError(f"`adapter` {source.adapter}: can't go with `device_map`; merge it into a checkpoint first")
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # its redrawn lines are noise in a log
     refuse_other_folders(source)
@@ -120,12 +138,10 @@ def load_checkpoint(
             # With peft, an adapter whose files lie beside whole weights would be put on top of them.
             adapter_kwargs={"subfolder": "no adapter is looked for"},
             **where,
-            **source.options,
+            **source.options_of(source.path),
         )
     whose = f"`model_path` {source.path}"
-    raise_if_any(f"{whose}: {fault}" for fault in faults_of_weights(model, found))
-    if left_out := sorted(weights_left_out(model, found)):
-        log.warning(f"{whose}: weights of no part of the model are left out: {first_of(left_out)}")
+    refuse_other_weights(model, found, whose)
     if (Path(source.path) / ADAPTER_CONFIG).is_file():
         what = "holds whole weights and an adapter beside them, which is left out"
         log.warning(f"{whose}: {what}; where it is no part of them yet, name it by `adapter`")
@@ -134,12 +150,36 @@ def load_checkpoint(
     if placement is None:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
-    checkpoint = Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
-    ids = torch.zeros((1, 2), dtype=torch.long, device=input_device(model))
-    # An attention may load, and yet not run: flash_attention_2 in float32.
-    with faults_as_input(f"{whose}: can't be run", (ValueError, ImportError, RuntimeError)), torch.inference_mode():
-        model(input_ids=ids, use_cache=False)
-    return checkpoint
+    return Checkpoint(model, tokenizer, end_token_ids(model, tokenizer))
+
+
+def refuse_other_weights(model: nn.Module, found: Mapping[str, Any], whose: str) -> None:
+    """Raise `InputError` where weights are missing, of other shapes, or for parts that the model has otherwise.
+
+    Those of no part of the model (neither among its layers nor of another module), such as a value head, are left out,
+    with a warning.
+
+    Args:
+        found: transformers' loading info.
+        whose: how a fault begins.
+    """
+    modules = dict(model.named_modules())
+    lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
+
+    def is_within(key: str) -> bool:
+        return key.startswith(lists) or key.rpartition(".")[0] in modules
+
+    # The weights of a bare decoder lack the prefix that it has inside a model.
+    prefix, others = model.base_model_prefix, set(found["unexpected_keys"])
+    without_place = {key for key in others if is_within(key) or is_within(f"{prefix}.{key}")}
+    faults = {
+        "lacks weights of its architecture": found["missing_keys"],
+        "has weights of other shapes than its config's": [key[0] for key in found["mismatched_keys"]],
+        "has weights that its config leaves no place for": without_place,
+    }
+    raise_if_any(f"{whose}: {fault}: {first_of(sorted(names), 3)}" for fault, names in faults.items() if names)
+    if left_out := sorted(others - without_place):
+        log.warning(f"{whose}: weights of no part of the model are left out: {first_of(left_out)}")
 
 
 @contextmanager
@@ -156,16 +196,10 @@ def _without_load_report() -> Iterator[None]:
 def end_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     """The union of what generation config, model config and tokenizer call end of sequence."""
     found: set[int] = set()
-    config = model.config.get_text_config()
-    whose = f"`model_path` {getattr(model.config, 'name_or_path', '') or type(model).__name__}"
-    for source in (getattr(model, "generation_config", None), config, tokenizer):
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        # A tokenizer may know more tokens than the model, which then never draws them; a config that does is wrong.
-        if source is not tokenizer and not set(listed) <= set(range(config.vocab_size)):
-            fault = f"eos_token_id {ids!r} is not within the vocabulary of {config.vocab_size}"
-            raise InputError(f"{whose}: {type(source).__name__}: {fault}")
-        found.update(listed)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     if not found:
+        whose = f"`model_path` {getattr(model.config, 'name_or_path', '') or type(model).__name__}"
         raise InputError(f"{whose}: neither its configs nor its tokenizer name an end-of-sequence token")
     return frozenset(found)

@@ -1,6 +1,5 @@
 """Where a model's weights live: on one device, or spread over GPUs, the CPU's memory and the disk by accelerate."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import is_accelerate_available
 
-from ..common.errors import InputError, first_of
+from ..common.errors import InputError
 from ..common.files import read_json
 from .source import faults_as_input
 
@@ -19,13 +18,13 @@ class Placement:
 
     Attributes:
         device_map: `auto`, or for each module the number of a GPU, `cpu` or `disk`.
-        max_memory: bytes of weights at most on each GPU (by number) and in the CPU's memory; what is not named is not
-            used. None for all that is free, but a tenth.
+        max_memory: of weights at most on each GPU (by number) and in the CPU's memory, like `70GiB`; what is not named
+            is not used. None for all that is free, but a tenth.
         offload_dir: for weights that can't be read from the checkpoint as they are (mixtures of experts).
     """
 
     device_map: str | dict[str, int | str]
-    max_memory: dict[int | str, int] | None = None
+    max_memory: dict[int | str, str] | None = None
     offload_dir: Path | None = None
 
     @property
@@ -42,34 +41,17 @@ def read_placement(device_map: str, max_memory: str | None, offload_dir: Path | 
     if not is_accelerate_available():
         raise InputError(f"`device_map` {device_map}: needs the library accelerate; install gradprobe[accelerate]")
     if device_map == "auto":
-        return Placement("auto", None if max_memory is None else _read_limits(max_memory), offload_dir)
+        pairs = [word.strip().partition("=") for word in (max_memory or "").split(",") if word]
+        limits = {int(name) if name.isdecimal() else name: size for name, _, size in pairs}
+        return Placement("auto", limits or None, offload_dir)
     if max_memory is not None:
         raise InputError(f"`max_memory` {max_memory}: only `device_map` auto asks how much there is room for")
     from accelerate.utils import check_device_map
 
     placed = read_json(Path(device_map))
-    _refuse_unseen(f"`device_map` {device_map}", placed.values())
     with faults_as_input(f"`device_map` {device_map}"):
         check_device_map(skeleton, placed)
     return Placement(placed, None, offload_dir)
-
-
-def _read_limits(words: str) -> dict[int | str, int]:
-    """`0=70GiB,cpu=200GiB` -> {0: bytes, "cpu": bytes}."""
-    from accelerate.utils import convert_file_size_to_int
-
-    with faults_as_input(f"`max_memory` {words}: is not like 0=70GiB,cpu=200GiB"):
-        pairs = [word.strip().split("=") for word in words.split(",")]
-        limits = {int(name) if name.isdecimal() else name: convert_file_size_to_int(size) for name, size in pairs}
-    _refuse_unseen(f"`max_memory` {words}", limits)
-    return limits
-
-
-def _refuse_unseen(what: str, devices: Iterable[int | str]) -> None:
-    n_gpus = torch.cuda.device_count()
-    if unseen := [device for device in devices if device not in ("cpu", "disk", *range(n_gpus))]:
-        known = f"cpu, disk or the number, from 0, of one of the {n_gpus} GPUs that torch sees"
-        raise InputError(f"{what}: not {known}: {first_of(unseen)}")
 
 
 def input_device(model: nn.Module) -> torch.device:

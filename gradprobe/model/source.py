@@ -1,6 +1,5 @@
 """Which checkpoint, and a look at its folder: what is none of ours is called by its name before a library reads it."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,10 +50,6 @@ class CheckpointSource:
         return options if self.revision is None or path != self.path else options | {"revision": self.revision}
 
     @property
-    def options(self) -> dict[str, Any]:
-        return self.options_of(self.path)
-
-    @property
     def tokenizer_place(self) -> tuple[str, str]:
         """Parameter and path that a tokenizer is read from: an adapter was trained with its own's end and template."""
         if self.tokenizer is not None:
@@ -92,7 +87,7 @@ def faults_as_input(what: str, kinds: tuple[type[Exception], ...] = READING_ERRO
     try:
         yield
     except kinds as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None) == errno.ENOMEM:
+        if is_out_of_memory(error):
             raise
         raise InputError(f"{what}: {reason_of(error)}") from error
 
@@ -104,23 +99,20 @@ def refuse_other_folders(source: CheckpointSource) -> None:
         return
     if source.revision is not None:
         raise InputError(f"`revision` {source.revision}: only names on the Hub have revisions, {whose} is a directory")
-    if directory.is_file():
-        raise InputError(f"{whose}: is a file; a checkpoint is a directory")
     has_weights = any((directory / name).exists() for name in (WEIGHTS, INDEX))
     if (directory / ADAPTER_CONFIG).is_file() and not has_weights:
         base = read_json(directory / ADAPTER_CONFIG).get(BASE) or "which it does not name"
         raise InputError(f"{whose}: is an adapter; give it as `adapter`, and as `model_path` its base, {base}")
     if not (directory / CONFIG).is_file():
-        inside = checkpoints_inside(directory)
-        what_to_do = f"; name one of the checkpoints inside: {first_of(inside)}" if inside else ""
-        raise InputError(f"{whose}: no {CONFIG} in it{what_to_do}")
+        raise InputError(f"{whose}: no {CONFIG} in it{what_lies_inside(directory)}")
     if not has_weights:
         raise InputError(f"{whose}: no {WEIGHTS} in it, nor its index; formats that can hold code are not read")
     if (directory / GENERATION_CONFIG).is_file():
         read_json(directory / GENERATION_CONFIG)  # transformers passes over a torn one, and so over end tokens
 
 
-def checkpoints_inside(directory: Path) -> list[str]:
-    """Names of folders with a checkpoint or an adapter, `checkpoint-20` before `checkpoint-100`."""
+def what_lies_inside(directory: Path) -> str:
+    """The end of a refusal that names folders with a checkpoint or an adapter, `checkpoint-20` before `-100`."""
     found = {file.parent.name for name in (CONFIG, ADAPTER_CONFIG) for file in directory.glob(f"*/{name}")}
-    return sorted(found, key=lambda name: (len(name), name))
+    names = sorted(found, key=lambda name: (len(name), name))
+    return f"; name one of the checkpoints inside: {first_of(names)}" if names else ""

@@ -40,7 +40,7 @@ def _refuse_other_ids(source: CheckpointSource, tokenizer: Any, whose: str) -> N
     own = _read(source, "model_path", source.path) if has_own else None
     ids, own_ids = tokenizer.get_vocab(), own.get_vocab() if has_own else {}
     with faults_as_input(f"{named('model_path', source.path)}: can't be loaded"):
-        config = AutoConfig.from_pretrained(source.path, **source.options)
+        config = AutoConfig.from_pretrained(source.path, **source.options_of(source.path))
     size, highest = config.get_text_config().vocab_size, max((i for t, i in ids.items() if t not in own_ids), default=0)
     if highest >= size:
         raise InputError(f"{whose} has ids up to {highest}, the model's vocabulary {size}; name another by `tokenizer`")

@@ -52,17 +52,11 @@ class Plan:
     """All that is decided before a weight is loaded.
 
     Attributes:
-        settings: as they were given, filled in.
-        targets: whose gradients are taken.
         row_dims: the length of each target's gradient.
         directories: where each target's dump goes; the output directory itself where there is one target.
         source: gives this shard's rollouts.
-        verifier: judges them.
         edges: those that were asked for, or that a whole file gives; None: they are fitted.
         device: takes the model, unless there is a placement.
-        placement: spreads the weights.
-        dtype: of the weights.
-        attention: its implementation.
         computing: what rounds sums in another order and changes nothing else: `threads` on a CPU, `batch_tokens`
             (padded, in one pass) and `sample_rows`.
         facts: all that changes the dump's bytes, as the manifest has it.
@@ -237,7 +231,7 @@ def read_problem_source(
     study = sorted(draw().tolist())
     problem_set = rendered(settings, problem_set.only(study), tokenizer)
     context = context_length(skeleton)
-    prompts = encode_prompts(problem_set.problems, tokenizer, vocabulary_size(skeleton), context)
+    prompts = encode_prompts(problem_set.problems, tokenizer, skeleton.config.get_text_config().vocab_size, context)
     longest = max(map(len, prompts)) + settings.max_new_tokens
     refuse_lengths(skeleton, min(longest, context or longest), f"`max_new_tokens` {settings.max_new_tokens}")
     mine = np.searchsorted(study, shard)
@@ -311,7 +305,7 @@ def read_rollout_source(
     for file in files:
         if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
             raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
-    size, end_ids = vocabulary_size(skeleton), end_token_ids(skeleton, tokenizer)
+    size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
     found = read_rollouts(
         files,
         Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
@@ -357,8 +351,3 @@ def read_rollout_source(
         },
     }
     return source, facts
-
-
-def vocabulary_size(skeleton: nn.Module) -> int:
-    """How many tokens the model knows."""
-    return skeleton.config.get_text_config().vocab_size

@@ -17,7 +17,7 @@ from ..common.files import write_json
 from ..dump import format as contract
 from ..dump.buckets import buckets_of, choose_positions, pooled_tokens
 from ..dump.consistency import checksums_of, read_content
-from ..dump.on_policy import OFF_POLICY, OnPolicy, Tokens, claims_on_policy
+from ..dump.on_policy import OFF_POLICY, Tokens, claims_on_policy
 from ..dump.records import PooledTokens, Position, Rollout, prompt_hash, write_records
 from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
@@ -62,7 +62,9 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, An
         tokens = Tokens.of(rollouts)
         on_policy = tokens.test(is_claimed=False)
         refuse_copies(plan, rollouts, on_policy.verdict == OFF_POLICY)
-        say_early_word(plan, checkpoint, rollouts, on_policy)
+        for line in early_word(rollouts, checkpoint.end_ids, on_policy):
+            log.info(line)
+        refuse_too_few_mixed(rollouts, settings.min_mixed_prompts, plan.source.rows_per_prompt)
         if settings.sample_only:
             return
         edges = plan.edges or fitted_edges(tokens.score, settings.bins)
@@ -94,13 +96,6 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, An
                 log.warning(f"{directory}: {said} ({first_of(rows)})")
         yield directory, manifest
     (settings.output_dir / contract.PROGRESS).unlink()
-
-
-def say_early_word(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], on_policy: OnPolicy) -> None:
-    """Say what the rollouts are like before any gradient is taken; those that can't answer anything are refused."""
-    for line in early_word(rollouts, checkpoint.end_ids, on_policy):
-        log.info(line)
-    refuse_too_few_mixed(rollouts, plan.settings.min_mixed_prompts, plan.source.rows_per_prompt)
 
 
 def refuse_changed_model(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -74,16 +74,12 @@ def refuse_unfit(engine: GradientEngine, path: str, is_sampled: bool) -> None:
         engine: that will take the gradients.
         path: what its model is called in a refusal.
         is_sampled: by the model itself; else the sampler is left out.
-
-    Raises:
-        InputError: what differs, by how much, and what to do.
     """
     check = _Check(engine, path)
     with torch.no_grad():
         rollouts = check.sampled(check.random()) if is_sampled else check.random()
         check.scores(rollouts)
         late = _last_start(engine.model)
-        engine.try_blocks()  # at positions of its own
         with check.shifted(torch.tensor(late)):
             check.gradients(rollouts)
         if late:
@@ -155,34 +151,31 @@ class _Check:
         return rollouts
 
     def scores(self, rollouts: list[_Rollout]) -> None:
-        """Log-probs and entropies of several rollouts together are those of each alone."""
-        shared = [replace(r, response=r.response[:n]) for r in rollouts for n in (RESPONSE, RESPONSE - 1)]
-        alone = [_Rollout(r.tokens[:n], r.tokens[n:]) for r, n in zip(rollouts, (LONG_PROMPT - 2, 2), strict=True)]
-        together = shared + alone
-        whole = [rollout for rollout in rollouts for _ in (0, 1)] + rollouts  # of which each of them is a part
-        scores = {}
-        for batch in score_responses(
-            self.model, [r.prompt for r in together], [r.response for r in together], MOST_TOKENS
-        ):
-            scores.update(batch)
+        """Log-probs and entropies side by side, some of them behind the same prompt, are those of each alone."""
+        parts = [(r, replace(r, response=r.response[:n])) for r in rollouts for n in (RESPONSE, RESPONSE - 1)]
+        parts += [
+            (r, _Rollout(r.tokens[:n], r.tokens[n:])) for r, n in zip(rollouts, (LONG_PROMPT - 2, 2), strict=True)
+        ]
+        prompts, responses = [part.prompt for _, part in parts], [part.response for _, part in parts]
+        batches = score_responses(self.model, prompts, responses, MOST_TOKENS)
+        scores = {i: of_part for batch in batches for i, of_part in batch.items()}
         logits = torch.cat([self._logits(rollout.tokens) for rollout in rollouts]).double()
         spread = float(logits.std(dim=-1).square().mean().sqrt())
         shares = []
-        for i, (rollout, of_whole) in enumerate(zip(together, whole, strict=True)):
-            predicting = self._logits(of_whole.tokens)[len(rollout.prompt) - 1 :][: len(rollout.response)]
+        for i, (whole, part) in enumerate(parts):
+            predicting = self._logits(whole.tokens)[len(part.prompt) - 1 :][: len(part.response)]
             log_probs = predicting.double().log_softmax(-1).cpu()
-            logprobs = log_probs.gather(-1, torch.tensor(rollout.response)[:, None])[:, 0].numpy()
+            logprobs = log_probs.gather(-1, torch.tensor(part.response)[:, None])[:, 0].numpy()
             entropies = -(log_probs.exp() * log_probs).sum(-1).numpy()
             off = np.concatenate([scores[i].logprobs - logprobs, scores[i].entropies - entropies])
             shares.append(float(np.sqrt(np.mean(off**2))) / spread)
-        n = len(shared)
-        for way, of_way in (("side by side", shares[n:]), ("behind a prompt that they share", shares[:n])):
-            self._refuse(
-                float(np.max(of_way)),
-                self.tolerance,
-                f"log-probs of rollouts {way} differ from those of each alone, in units of the logits' spread",
-                "this tool can't score with it",
-            )
+        self._refuse(
+            float(np.max(shares)),
+            self.tolerance,
+            "log-probs of rollouts side by side or behind a shared prompt differ from those of each alone, in units of "
+            "the logits' spread",
+            "this tool can't score with it",
+        )
 
     def neighbours(self, rollout: _Rollout, late: int) -> None:
         """Rows of a batch at early and late positions are what each is alone."""
@@ -263,7 +256,7 @@ class _Check:
             # A router may give a pair; what only ranks tokens is run without gradients by the model itself.
             is_followed = isinstance(output, torch.Tensor) and torch.is_grad_enabled()
             if is_followed and args[0].requires_grad and not output.requires_grad:
-                raise InputError(f"{self._its} {self._name_of(module)} has no backward pass{QUANTISED}")
+                raise InputError(f"{self._its} a {type(module).__name__} has no backward pass{QUANTISED}")
             if module in calls and output.requires_grad:
                 calls[module].append((args[0].detach(), output))
 
@@ -334,9 +327,6 @@ class _Check:
     @property
     def _its(self) -> str:
         return f"`model_path` {self.path}:"
-
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, other in self.model.named_modules() if other is module)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -308,10 +308,7 @@ def settings_of_task(settings: ProbeSettings, environment: Mapping[str, str]) ->
     for rank, size, local in TASKS:
         if environment.get(size, "1") == "1":
             continue
-        try:
-            index, count, gpu = int(environment[rank]), int(environment[size]), int(environment.get(local, 0))
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{rank}, {size} and {local} in the environment are not numbers: {error}") from error
+        index, count, gpu = int(environment[rank]), int(environment[size]), int(environment.get(local, 0))
         if settings.device_map == "auto" and local == "LOCAL_RANK":
             raise InputError("`device_map` auto takes all GPUs: not in several tasks of torchrun at once")
         n_gpus = torch.cuda.device_count()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted import GOLDEN, REPOSITORY, write_dump
+from planted import REPOSITORY, write_dump
 from safetensors.torch import load_file, save_file
 
 import analyze_exp1_compression
@@ -118,47 +118,27 @@ def cases(table: dict[str, tuple]) -> pytest.MarkDecorator:
 
 PROBE_FLAGS = {
     "no such model": ("--model-path TMP/nowhere", "--model-path TMP/nowhere", "no such directory"),
-    "a model that is a file": ("--model-path TMP/file", "--model-path TMP/file", "is a file"),
+    "a model that is a file": ("--model-path TMP/file", "--model-path TMP/file", "no config.json in it"),
     "no such tokenizer": ("--tokenizer TMP/nowhere", "--tokenizer TMP/nowhere", "no such directory"),
     "a tokenizer that is a file": ("--tokenizer TMP/file", "--tokenizer TMP/file", "no tokenizer in it"),
+    "no such adapter": ("--adapter TMP/nowhere", "--adapter TMP/nowhere", "no such directory"),
+    "no such verifier": ("--verifier nothing", "--verifier nothing"),
+    "a server without its address": ("--sampler openai", "--sampler openai and --base-url need each other"),
+    "a server that is not there": ("--sampler openai --base-url http://127.0.0.1:9", "can't be reached"),
+    "a score without a file": ("--pool bucket --bucket-by score:nix", "name it by --rollouts"),
     "a message to go on with": ("--continue-final-message", "--continue-final-message", "--chat-template"),
     "no such data set": ("--dataset TMP/nowhere.jsonl", "--dataset TMP/nowhere.jsonl", "No such file"),
     "no such layer": ("--layer 3", "--layer", "3"),
-    "a negative layer": ("--layer -1", "--layer", "-1"),
-    "a layer that is no number": ("--layer top", "--layer", "top"),
-    "no such suffix": ("--param-suffix mlp.nothing.weight", "--param-suffix", "mlp.nothing.weight"),
-    "a suffix that is no linear map": ("--param-suffix input_layernorm.weight", "--param-suffix", "layernorm"),
-    "no such row": ("--row-idx 16", "--row-idx", "16"),
-    "a negative row": ("--row-idx -1", "--row-idx", "-1"),
-    "a row that is no number": ("--row-idx best", "--row-idx", "best"),
-    "more random rows than there are": ("--row-idx random:17", "--row-idx", "17"),
     "no prompts": ("--num-prompts 0", "--num-prompts 0", "at least 1"),
-    "negative prompts": ("--num-prompts -4", "--num-prompts -4", "at least 1"),
     "more prompts than problems": ("--num-prompts 13", "--num-prompts 13", "12 problems"),
-    "no samples": ("--num-samples 0", "--num-samples 0", "at least 1"),
-    "no new tokens": ("--max-new-tokens 0", "--max-new-tokens 0", "at least 1"),
-    "no shards": ("--num-shards 0", "--num-shards 0", "at least 1"),
     "more shards than prompts": ("--num-shards 5", "--num-shards 5", "4 prompts"),
     "a shard behind the last": ("--num-shards 2 --shard-index 2", "--shard-index 2", "below --num-shards 2"),
-    "a negative shard": ("--shard-index -1", "--shard-index -1", "at least 0"),
-    "no batch": ("--batch-tokens 0", "--batch-tokens 0", "at least 1"),
-    "no rows sampled": ("--sample-rows 0", "--sample-rows 0", "at least 1"),
-    "a negative seed": ("--seed -1", "--seed -1", "at least 0"),
     "one bin": ("--bins 1", "--bins 1", "at least 2"),
-    "negative bins": ("--bins -5", "--bins -5", "at least 2"),
-    "bins that are no number": ("--bins two", "--bins", "two"),
-    "negative positions": ("--pos-per-bin-per-rollout -1", "--pos-per-bin-per-rollout -1", "at least 0"),
     "temperature 0": ("--temperature 0", "--temperature 0", "above 0"),
-    "negative temperature": ("--temperature -1", "--temperature -1", "above 0"),
     "temperature NaN": ("--temperature nan", "--temperature nan", "above 0"),
-    "infinite temperature": ("--temperature inf", "--temperature inf", "above 0"),
     "no such device": ("--device tpu", "--device tpu", "cpu"),
     "no such GPU": ("--device cuda:99", "--device cuda:99", "GPU"),
-    "a device that holds nothing": ("--device meta", "--device meta", "cpu"),
-    "no such dtype": ("--dtype float99", "--dtype", "float99"),
-    "an unknown flag": ("--number 3", "--number"),
     "output is a file": ("--output-dir TMP/file", "TMP/file", "is a file"),
-    "output below a file": ("--output-dir TMP/file/out", "TMP/file/out", "Not a directory"),
     "output that can't be made": ("--output-dir /proc/nowhere/out", "/proc/nowhere/out", "No such file"),
     "no such edges": ("--entropy-edges TMP/nowhere.json", "TMP/nowhere.json", "no such file"),
     "rollouts and sampling": ("--rollouts TMP/file", "--num-prompts can't go with --rollouts", "--num-samples"),
@@ -189,17 +169,8 @@ def test_more_bins_than_tokens(refuses, sampling):
     refuses(probe_grad_vectors.main, [*sampling, "--bins", "1000"], "--bins 1000", "tokens in all", may_add=True)
 
 
-@pytest.mark.parametrize("edges", [[0, 1], [0, 1, 2, 3], [0, 1, 1], [2, 1, 0], [0, math.nan, 1], ["a", "b", "c"]])
-@pytest.mark.parametrize("form", [str, list, None])
-def test_edges_of_the_wrong_number_or_kind(refuses, sampling, tmp_path, edges, form):
-    manifest = json.loads((GOLDEN / "aligned" / "s0" / "manifest.json").read_text())
-    edges = {str: "0,1,2", None: None, list: edges}[form]
-    (tmp_path / "edges.json").write_text(json.dumps({**manifest, "entropy_edges": edges, "bins": 2}))
-    refuses(probe_grad_vectors.main, [*sampling, "--entropy-edges", tmp_path / "edges.json"], "TMP/edges.json")
-
-
-@pytest.mark.parametrize("edges", [[0, [1], 2], [0, "a", 2], [0, None, 2], [0, True, 2], [0, {}, 2], [0, 10**400, 2]])
-def test_edges_that_are_not_numbers(refuses, sampling, tmp_path, edges):
+@pytest.mark.parametrize("edges", [[0, 1], [0, 1, 2, 3], [0, 1, 1], [0, math.nan, 1], ["a", "b", "c"], "0,1,2", None])
+def test_edges_of_the_wrong_number_or_kind(refuses, sampling, tmp_path, edges):
     (tmp_path / "edges.json").write_text(json.dumps({"entropy_edges": edges, "bins": 2}))
     refuses(probe_grad_vectors.main, [*sampling, "--entropy-edges", tmp_path / "edges.json"], "TMP/edges.json")
 
@@ -263,17 +234,14 @@ def edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def edit_weights(
-    checkpoint: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None], prefix: str = ""
-) -> None:
-    changed = {name: change(name, weight) for name, weight in load_file(checkpoint / "model.safetensors").items()}
-    kept = {prefix + name: weight for name, weight in changed.items() if weight is not None}
-    save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
-
-
 def of_down_proj(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
-    name = "model.layers.1.mlp.down_proj.weight"
-    return lambda path: edit_weights(path, lambda key, weight: change(weight) if key == name else weight)
+    def spoil(checkpoint: Path) -> None:
+        weights = load_file(checkpoint / "model.safetensors")
+        changed = change(weights.pop("model.layers.1.mlp.down_proj.weight"))
+        weights |= {} if changed is None else {"model.layers.1.mlp.down_proj.weight": changed}
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
 
 
 def adapter_alone(checkpoint: Path) -> None:
@@ -314,40 +282,20 @@ CHECKPOINTS = {
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "TMP/model", "no model.safetensors"),
     "pickled weights only": (pickled_weights, "TMP/model", "no model.safetensors", "hold code"),
     "config not JSON": (lambda path: (path / "config.json").write_text("{"), "TMP/model", "not a valid JSON"),
-    "config not UTF-8": (lambda path: (path / "config.json").write_bytes(b'{"\xff": 1}'), "TMP/model", "JSON"),
-    "config of nothing": (lambda path: (path / "config.json").write_text("{}"), "TMP/model", "model_type"),
     "unheard-of model": (
         lambda path: edit_json(path / "config.json", model_type="unheard_of"), "TMP/model", "unheard_of",
     ),
     "code of its own": (own_code, "TMP/model", "custom code"),
     "size is a word": (lambda path: edit_json(path / "config.json", hidden_size="big"), "TMP/model", "hidden_size"),
-    "weights cut short": (
-        lambda path: os.truncate(path / "model.safetensors", 5000), "TMP/model", "can't be loaded", "header",
-    ),
-    "weights empty": (lambda path: os.truncate(path / "model.safetensors", 0), "TMP/model", "header too small"),
-    "weights are a pickle": (
-        lambda path: (path / "model.safetensors").write_bytes(pickle.dumps(MakesFile(path.parent / "pwned")) * 9),
-        "TMP/model", "header too large",
-    ),
     "a weight missing": (of_down_proj(lambda weight: None), "TMP/model", "lacks weights", "layers.1.mlp.down_proj"),
-    "a weight of another shape": (
-        of_down_proj(lambda weight: weight[:5].clone()), "TMP/model", "other shapes", "layers.1.mlp.down_proj",
-    ),
     "no tokenizer": (lambda path: [file.unlink() for file in path.glob("token*")], "TMP/model", "--tokenizer"),
     "tokenizer without vocabulary": (
         lambda path: (path / "tokenizer.json").unlink(), "TMP/model", "no vocabulary",
     ),
     "an adapter": (adapter_alone, "--model-path", "is an adapter; give it as --adapter", "its base, Org/Base"),
-    "weights of a compiled model": (
-        lambda path: edit_weights(path, lambda key, weight: weight, "_orig_mod."), "TMP/model", "_orig_mod", "compile",
-    ),
     "tokenizer not JSON": (lambda path: (path / "tokenizer.json").write_text("{"), "TMP/model", "can't be loaded"),
-    "tokenizer of nothing": (lambda path: (path / "tokenizer.json").write_text("{}"), "TMP/model", "can't be loaded"),
     "generation config not JSON": (
         lambda path: (path / "generation_config.json").write_text("{"), "TMP/model/generation_config.json", "not JSON",
-    ),
-    "end of sequence is a word": (
-        lambda path: edit_json(path / "generation_config.json", eos_token_id="</s>"), "eos_token_id", "</s>",
     ),
     "no end of sequence": (without_end, "--model-path", "end-of-sequence"),
     "NaN in a weight": (of_down_proj(lambda weight: weight * math.nan), "not finite", "checkpoint"),

@@ -235,8 +235,10 @@ def test_targets_from_words():
 @pytest.mark.parametrize(
     ("layer", "suffix", "row", "complaint"),
     [
-        ("9", DOWN, "0", "`layer` 9: the model has layers 0 to 2"),
+        ("9", DOWN, "0", "`layer` 9: '9' is not one of 0 to 2"),
         ("-1", DOWN, "0", "`layer` -1"),
+        ("top", DOWN, "0", "'top' is not one of"),
+        ("0", DOWN, "best", "'best' is not one of"),
         ("0", "input_layernorm.weight", "0", "these can: self_attn.q_proj.weight"),
         ("0", DOWN, "16", "is not one of 0 to 15"),
         ("0", DOWN, "random:99", "random:99"),

@@ -50,7 +50,7 @@ def test_memory_that_runs_out_is_no_bad_input(checkpoint_dir, monkeypatch, error
 
 
 @pytest.mark.parametrize("error", [AttributeError("x"), TypeError("x"), KeyError("x"), ValueError("x"), OSError("x")])
-@pytest.mark.parametrize("name", ["faults_of_weights", "end_token_ids"])
+@pytest.mark.parametrize("name", ["refuse_other_weights", "end_token_ids"])
 def test_bugs_of_ours_come_through(checkpoint_dir, monkeypatch, name, error):
     monkeypatch.setattr(checkpoint, name, raising(error))
     with pytest.raises(type(error)):

@@ -54,24 +54,22 @@ def in_front(prefix: str) -> Callable[[str], str]:
 
 
 WRAPPED = {
-    "torch.compile": (in_front("_orig_mod."), "'_orig_mod.' of torch.compile"),
-    "a compiled block": (lambda name: name.replace("mlp", "mlp._orig_mod"), "'_orig_mod.' of torch.compile"),
-    "DDP": (in_front("module."), "'module.' of DistributedDataParallel"),
-    "FSDP": (in_front("_fsdp_wrapped_module."), "'_fsdp_wrapped_module.' of FSDP"),
-    "an actor": (in_front("policy."), "'policy.' of a trainer"),
-    "a value head": (in_front("pretrained_model."), "'pretrained_model.' of TRL"),
-    "PEFT": (in_front("base_model.model."), "'base_model.' of PEFT"),
-    "DDP around torch.compile": (in_front("module._orig_mod."), "'module.' of .* and '_orig_mod.' of torch.compile"),
+    "torch.compile": in_front("_orig_mod."),
+    "a compiled block": lambda name: name.replace("mlp", "mlp._orig_mod"),
+    "DDP": in_front("module."),
+    "FSDP": in_front("_fsdp_wrapped_module."),
+    "an actor": in_front("policy."),
+    "PEFT": in_front("base_model.model."),
 }
 
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_weights_saved_inside_a_wrapper_are_called_so(checkpoint_dir, tmp_path, name):
-    rename, says = WRAPPED[name]
     model = Path(shutil.copytree(checkpoint_dir, tmp_path / "model"))
     weights = load_file(model / "model.safetensors")
-    save_file({rename(key): weight for key, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=f"`model_path` .*: its weights were saved inside a wrapper, with {says}"):
+    weights = {WRAPPED[name](key): weight for key, weight in weights.items()}
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"`model_path` .*: its weights were saved inside a wrapper .*\.weight\)"):
         load_skeleton(CheckpointSource(str(model)))
 
 

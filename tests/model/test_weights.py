@@ -1,4 +1,4 @@
-"""Weights that are not the model's: cut, of other shapes, too few, too many, or integers; each is named, or is fine."""
+"""Weights that are not the model's: cut, of other shapes, too few or too many; each is named, or is fine."""
 
 import json
 import os
@@ -66,8 +66,6 @@ UNREADABLE = {
     "empty": (cut(0), "model.safetensors: can't be loaded: .*header too small"),
     "a part is missing": (lambda path: in_parts(path, 1), "No such file.*model-00002-of-00002.safetensors"),
     "a link to nothing": (lost, "no model.safetensors in it, nor its index"),
-    "integers": (cast(torch.int8), "integers for weights, and its config no quantization_config"),
-    "one of bool": (weights(lambda found: found.update({DOWN: found[DOWN] > 0})), f"integers .*: {DOWN}$"),
 }
 
 
@@ -92,10 +90,6 @@ OF_ANOTHER_MODEL = {
     "a bias": (more("model.layers.1.mlp.down_proj.bias"), "no place for: .*layers.1.mlp.down_proj.bias"),
     "norms": (more("model.layers.1.self_attn.q_norm.weight"), "no place for: .*self_attn.q_norm"),
     "a head's bias": (more("lm_head.bias"), "no place for: lm_head.bias"),
-    "end of sequence beyond the vocabulary": (
-        lambda path: edit_json(path / "generation_config.json", eos_token_id=10**6),
-        "eos_token_id 1000000 is not within the vocabulary of 260",
-    ),
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from gradprobe.dump.format import target_directories
 from gradprobe.dump.records import iter_rollouts
 
 SMALL = ["--num-samples", 3, "--max-new-tokens", 9, "--device", "cpu", "--bins", 3, "--verifier", "numeric"]
-FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
 
 
 def probe(directory, model, *arguments) -> int:
@@ -115,17 +114,6 @@ def test_lines_of_vllm_bring_scores_of_ones_own_and_no_reward_once_judged_anew(t
     assert load_dump(tmp_path / "dump").reward is None
 
 
-def test_an_unfinished_pooled_dump_is_continued_in_the_same_bytes(tmp_path, checkpoint_dir, sampled):
-    flags = ["--project", "3x3", "--batch-tokens", 40]
-    for name in ("whole", "torn"):
-        assert pooled(tmp_path / name, checkpoint_dir, sampled, *flags) == 0
-    expected = {name: (tmp_path / "whole" / name).read_bytes() for name in FILES}
-    (tmp_path / "torn" / "manifest.json").unlink()
-    (tmp_path / "torn" / "grads.npy").unlink()
-    assert pooled(tmp_path / "torn", checkpoint_dir, sampled, *flags) == 0
-    assert {name: (tmp_path / "torn" / name).read_bytes() for name in FILES} == expected
-
-
 def test_several_projected_targets_get_a_dump_each(tmp_path, checkpoint_dir, sampled):
     flags = ["--project", "2x3", "--layer", "0,2", "--param-suffix", "mlp.down_proj.weight"]
     assert pooled(tmp_path / "several", checkpoint_dir, sampled, *flags) == 0
@@ -151,24 +139,6 @@ def test_shards_take_edges_and_origin_from_a_dump_of_several_targets(tmp_path, c
     assert manifest["dataset"] == origin["dataset"]
     assert manifest["prompt_idxs"] == origin["prompt_idxs"]
     assert manifest["rollouts_from"]["identity"] == origin["model_identity"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--bucket-by", "random"], "--bucket-by says something of --pool bucket only"),
-        (["--pool", "bucket", "--pos-per-bin-per-rollout", 2], "--pos-per-bin-per-rollout can't go with --pool bucket"),
-        (["--project", "2x2", "--row-idx", 1], "--row-idx can't go with --project"),
-        (["--project", "2by2"], "--project 2by2: must be"),
-        (["--param-suffix", "all-linear"], "go with --project only"),
-        (["--pool", "bucket", "--bucket-by", "luck"], "--bucket-by luck: must be one of"),
-        (["--pool", "bucket", "--bucket-by", "score:nix"], "--bucket-by: 'nix' is not a list of finite numbers"),
-    ],
-)
-def test_what_can_not_be_asked_for(tmp_path, checkpoint_dir, sampled, flags, complaint, capsys):
-    assert probe(tmp_path / "dump", checkpoint_dir, "--rollouts", sampled, "--device", "cpu", *flags) == 2
-    assert complaint in capsys.readouterr().err
-    assert not (tmp_path / "dump" / "manifest.json").exists()
 
 
 def test_exp1_reads_token_dumps_only(tmp_path, checkpoint_dir, sampled, capsys):

@@ -200,56 +200,6 @@ def test_a_finished_dump_is_left_alone_and_other_settings_are_refused(sampling, 
     assert json.loads((output / "manifest.json").read_text())["seed"] == 5
 
 
-def test_an_unfinished_dump_is_continued(whole, sampling, tmp_path, capsys):
-    output = tmp_path / "out"
-    probe(output, *sampling)
-    for name in ("manifest.json", "grads.npy"):
-        (output / name).unlink()
-    capsys.readouterr()
-    assert probe(output, *sampling) == 0
-    assert "continuing" in capsys.readouterr().err
-    for name in ("grads.npy", "meta.jsonl", "rollouts.jsonl"):
-        assert (output / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--model-path", "no/such/model/here"], "--model-path no/such/model/here"),
-        (["--dataset", "nowhere.jsonl"], "--dataset nowhere.jsonl"),
-        (["--num-prompts", "99"], "the data set has 12 problems"),
-        (["--num-samples", "0"], "--num-samples 0"),
-        (["--temperature", "0"], "--temperature 0"),
-        (["--temperature", "nan"], "--temperature nan"),
-        (["--bins", "1"], "--bins 1"),
-        (["--bins", "5000"], "--bins 5000: the rollouts have"),
-        (["--layer", "3"], "--layer 3: the model has layers 0 to 2"),
-        (["--param-suffix", "mlp.norm.weight"], "these can: "),
-        (["--row-idx", "16"], "--row-idx 16"),
-        (["--shard-index", "2", "--num-shards", "2"], "--shard-index 2"),
-        (["--entropy-edges", "nowhere.json"], "nowhere.json"),
-        (["--rollouts", "nowhere"], "can't go with --rollouts"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_status_2(sampling, tmp_path, capsys, arguments, complaint):
-    assert probe(tmp_path / "out", *sampling, *arguments) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1
-    assert complaint in error[0]
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
-def test_output_path_that_is_a_file_or_somebody_else_s_dump(sampling, tmp_path, capsys):
-    (tmp_path / "file").write_text("kept")
-    assert probe(tmp_path / "file", *sampling) == 2
-    assert (tmp_path / "file").read_text() == "kept"
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "grads.npy").write_text("kept")
-    assert probe(tmp_path / "theirs", *sampling) == 2
-    assert "did not make" in capsys.readouterr().err
-    assert (tmp_path / "theirs" / "grads.npy").read_text() == "kept"
-
-
 def test_several_targets_through_merge_analyses_and_plots(checkpoint_dir, sampling, tmp_path):
     targets = ["--layer", "0,1", "--row-idx", "0,random:2"]
     for tag in ("base", "trained"):

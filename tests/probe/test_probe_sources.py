@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import probe_grad_vectors
-from gradprobe.common.errors import InputError
 from gradprobe.dump.consistency import load_dump, problems_of
 from gradprobe.dump.records import iter_rollouts
 from gradprobe.figures.look import subjects_of
@@ -177,25 +176,6 @@ def test_rollouts_of_a_dump_that_have_changed_since_are_refused(tmp_path, checkp
         assert probe(tmp_path / f"sound{given.suffix}", *model, "--rollouts", given, *SMALL[4:]) == 0
 
 
-def test_what_goes_with_rollouts_only_or_not_at_all(tmp_path, checkpoint_dir, problems_file, capsys):
-    for flags, complaint in (
-        (["--correct-above", "1"], "--correct-above says something of --rollouts only"),
-        (["--sampler", "openai"], "--sampler openai and --base-url need each other"),
-        (["--system-prompt", "x"], "--system-prompt"),
-        (["--verifier", "nothing"], "--verifier nothing"),
-        (["--verifier-seconds", "0"], "--verifier-seconds"),
-        (["--max-memory", "cpu=1GiB"], "--max-memory says something of --device-map only"),
-        (["--device-map", "auto"], "--device can't go with --device-map"),
-        (["--revision", "main"], "--revision main: only names on the Hub"),
-        (["--adapter", "nowhere", "--dataset", problems_file], "--adapter nowhere"),
-        (["--rollouts", "x", "--num-samples", "3"], "--num-samples can't go with --rollouts"),
-        (["--sampler", "openai", "--base-url", "http://127.0.0.1:9", "--dataset", problems_file], "can't be reached"),
-    ):
-        assert probe(tmp_path / "out", "--model-path", checkpoint_dir, "--num-prompts", 2, *SMALL, *flags) == 2
-        assert complaint in capsys.readouterr().err
-    assert not (tmp_path / "out" / "manifest.json").exists()
-
-
 def test_an_adapter_probed_is_the_merged_checkpoint_probed(tmp_path, checkpoint_dir, problems_file):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
     config = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -251,13 +231,6 @@ def test_tasks_take_their_shard_from_the_environment(monkeypatch, environment, e
     flags = ["--model-path", "m", "--output-dir", "some/out", "--shard-index", "1", "--num-shards", "2"]
     args = probe_grad_vectors.parse_args(flags)
     assert (args.shard_index, args.num_shards, args.output_dir.name) == (1, 2, "out")
-
-
-def test_an_environment_that_makes_no_sense_is_said(monkeypatch):
-    monkeypatch.setenv("RANK", "one")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="RANK"):
-        probe_grad_vectors.parse_args(["--model-path", "m", "--output-dir", "o"])
 
 
 @pytest.mark.slow

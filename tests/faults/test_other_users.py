@@ -1,10 +1,8 @@
-"""Clocks that are wrong, and directories that belong to somebody else."""
+"""Directories and files that belong to somebody else."""
 
-import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,55 +14,8 @@ import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
 from gradprobe import check
-from gradprobe.probe.output import Progress
 
-DUMP_FILES = ("grads.npy", "meta.jsonl", "rollouts.jsonl")
-YEARS = 20 * 365 * 86400
 NOBODY = 65534
-
-
-# ---- clocks ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unfinished(sampling, tmp_path, monkeypatch) -> Path:
-    """A probe that ended in the middle of its gradients."""
-    add, n_calls = Progress.add_gradients, iter(range(100))
-
-    def add_or_end(self: Progress, *arguments: object) -> None:
-        add(self, *arguments)
-        if next(n_calls) == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "add_gradients", add_or_end)
-        assert probe_grad_vectors.main([*sampling, "--output-dir", str(tmp_path / "out")]) == 130
-    return tmp_path / "out"
-
-
-@pytest.mark.parametrize("files_are", [-YEARS, YEARS], ids=["of the past", "of the future"])
-@pytest.mark.parametrize("clock", [-YEARS, 0, YEARS], ids=["goes back", "stays", "goes ahead"])
-def test_a_wrong_clock_changes_no_byte(sampling, finished, unfinished, monkeypatch, files_are, clock):
-    now = time.time()
-    for file in [unfinished, *unfinished.rglob("*")]:
-        os.utime(file, (now + files_are, now + files_are))
-    monkeypatch.setattr(time, "time", lambda real=time.time: real() + clock)
-    assert probe_grad_vectors.main([*sampling, "--output-dir", str(unfinished)]) == 0
-    for name in DUMP_FILES:
-        assert (unfinished / name).read_bytes() == (finished / name).read_bytes()
-    seconds = json.loads((unfinished / "manifest.json").read_text())["seconds"]
-    assert all(0 <= value < 3600 for value in seconds.values()), seconds
-
-
-def test_a_clock_that_goes_back_within_a_batch_gives_no_negative_seconds(sampling, tmp_path, monkeypatch):
-    readings = iter(range(10**6, 0, -1))
-    monkeypatch.setattr(time, "time", lambda: float(next(readings)))
-    assert probe_grad_vectors.main([*sampling, "--output-dir", str(tmp_path / "out")]) == 0
-    seconds = json.loads((tmp_path / "out" / "manifest.json").read_text())["seconds"]
-    assert all(0 <= value < 3600 for value in seconds.values()), seconds
-
-
-# ---- somebody else's -------------------------------------------------------------------------------------------------
 
 
 def as_nobody(call: Callable[[], int], log: Path) -> tuple[int, str]:
