@@ -6,9 +6,9 @@ interval hold the truth, which verdicts come out, how often is p below 0.05 wher
 the original's measure say? Exp 1: buckets of k directions, and isotropic directions with heavy-tailed norms. Exp 3:
 `calibration_exp3.py`.
 
-The table of docs/calibration.md (minutes on two cores):
+The tables that docs/calibration.md sums up (minutes on two cores):
 
-    python benchmarks/calibration.py --output docs/calibration.md
+    python benchmarks/calibration.py --output out/calibration.md
 
 The same rows from a tenth of the draws (too few for the bands), not written, and one experiment's tables alone:
 

@@ -9,9 +9,9 @@ The demo's trained model, 20 re-samplings of 128 problems (tens of minutes on on
 
     python benchmarks/law.py --model demo/trained --output out/law_trained.jsonl
 
-The tables of docs/law.md from such files:
+The tables that docs/methods.md sums up, from such files:
 
-    python benchmarks/law.py --report out/law_base.jsonl out/law_trained.jsonl --output docs/law.md
+    python benchmarks/law.py --report out/law_base.jsonl out/law_trained.jsonl --output out/law.md
 """
 
 import argparse
@@ -158,7 +158,7 @@ is withheld, is the absence of tokens that did not come up. *Aligned but for tha
 
 
 def page(files: list[Path]) -> str:
-    """docs/law.md: what was found, in tables."""
+    """What was found, in tables."""
     lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     plain = [line for line in lines if "way" not in line]
     models = dict.fromkeys(line["model"] for line in lines)
