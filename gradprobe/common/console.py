@@ -28,8 +28,6 @@ Item = TypeVar("Item")
 log = logging.getLogger("gradprobe")
 SECONDS_BETWEEN_LOG_LINES = 10.0
 LOG_LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} elapsed, {rate_fmt}, about {remaining} left"
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""What stands for bytes of a command line that are not UTF-8; in text, half a character, which no file holds."""
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 COLOURS = {logging.ERROR: 31, logging.WARNING: 33}
 """ANSI colours of a severity, where NO_COLOR (no-color.org) is not set."""
@@ -93,10 +91,6 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
         if not log.handlers:
             log.addHandler(_StderrHandler())
         try:
-            arguments = sys.argv[1:] if argv is None else argv
-            raise_if_any(  # no JSON file could hold such a name
-                f"argument '{printable(a)}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a)
-            )
             with _sigterm_raises():
                 status = main(argv)
                 _flush_results()

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_dump(path: Path) -> Dump:
 def _load_meta(file: Path, n_rows: int, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a `Dump` has of `meta.jsonl`: columns in row order, and the sorted distinct prompts that `prompt` counts."""
     kinds = contract.POOLED_KINDS if contract.is_pooled(manifest) else contract.META_KINDS
-    columns = {name: np.zeros(n_rows, _dtype_of(name)) for name in COLUMNS if name in kinds}
+    columns = {name: np.zeros(n_rows, dtype) for name, dtype in COLUMNS.items() if name in kinds}
     n_known = dict.fromkeys(columns, 0)
     seen, prompt = np.zeros(n_rows, np.bool_), np.zeros(n_rows, np.int64)
     code_of: dict[PromptKey, int] = {}
@@ -107,12 +108,6 @@ def _load_meta(file: Path, n_rows: int, manifest: Mapping[str, Any]) -> dict[str
     known = {name: column for name, column in columns.items() if n_known[name] == n_rows}
     place = {"prompt_keys": keys, "prompt": rank_of_code[prompt] if keys else prompt, "lines_in_row_order": in_order}
     return {**dict.fromkeys(COLUMNS), **known, **place}
-
-
-def _dtype_of(column: str) -> type:
-    if column == "correct":
-        return np.bool_
-    return np.float64 if column in ("entropy", "logprob", "tail_mass", "rare", "reward") else np.int64
 
 
 def _meta_faults(record: dict[str, Any], kinds: Mapping[str, Kind], n_rows: int, bins: int) -> Iterator[str]:
@@ -281,6 +276,8 @@ def problems_of(path: Path) -> tuple[list[str], list[str]]:
                 problems += _rollout_problems(dump, file)
         except InputError as error:
             problems += error.problems
+        except OSError as error:
+            problems.append(f"{error.filename}: {error.strerror}")
     return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
 
@@ -302,7 +299,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     problems: list[str] = []
     rows_of = _rows_by_rollout(dump)
     seen: set[tuple[PromptKey, int]] = set()
-    hashes, told = contract.prompt_hashes_of(dump.manifest) or {}, set()
+    hashes = contract.prompt_hashes_of(dump.manifest) or {}
     counts = {"num_rollouts": 0, "num_correct_rollouts": 0, "num_response_tokens": 0}
     for rollout in iter_rollouts(file):
         key = (rollout.prompt_idx, rollout.sample_idx)
@@ -312,11 +309,10 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
         counts["num_rollouts"] += 1
         counts["num_correct_rollouts"] += rollout.correct
         counts["num_response_tokens"] += len(rollout.response_ids)
-        disagreements = _pooled_disagreements if dump.is_pooled else _disagreements
-        problems += disagreements(dump, rollout, rows_of.pop(key, np.zeros(0, np.int64)))
-        expected, actual = hashes.get(rollout.prompt_idx), prompt_hash(rollout.prompt_ids) if hashes else None
-        if expected not in (None, actual) and rollout.prompt_idx not in told:
-            told.add(rollout.prompt_idx)
+        problems += _disagreements(dump, rollout, rows_of.pop(key, np.zeros(0, np.int64)))
+        actual = prompt_hash(rollout.prompt_ids)
+        if hashes.get(rollout.prompt_idx, actual) != actual:
+            expected = hashes.pop(rollout.prompt_idx)  # so that it is said once
             problems.append(
                 f"{file}: the ids of prompt {rollout.prompt_idx} are not those of its prompt_hash in "
                 f"{dump.path / MANIFEST} ({actual}, not {expected})"
@@ -346,31 +342,23 @@ def _rows_by_rollout(dump: Dump) -> dict[tuple[PromptKey, int], np.ndarray]:
 
 
 def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterator[str]:
-    """Meta lines of `rows` that say something else than their rollout."""
-    name = f"prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
-    for row in rows.tolist():
-        pos = int(dump.pos[row])
-        where = f"{dump.path / META}: row {row} ({name} pos {pos})"
-        if pos >= len(rollout.response_ids):
-            yield f"{where}: the response has {len(rollout.response_ids)} tokens"
-        elif rollout.entropies[pos] != dump.entropy[row]:
-            yield f"{where}: entropy is {dump.entropy[row]}, in {ROLLOUTS} {rollout.entropies[pos]}"
-        elif dump.logprob is not None and rollout.logprobs[pos] != dump.logprob[row]:
-            yield f"{where}: logprob is {dump.logprob[row]}, in {ROLLOUTS} {rollout.logprobs[pos]}"
-        elif rollout.correct != dump.correct[row]:
-            yield f"{where}: correct differs from {ROLLOUTS}"
-
-
-def _pooled_disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterator[str]:
-    """Lines of a pooled dump against what its rollout's tokens and the manifest's edges give."""
+    """Meta lines of `rows` that say something else than their rollout's tokens, or sums of them, give."""
+    if dump.is_pooled:
+        place, keys = "bin", ("n_tokens", "n_response_tokens", "correct", "entropy", "logprob", "rare")
+        lines = pooled_tokens([rollout], np.array(dump.manifest["entropy_edges"]))
+        expected = {line.bin: {key: getattr(line, key) for key in keys} for line in lines}
+    else:
+        place, keys = "pos", ("entropy", "logprob", "correct")
+        tokens = zip(rollout.entropies, rollout.logprobs, itertools.repeat(rollout.correct))
+        expected = {pos: dict(zip(keys, token, strict=True)) for pos, token in enumerate(tokens)}
     name = f"{dump.path / META}: prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
-    expected = {line.bin: line for line in pooled_tokens([rollout], np.array(dump.manifest["entropy_edges"]))}
-    found = {int(dump.bin[row]): row for row in rows.tolist()}
-    for bucket in sorted(expected.keys() ^ found.keys()):
-        yield f"{name}: bin {bucket} has {'tokens and no row' if bucket in expected else 'a row and no tokens'}"
-    for bucket in sorted(expected.keys() & found.keys()):
-        line, row = expected[bucket], found[bucket]
-        for key in ("n_tokens", "n_response_tokens", "correct", "entropy", "logprob", "rare"):
-            here, there = getattr(dump, key)[row], getattr(line, key)
-            if here != there:
-                yield f"{name}: row {row}: {key} is {here}, but {there} of its tokens in {ROLLOUTS}"
+    row_at = dict(zip(getattr(dump, place)[rows].tolist(), rows.tolist(), strict=True))
+    for at in sorted(row_at.keys() - expected.keys()):
+        yield f"{name}: row {row_at[at]} is of {place} {at}, of which its rollout in {ROLLOUTS} has no token"
+    for at in sorted(expected.keys() - row_at.keys()) if dump.is_pooled else ():
+        yield f"{name}: bin {at} has tokens and no row"
+    for at in sorted(expected.keys() & row_at.keys()):
+        for key, there in expected[at].items():
+            here = getattr(dump, key)
+            if here is not None and here[row_at[at]] != there:
+                yield f"{name}: row {row_at[at]}: {key} is {here[row_at[at]]}, but {there} by its rollout in {ROLLOUTS}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import SURROGATE
 from ..common.errors import FaultyRecord, first_few, first_of, raise_if_any
 from ..common.record_files import JSONL, Record, RecordFile, lookup
 from .boxed import last_boxed
@@ -24,6 +23,8 @@ ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "ans
 ID_KEYS = ("id", "unique_id", "extra_info.index")
 NO_ID = "none"
 ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as JSON can hold it; no tokenizer takes it, and no file."""
 FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*([^\n]*)\Z")
 THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 MOST_KEYS_SHOWN = 20

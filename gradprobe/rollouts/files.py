@@ -11,12 +11,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..common.console import SURROGATE
 from ..common.errors import FaultyRecord, InputError
 from ..common.fields import is_finite
 from ..dump.records import PromptKey, Rollout
 from ..problems.chat import ChatRefusal, ChatTemplate
-from ..problems.data_set import Problem
+from ..problems.data_set import SURROGATE, Problem
 from .formats import TRUTH_KEYS, Completion, RolloutReport, Unusable, completions_of, is_list_of, raise_folded
 from .places import in_words
 from .verdicts import Verdicts

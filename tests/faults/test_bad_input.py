@@ -122,7 +122,7 @@ PROBE_FLAGS = {
     "no such tokenizer": ("--tokenizer TMP/nowhere", "--tokenizer TMP/nowhere", "no such directory"),
     "a tokenizer that is a file": ("--tokenizer TMP/file", "--tokenizer TMP/file", "no tokenizer in it"),
     "a message to go on with": ("--continue-final-message", "--continue-final-message", "--chat-template"),
-    "no such data set": ("--dataset TMP/nowhere.jsonl", "--dataset TMP/nowhere.jsonl", "No such file"),
+    "no such data set": ("--dataset TMP/nowhere.jsonl", "TMP/nowhere.jsonl", "No such file"),
     "no such layer": ("--layer 3", "--layer", "3"),
     "a negative layer": ("--layer -1", "--layer", "-1"),
     "a layer that is no number": ("--layer top", "--layer", "top"),
@@ -157,7 +157,7 @@ PROBE_FLAGS = {
     "a device that holds nothing": ("--device meta", "--device meta", "cpu"),
     "no such dtype": ("--dtype float99", "--dtype", "float99"),
     "an unknown flag": ("--number 3", "--number"),
-    "output is a file": ("--output-dir TMP/file", "TMP/file", "is a file"),
+    "output is a file": ("--output-dir TMP/file", "TMP/file", "File exists"),
     "output below a file": ("--output-dir TMP/file/out", "TMP/file/out", "Not a directory"),
     "output that can't be made": ("--output-dir /proc/nowhere/out", "/proc/nowhere/out", "No such file"),
     "no such edges": ("--entropy-edges TMP/nowhere.json", "TMP/nowhere.json", "no such file"),
@@ -635,7 +635,7 @@ PROBED = {
 }
 UNSIGNED = {
     "a token twice": (first_token_twice, "dump/meta.jsonl", "token stands in two rows"),
-    "entropy not the rollout's": (shift_entropy, "dump/meta.jsonl: row 0", "entropy is"),
+    "entropy not the rollout's": (shift_entropy, "row 0", "entropy is"),
     "rollouts torn": (lambda dump: os.truncate(dump / "rollouts.jsonl", 500), "dump/rollouts.jsonl:", "not JSON"),
     "a rollout less": (
         lambda dump: (dump / "rollouts.jsonl").write_bytes((dump / "rollouts.jsonl").read_bytes().split(b"\n", 1)[1]),
@@ -646,10 +646,10 @@ UNSIGNED = {
         "dump/rollouts.jsonl: prompt", "stands twice",
     ),
     "verdict not the rollout's": (
-        patch("rollouts.jsonl", b'"correct": false', b'"correct": true'), "dump/meta.jsonl: row 0", "correct differs",
+        patch("rollouts.jsonl", b'"correct": false', b'"correct": true'), "row 0", "correct is",
     ),
-    "log-prob not the rollout's": (edit_meta(1, logprob=-9.5), "dump/meta.jsonl: row 0", "logprob is -9.5"),
-    "place behind the response": (edit_meta(1, pos=50), "dump/meta.jsonl: row 0", "the response has"),
+    "log-prob not the rollout's": (edit_meta(1, logprob=-9.5), "row 0", "logprob is -9.5"),
+    "place behind the response": (edit_meta(1, pos=50), "dump/meta.jsonl: prompt", "row 0 is of pos 50"),
     "fewer entropies than tokens": (of_rollouts(entropies=[]), "dump/rollouts.jsonl:2", "differ in length"),
     "more log-probs than tokens": (of_rollouts(logprobs=[-1.0] * 50), "dump/rollouts.jsonl:2", "differ in length"),
     "entropies of text": (of_rollouts(entropies=["0.1"]), "dump/rollouts.jsonl:2", "not a list of finite numbers"),
@@ -790,15 +790,15 @@ COMMANDS = {
     "plots without --base": (plot_exp12_intuitive.main, "--trained DUMP --output-dir TMP/o", "--base"),
     "plots without --trained": (plot_exp12_intuitive.main, "--base DUMP --output-dir TMP/o", "--trained"),
     "plots without --output-dir": (plot_exp12_intuitive.main, "--base DUMP --trained DUMP", "--output-dir"),
-    "exp1 into a file": (analyze_exp1_compression.main, "a=DUMP --output-dir TMP/file", "TMP/file: is a file"),
-    "exp2 into a file": (analyze_exp2_direction.main, "DUMP --output-dir TMP/file", "TMP/file: is a file"),
+    "exp1 into a file": (analyze_exp1_compression.main, "a=DUMP --output-dir TMP/file", "TMP/file: File exists"),
+    "exp2 into a file": (analyze_exp2_direction.main, "DUMP --output-dir TMP/file", "TMP/file: File exists"),
     "exp1 below a file": (analyze_exp1_compression.main, "a=DUMP --output-dir TMP/file/o", "Not a directory"),
     "exp2 below a file": (analyze_exp2_direction.main, "DUMP --output-dir TMP/file/o", "Not a directory"),
     "exp1 into /proc": (analyze_exp1_compression.main, "a=DUMP --output-dir /proc/nowhere", "/proc/nowhere"),
     "plots into a file": (
-        plot_exp12_intuitive.main, "--base DUMP --trained DUMP --output-dir TMP/file", "TMP/file: is a file",
+        plot_exp12_intuitive.main, "--base DUMP --trained DUMP --output-dir TMP/file", "TMP/file: File exists",
     ),
-    "merge into a file": (merge_grad_vector_shards.main, "TMP/file DUMP", "TMP/file: is a file"),
+    "merge into a file": (merge_grad_vector_shards.main, "TMP/file DUMP", "TMP/file: File exists"),
     "merge below a file": (merge_grad_vector_shards.main, "TMP/file/merged DUMP", "Not a directory"),
     "merge into /proc": (merge_grad_vector_shards.main, "/proc/nowhere DUMP", "/proc/nowhere"),
 }  # fmt: skip
@@ -850,9 +850,9 @@ SHARDS = {
     "rollouts changed": (
         lambda s: [flip_bit(s[1] / "rollouts.jsonl", 20, 1) or "merged", "s0", "s1"], "s1/rollouts.jsonl", "changed",
     ),
-    "the output": (lambda s: ["s0", "s0", "s1"], "TMP/s0: is one of the shards"),
-    "inside the output": (lambda s: [".", "s0", "s1"], "holds the shard TMP/s0"),
-    "around the output": (lambda s: ["s0/merged", "s0", "s1"], "s0/merged: holds the shard"),
+    "the output": (lambda s: ["s0", "s0", "s1"], "TMP/s0: is, or holds, or is in the shard"),
+    "inside the output": (lambda s: [".", "s0", "s1"], "holds, or is in the shard TMP/s0"),
+    "around the output": (lambda s: ["s0/merged", "s0", "s1"], "s0/merged: is, or holds, or is in the shard"),
     "the output forgotten": (
         lambda s: [edit_json(s[1] / "manifest.json", shard={"index": 0, "num_shards": 1}) or "s0", "s1"],
         "TMP/s0/manifest.json: is of a dump that is no merged one",
@@ -883,7 +883,7 @@ FILE = "TMP/rollouts.jsonl:2"
 UNSCORED = {"tail_mass": None, "token_texts": None}
 """As files of older versions were."""
 ROLLOUTS = {
-    "missing": (Path.unlink, "--rollouts TMP/rollouts.jsonl"),
+    "missing": (Path.unlink, "TMP/rollouts.jsonl", "No such file"),
     "empty": (lambda file: os.truncate(file, 0), "rollouts.jsonl"),
     "torn": (lambda file: os.truncate(file, file.stat().st_size - 30), "rollouts.jsonl:4", "JSON"),
     "not UTF-8": (lambda file: file.write_bytes(b'{"\xff"}\n'), "TMP/rollouts.jsonl", "not UTF-8"),
@@ -966,13 +966,6 @@ def test_awkward_names_are_escaped_on_one_line(refuses, planted, tmp_path, reade
     dump.parent.mkdir()
     main, arguments = READERS[reader]
     assert ESCAPED_ODD_NAME in refuses(main, arguments(dump, planted), "not a finished dump")
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_names_that_are_not_utf8_are_refused(refuses, planted, tmp_path, reader):
-    dump = shutil.copytree(planted, tmp_path / os.fsdecode(b"d\xffmp"))
-    main, arguments = READERS[reader]
-    refuses(main, arguments(dump, planted), "not UTF-8")
 
 
 def test_texts_of_a_dump_never_reach_a_terminal_raw(run, tmp_path):
