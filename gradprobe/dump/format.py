@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import raise_if_any
-from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, is_finite
+from ..common.fields import INDEX, LIST, NUMBER, TEXT, TRUE_OR_FALSE, is_finite
 from ..common.files import iter_jsonl, read_json
 from .buckets import BUCKET, POOLING
 from .mapped import SelectedRows, open_rows
@@ -35,21 +35,11 @@ CERTAIN_TAIL_MASS, CERTAIN_ENTROPY = 1e-6, 1.5e-5
 
 MANIFEST_KINDS = {
     **dict.fromkeys(("model_path", "target"), TEXT),
-    **dict.fromkeys(("row_dim", "num_prompts", "num_samples_per_prompt"), INDEX),
+    **dict.fromkeys(("row_dim", "bins", "num_prompts", "num_samples_per_prompt", "num_rollouts", "num_positions"), INDEX),
     "row_idx": replace(INDEX.or_null(), is_optional=False),  # null of whole weights, see `projection`
-    **dict.fromkeys(("num_rollouts", "num_positions"), INDEX),
     "entropy_edges": LIST,
-    "bins": INDEX,
-    **dict.fromkeys(("num_correct_rollouts", "num_response_tokens"), INDEX.optional()),
-    **dict.fromkeys(("num_nonfinite_rows", "num_zero_rows"), INDEX.optional()),
-    **dict.fromkeys(("num_rollouts_due", "num_unverified_rollouts"), INDEX.optional()),
-    **dict.fromkeys(("prompt_idxs", "prompt_hashes", "prompts_due"), LIST.optional()),
-    **dict.fromkeys(("shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
-    **dict.fromkeys(("checksums", "shard", "projection", "left_out", "on_policy"), OBJECT.optional()),
-    **dict.fromkeys(("adapter_path", "tokenizer_path", "pooling", "bucket_by"), TEXT.optional()),
-    **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
-    **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), TEXT.optional()),
 }
+"""What the manifest of every dump has, the original's too; the rest is as we wrote it."""
 _COMMON_KINDS = {
     **dict.fromkeys(("row", "bin", "sample_idx"), INDEX),
     "prompt_idx": PROMPT_KEY,
