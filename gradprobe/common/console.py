@@ -78,11 +78,10 @@ def is_verbose() -> bool:
 
 
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
-    """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
+    """Give a script's `main` its exit status, one line on stderr and no traceback.
 
-    So does a full disk, and a file that the system refuses. Ctrl-C and SIGTERM end it with one line, and 130 or 143.
-    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1. Only scripts let messages
-    reach stderr: who imports the library says who hears.
+    2: `InputError`, a full disk, a file that the system refuses. 130 and 143: Ctrl-C and SIGTERM. Anything else that
+    escapes is a fault of ours: the interpreter prints it and exits with 1. Only scripts let messages reach stderr.
     """
 
     @functools.wraps(main)

@@ -35,7 +35,8 @@ CERTAIN_TAIL_MASS, CERTAIN_ENTROPY = 1e-6, 1.5e-5
 
 MANIFEST_KINDS = {
     **dict.fromkeys(("model_path", "target"), TEXT),
-    **dict.fromkeys(("row_dim", "bins", "num_prompts", "num_samples_per_prompt", "num_rollouts", "num_positions"), INDEX),
+    **dict.fromkeys(("row_dim", "bins", "num_prompts", "num_samples_per_prompt"), INDEX),
+    **dict.fromkeys(("num_rollouts", "num_positions"), INDEX),
     "row_idx": replace(INDEX.or_null(), is_optional=False),  # null of whole weights, see `projection`
     "entropy_edges": LIST,
 }

@@ -54,13 +54,11 @@ def render_prompts(
     source, problems = problem_set.source, problem_set.problems
     in_messages = next((problem.id for problem in problems if problem.messages), None)
     begun = next((problem.id for problem in problems if _is_begun(problem)), None)
-    other_field = "or name another field with `problem_key`"
-    if in_messages is not None and not chat:
-        of_messages = f"prompts are lists of chat messages (problem '{in_messages}')"
-        raise InputError(f"`dataset` {source}: {of_messages}; add `chat_template` to render them, {other_field}")
-    if in_messages is not None and template is not None:
-        of_messages = f"prompts of {source} are lists of chat messages (problem '{in_messages}')"
-        raise InputError(f"`prompt_template`: {of_messages}; leave it out, {other_field}")
+    if in_messages is not None and (template is not None or not chat):
+        raise InputError(
+            f"`dataset` {source}: prompts are lists of chat messages (problem '{in_messages}'); `chat_template` alone, "
+            "without `prompt_template`, renders them; or name another field with `problem_key`"
+        )
     if begun is not None and not continue_final_message:
         raise InputError(
             f"`dataset` {source}: messages end in one of the role {ASSISTANT} (problem '{begun}'); "
@@ -110,10 +108,10 @@ def fill(template: str, problem: str) -> str:
     return template.replace(PLACEHOLDER, problem)
 
 
-def preview(problem: Problem, n_characters: int = PREVIEW_CHARACTERS) -> str:
+def preview(problem: Problem) -> str:
     """One problem as it is handed to the model, for a person to look at; a long prompt without its middle."""
-    prompt, half = problem.prompt, n_characters // 2
-    if len(prompt) > n_characters:
+    prompt, half = problem.prompt, PREVIEW_CHARACTERS // 2
+    if len(prompt) > PREVIEW_CHARACTERS:
         prompt = f"{prompt[:half]} [... {len(prompt) - 2 * half} characters ...] {prompt[-half:]}"
     return f"problem '{problem.id}', answer '{problem.ground_truth}', prompt: {prompt}"
 

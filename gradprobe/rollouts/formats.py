@@ -157,7 +157,7 @@ def _recognise(where: str, record: dict[str, Any]) -> str:
 
 
 def _keys_of(record: dict[str, Any]) -> str:
-    return f"its keys are {', '.join(sorted(map(str, record)))}"
+    return f"its keys are {', '.join(sorted(record))}"
 
 
 def _own(where: str, record: dict[str, Any]) -> list[Completion]:

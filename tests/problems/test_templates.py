@@ -83,10 +83,9 @@ def test_messages_go_through_the_chat_template(tokenizer):
         "<|im_start|>user\nWhat is 2+1? Answer in \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert all(problem.messages == () for problem in rendered.problems)
-    with pytest.raises(InputError, match=r"lists of chat messages \(problem '10'\); add `chat_template`"):
-        render_prompts(messages)
-    with pytest.raises(InputError, match="`prompt_template`: prompts of .* are lists of chat messages"):
-        render_prompts(messages, "{problem}", True, None, tokenizer)
+    for others in ((), ("{problem}", True, None, tokenizer)):
+        with pytest.raises(InputError, match=r"lists of chat messages \(problem '10'\); `chat_template` alone"):
+            render_prompts(messages, *others)
 
 
 def test_without_any_of_it_prompts_stay_as_they_are():
