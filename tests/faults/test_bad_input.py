@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from planted import GOLDEN, REPOSITORY, write_dump
+from planted import REPOSITORY, write_dump
 from safetensors.torch import load_file, save_file
 
 import analyze_exp1_compression
@@ -159,7 +159,7 @@ PROBE_FLAGS = {
     "an unknown flag": ("--number 3", "--number"),
     "output is a file": ("--output-dir TMP/file", "TMP/file", "File exists"),
     "output below a file": ("--output-dir TMP/file/out", "TMP/file/out", "Not a directory"),
-    "output that can't be made": ("--output-dir /proc/nowhere/out", "/proc/nowhere/out", "No such file"),
+    "output that can't be made": ("--output-dir /proc/nowhere/out", "/proc/nowhere: No such file"),
     "no such edges": ("--entropy-edges TMP/nowhere.json", "TMP/nowhere.json", "no such file"),
     "rollouts and sampling": ("--rollouts TMP/file", "--num-prompts can't go with --rollouts", "--num-samples"),
     "two faults at once": ("--bins 1 --temperature 0", "--bins 1", "--temperature 0"),
@@ -189,17 +189,8 @@ def test_more_bins_than_tokens(refuses, sampling):
     refuses(probe_grad_vectors.main, [*sampling, "--bins", "1000"], "--bins 1000", "tokens in all", may_add=True)
 
 
-@pytest.mark.parametrize("edges", [[0, 1], [0, 1, 2, 3], [0, 1, 1], [2, 1, 0], [0, math.nan, 1], ["a", "b", "c"]])
-@pytest.mark.parametrize("form", [str, list, None])
-def test_edges_of_the_wrong_number_or_kind(refuses, sampling, tmp_path, edges, form):
-    manifest = json.loads((GOLDEN / "aligned" / "s0" / "manifest.json").read_text())
-    edges = {str: "0,1,2", None: None, list: edges}[form]
-    (tmp_path / "edges.json").write_text(json.dumps({**manifest, "entropy_edges": edges, "bins": 2}))
-    refuses(probe_grad_vectors.main, [*sampling, "--entropy-edges", tmp_path / "edges.json"], "TMP/edges.json")
-
-
-@pytest.mark.parametrize("edges", [[0, [1], 2], [0, "a", 2], [0, None, 2], [0, True, 2], [0, {}, 2], [0, 10**400, 2]])
-def test_edges_that_are_not_numbers(refuses, sampling, tmp_path, edges):
+@pytest.mark.parametrize("edges", [[0, 1], [0, 1, 1], [2, 1, 0], [0, math.nan, 1], [0, "a", 2], "0,1,2", None])
+def test_edges_of_the_wrong_number_or_kind(refuses, sampling, tmp_path, edges):
     (tmp_path / "edges.json").write_text(json.dumps({"entropy_edges": edges, "bins": 2}))
     refuses(probe_grad_vectors.main, [*sampling, "--entropy-edges", tmp_path / "edges.json"], "TMP/edges.json")
 
@@ -220,19 +211,8 @@ def test_output_of_other_settings_in_use_or_of_somebody_else(refuses, run, sampl
 # Data sets
 
 GOOD = '{"id": "a", "prompt": "1+2", "ground_truth": "3"}\n'
-DATA_SETS = {
+DATA_SETS = {  # what else can be wrong with one: tests/problems/test_problems.py
     "empty": (b"", "--dataset TMP/problems.jsonl", "no problems"),
-    "blank lines": (b"\n\n", "--dataset TMP/problems.jsonl", "no problems"),
-    "broken line": ((GOOD + '{"id": "b", \n').encode(), "TMP/problems.jsonl:2", "not JSON"),
-    "not an object": ((GOOD + "[1, 2]\n").encode(), "TMP/problems.jsonl:2", "not a JSON object"),
-    "no prompt": ((GOOD + '{"id": "b", "ground_truth": "3"}\n').encode(), ":2", "'prompt' is missing"),
-    "no id": ((GOOD + '{"prompt": "1", "ground_truth": "3"}\n').encode(), ":2", "'id' is missing"),
-    "no truth": ((GOOD + '{"id": "b", "prompt": "1"}\n').encode(), ":2", "'ground_truth' is missing"),
-    "prompt is a number": ((GOOD + GOOD.replace('"1+2"', "12")).encode(), ":2", "'prompt' is of type int"),
-    "truth is a list": ((GOOD + GOOD.replace('"3"', "[3]")).encode(), ":2", "'ground_truth' is of type list"),
-    "id is null": ((GOOD + GOOD.replace('"a"', "null")).encode(), ":2", "'id' is of type NoneType"),
-    "duplicate id": ((GOOD + GOOD).encode(), "TMP/problems.jsonl:2", "id 'a' was used in line 1"),
-    "not UTF-8": (GOOD.encode() + b'{"id": "\xff"}\n', "TMP/problems.jsonl", "not UTF-8 at byte"),
     "UTF-16": (GOOD.encode("utf-16"), "TMP/problems.jsonl", "not UTF-8"),
     "escapes in an id": ((GOOD.replace('"a"', '"\\u001b[31m"') * 2).encode(), ":2", "\\x1b[31m"),
     "two broken lines": ((GOOD + "x\ny\n").encode(), "TMP/problems.jsonl:2", "TMP/problems.jsonl:3"),
@@ -434,19 +414,6 @@ def append(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda dump: (dump / name).write_bytes((dump / name).read_bytes() + content)
 
 
-def line_of_manifest(**changes: object) -> bytes:
-    return json.dumps(changes).encode()
-
-
-def save_npz(dump: Path) -> None:
-    np.savez(dump / "grads.npz", np.load(dump / "grads.npy"))
-    (dump / "grads.npz").rename(dump / "grads.npy")
-
-
-def two_same_rows(dump: Path) -> None:
-    edit_meta(2, row=39)(dump)
-
-
 META, GRADS, MANIFEST = "dump/meta.jsonl", "dump/grads.npy", "dump/manifest.json"
 DUMPS = {
     "no directory": (shutil.rmtree, MANIFEST, "not a finished dump"),
@@ -462,21 +429,14 @@ DUMPS = {
     "gradients cut short": (lambda dump: os.truncate(dump / "grads.npy", 900), GRADS, "cut short"),
     "gradients cut by a byte": (lambda dump: os.truncate(dump / "grads.npy", 128 + 959), GRADS, "cut short"),
     "gradients of float64": (save_grads(lambda g: g.astype("f8")), GRADS, "float32", "<f8"),
-    "gradients of float16": (save_grads(lambda g: g.astype("f2")), GRADS, "float32", "<f2"),
     "gradients of integers": (save_grads(lambda g: g.astype("i4")), GRADS, "float32", "<i4"),
     "gradients big-endian": (save_grads(lambda g: g.astype(">f4")), GRADS, "little-endian", ">f4"),
-    "gradients structured": (save_grads(lambda g: g.view([("x", "<f4")])), GRADS, "float32"),
     "gradients 1-D": (save_grads(np.ravel), GRADS, "two dimensions", "(240,)"),
-    "gradients 3-D": (save_grads(lambda g: g[None]), GRADS, "two dimensions"),
-    "gradients 0-D": (save_grads(lambda g: g[0, 0]), GRADS, "two dimensions"),
     "gradients in Fortran order": (save_grads(np.asfortranarray), GRADS, "Fortran order"),
-    "gradients of no length": (save_grads(lambda g: g[:, :0]), GRADS, "two dimensions"),
     "gradients of objects": (save_grads(lambda g: np.array([{}] * 40, dtype=object)), GRADS, "array of numbers"),
-    "gradients are a zip": (save_npz, GRADS, "not a readable .npy"),
     "gradients are a pickle": (
         lambda dump: (dump / "grads.npy").write_bytes(pickle.dumps(np.zeros((40, 6), "f4"))), GRADS, "not a readable",
     ),
-    "gradients of another npy version": (patch("grads.npy", b"NUMPY\x01", b"NUMPY\x09"), GRADS, "not a readable"),
     "fewer rows": (save_grads(lambda g: g[:39]), MANIFEST, "num_positions is 40", "has 39"),
     "another dimension": (save_grads(lambda g: g[:, :5].copy()), MANIFEST, "row_dim is 6", "has 5"),
     "meta shorter": (
@@ -487,27 +447,20 @@ DUMPS = {
     "meta empty": (lambda dump: os.truncate(dump / "meta.jsonl", 0), META, "0 lines for the 40 rows"),
     "meta torn": (lambda dump: os.truncate(dump / "meta.jsonl", 1000), META + ":", "not JSON"),
     "meta with a blank line": (append("meta.jsonl", b"\n"), META + ":41", "not JSON"),
-    "a row twice": (two_same_rows, META + ":2", "row 39 stands twice"),
+    "a row twice": (edit_meta(2, row=39), META + ":2", "row 39 stands twice"),
     "a row outside": (edit_meta(3, row=40), META + ":3", "row 40 is outside 0..39"),
-    "a negative row": (edit_meta(3, row=-1), META + ":3", "'row'"),
     "a row that is true": (edit_meta(39, row=True), META + ":39", "'row'"),
     "entropy NaN": (edit_meta(3, entropy=math.nan), META + ":3", "'entropy' is not a finite number"),
-    "entropy infinite": (edit_meta(3, entropy=math.inf), META + ":3", "'entropy' is not a finite number"),
     "entropy a text": (edit_meta(3, entropy="0.5"), META + ":3", "'entropy'"),
     "entropy null": (edit_meta(3, entropy=None), META + ":3", "'entropy'"),
     "logprob a text": (edit_meta(3, logprob="-1"), META + ":3", "'logprob'"),
     "bin outside": (edit_meta(3, bin=5), META + ":3", "bin 5 is outside 0..4"),
-    "bin negative": (edit_meta(3, bin=-1), META + ":3", "'bin'"),
     "bin not the edges'": (edit_meta(3, entropy=0.05), META, "1 rows are not in the bin of their", "rows 37"),
     "correct is 1": (edit_meta(3, correct=1), META + ":3", "'correct'"),
     "prompt a text": (edit_meta(3, prompt_idx="7"), META + ":3", "prompt_idx"),
-    "prompt negative": (edit_meta(3, prompt_idx=-7), META + ":3", "prompt_idx"),
-    "prompt nested": (edit_meta(3, prompt_idx=[[[]]]), META + ":3", "prompt_idx"),
     "sample missing": (patch("meta.jsonl", b"sample_idx", b"sample"), META + ":1", "'sample_idx'"),
-    "giant integer": (edit_meta(3, pos=10**30), META + ":3", "'pos'"),
     "meta not UTF-8": (patch("meta.jsonl", b'"row"', b'"r\xffw"'), META + ":1", "not UTF-8"),
     "manifest empty": (lambda dump: os.truncate(dump / "manifest.json", 0), MANIFEST, "not JSON"),
-    "manifest torn": (lambda dump: os.truncate(dump / "manifest.json", 100), MANIFEST, "not JSON"),
     "manifest a list": (lambda dump: (dump / "manifest.json").write_text("[]"), MANIFEST, "not a JSON object"),
     "manifest not UTF-8": (patch("manifest.json", b"planted", b"plant\xff\xff"), MANIFEST, "not UTF-8"),
     "manifest without edges": (edit_manifest(entropy_edges=None), MANIFEST, "'entropy_edges' is missing"),
@@ -520,7 +473,6 @@ DUMPS = {
     "rollouts miscounted": (edit_manifest(num_rollouts=3), MANIFEST, "num_rollouts is 3", "4"),
     "edges for fewer bins": (edit_manifest(bins=4), MANIFEST, "6 entropy_edges for 4 bins"),
     "edges falling": (edit_manifest(entropy_edges=[0, 1, 0.5, 2, 3, 4]), MANIFEST, "not increasing"),
-    "edges equal": (edit_manifest(entropy_edges=[0, 1, 1, 2, 3, 4]), MANIFEST, "not increasing"),
     "edges of texts": (edit_manifest(entropy_edges=list("abcdef")), MANIFEST, "not increasing"),
     "a bit flipped in the gradients": (
         lambda dump: (with_checksums(dump), flip_bit(dump / "grads.npy", -5)), GRADS, "has changed since",
@@ -882,18 +834,12 @@ UNSCORED = {"tail_mass": None, "token_texts": None}
 """As files of older versions were."""
 ROLLOUTS = {
     "missing": (Path.unlink, "TMP/rollouts.jsonl", "No such file"),
-    "empty": (lambda file: os.truncate(file, 0), "rollouts.jsonl"),
     "torn": (lambda file: os.truncate(file, file.stat().st_size - 30), "rollouts.jsonl:4", "JSON"),
-    "not UTF-8": (lambda file: file.write_bytes(b'{"\xff"}\n'), "TMP/rollouts.jsonl", "not UTF-8"),
-    "not an object": (lambda file: file.write_text("7\n"), "TMP/rollouts.jsonl", "JSON"),
     "a key missing": (edit_rollout(response_ids=None), FILE),
     "ids of text": (edit_rollout(response_ids=["1"], entropies=[0.1], logprobs=[-1]), FILE, "response"),
-    "ids negative": (edit_rollout(response_ids=[-1], entropies=[0.1], logprobs=[-1]), FILE),
     "ids outside the vocabulary": (edit_rollout(response_ids=[260], entropies=[0.1], logprobs=[-1], **UNSCORED), "260"),
-    "prompt ids outside the vocabulary": (edit_rollout(prompt_ids=[999]), "999"),
     "no prompt": (edit_rollout(prompt_ids=[]), FILE, "prompt"),
     "prompt negative": (edit_rollout(prompt_idx=-1), FILE, "prompt_idx"),
-    "sample negative": (edit_rollout(sample_idx=-1), FILE, "sample_idx"),
     "a sample twice": (lambda file: file.write_text(file.read_text() * 2), "rollouts.jsonl", "twice"),
 }  # fmt: skip
 

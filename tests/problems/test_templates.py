@@ -27,9 +27,7 @@ def tokenizer():
     ("template", "says"),
     [
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
-        ("{% if %}", "refuses problem '0'"),
         ("{{ messages[5] }}", "makes nothing"),
-        ("{{ 'a' + 1 }}", "TypeError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     ],
 )
