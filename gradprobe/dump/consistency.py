@@ -6,6 +6,7 @@
 
 import hashlib
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,18 +144,16 @@ def _repeated_tokens(dump: Dump) -> list[str]:
 
 def _count_problems(dump: Dump) -> list[str]:
     """Rollouts with two verdicts, and counts that the meta lines contradict. A rollout or prompt may have no row."""
-    rollouts, of_row = np.unique(np.stack([dump.prompt, dump.sample_idx]), axis=1, return_inverse=True)
-    n_rows = np.bincount(of_row.ravel(), minlength=rollouts.shape[1])
-    n_correct = np.bincount(of_row.ravel(), dump.correct, rollouts.shape[1])
-    mixed = rollouts[:, (n_correct > 0) & (n_correct < n_rows)].T.tolist()
+    verdicts_of = {key: set(dump.correct[rows].tolist()) for key, rows in _rows_by_rollout(dump).items()}
     file, hashes = dump.path / META, contract.prompt_hashes_of(dump.manifest)
     unknown = [] if hashes is None else [key for key in dump.prompt_keys if key not in hashes]
-    counts = {"num_prompts": len(dump.prompt_keys), "num_rollouts": rollouts.shape[1]}
-    counts["num_correct_rollouts"] = int(np.count_nonzero(n_correct))
+    counts = {"num_prompts": len(dump.prompt_keys), "num_rollouts": len(verdicts_of)}
+    counts["num_correct_rollouts"] = sum(True in verdicts for verdicts in verdicts_of.values())
     problems = [
-        f"{file}: the rollout of prompt_idx {dump.prompt_keys[code]}, sample_idx {sample_idx} is called both correct "
-        "and incorrect; probe again"
-        for code, sample_idx in mixed
+        f"{file}: the rollout of prompt_idx {prompt}, sample_idx {sample_idx} is called both correct and incorrect; "
+        "probe again"
+        for (prompt, sample_idx), verdicts in verdicts_of.items()
+        if len(verdicts) > 1
     ]
     problems += [f"{file}: prompt_idx {key} is not among the manifest's prompt_idxs" for key in unknown]
     problems += [
@@ -309,7 +308,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
         counts["num_rollouts"] += 1
         counts["num_correct_rollouts"] += rollout.correct
         counts["num_response_tokens"] += len(rollout.response_ids)
-        problems += _disagreements(dump, rollout, rows_of.pop(key, np.zeros(0, np.int64)))
+        problems += _disagreements(dump, rollout, rows_of.pop(key, []))
         actual = prompt_hash(rollout.prompt_ids)
         if hashes.get(rollout.prompt_idx, actual) != actual:
             expected = hashes.pop(rollout.prompt_idx)  # so that it is said once
@@ -333,15 +332,14 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     return first_few([*found, *problems])
 
 
-def _rows_by_rollout(dump: Dump) -> dict[tuple[PromptKey, int], np.ndarray]:
-    order = np.lexsort((dump.sample_idx, dump.prompt))
-    keys = np.stack([dump.prompt, dump.sample_idx], axis=1)[order]
-    cuts = np.flatnonzero(np.any(np.diff(keys, axis=0) != 0, axis=1)) + 1
-    groups = [rows for rows in np.split(order, cuts) if len(rows)]
-    return {(dump.prompt_keys[dump.prompt[rows[0]]], int(dump.sample_idx[rows[0]])): rows for rows in groups}
+def _rows_by_rollout(dump: Dump) -> dict[tuple[PromptKey, int], list[int]]:
+    rows_of: dict[tuple[PromptKey, int], list[int]] = defaultdict(list)
+    for row, (code, sample_idx) in enumerate(zip(dump.prompt.tolist(), dump.sample_idx.tolist(), strict=True)):
+        rows_of[dump.prompt_keys[code], sample_idx].append(row)
+    return rows_of
 
 
-def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterator[str]:
+def _disagreements(dump: Dump, rollout: Rollout, rows: list[int]) -> Iterator[str]:
     """Meta lines of `rows` that say something else than their rollout's tokens, or sums of them, give."""
     if dump.is_pooled:
         place, keys = "bin", ("n_tokens", "n_response_tokens", "correct", "entropy", "logprob", "rare")
@@ -352,7 +350,7 @@ def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterator[s
         tokens = zip(rollout.entropies, rollout.logprobs, itertools.repeat(rollout.correct))
         expected = {pos: dict(zip(keys, token, strict=True)) for pos, token in enumerate(tokens)}
     name = f"{dump.path / META}: prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
-    row_at = dict(zip(getattr(dump, place)[rows].tolist(), rows.tolist(), strict=True))
+    row_at = dict(zip(getattr(dump, place)[rows].tolist(), rows, strict=True))
     for at in sorted(row_at.keys() - expected.keys()):
         yield f"{name}: row {row_at[at]} is of {place} {at}, of which its rollout in {ROLLOUTS} has no token"
     for at in sorted(expected.keys() - row_at.keys()) if dump.is_pooled else ():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import FaultyRecord, first_few, first_of, raise_if_any
+from ..common.errors import FaultyRecord, Unusable, first_few, first_of, raise_if_any
 from ..common.record_files import JSONL, Record, RecordFile, lookup
 from .boxed import last_boxed
 from .data_files import open_data_set
@@ -153,10 +153,6 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
     return columns
 
 
-class _EmptyRecord(FaultyRecord):
-    """The row is well-formed and has nothing to work with: dropped, under the reason given."""
-
-
 def _read_rows(
     rows: list[Record], columns: dict[str, str], is_strict: bool
 ) -> tuple[list[Problem], Counter[str], list[str]]:
@@ -168,7 +164,7 @@ def _read_rows(
     for row in rows:
         try:
             problem = _problem_of(row, columns, is_strict, is_worked)
-        except _EmptyRecord as error:
+        except Unusable as error:
             dropped[str(error)] += 1
             continue
         except FaultyRecord as error:
@@ -207,7 +203,7 @@ def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked
 
 def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
     if not is_strict and (_is_blank(value) or value == []):
-        raise _EmptyRecord(f"without '{key}'")
+        raise Unusable(f"without '{key}'")
     _refuse_other_types(value, key, str | list)
     if isinstance(value, str):
         return value, ()
@@ -231,18 +227,18 @@ def _refuse_other_types(value: Any, key: str, types: Any = str | int | float) ->
 
 def _answer_of(value: Any, key: str, is_worked: bool) -> str:
     if isinstance(value, list) and len(value) > 1:
-        raise _EmptyRecord(f"with several answers in '{key}'")
+        raise Unusable(f"with several answers in '{key}'")
     if isinstance(value, list):
         value = value[0] if value else None
     if _is_blank(value):
-        raise _EmptyRecord(f"without '{key}'")
+        raise Unusable(f"without '{key}'")
     _refuse_other_types(value, key)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # tables hold whole numbers as floats where the column has gaps
     text = str(value).strip()
     final = final_answer(text)
     if is_worked and not final:
-        raise _EmptyRecord(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
+        raise Unusable(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
     return final or text
 
 

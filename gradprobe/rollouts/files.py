@@ -11,12 +11,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import FaultyRecord, InputError
+from ..common.errors import FaultyRecord, InputError, Unusable
 from ..common.fields import is_finite
 from ..dump.records import PromptKey, Rollout
-from ..problems.chat import ChatRefusal, ChatTemplate
 from ..problems.data_set import SURROGATE, Problem
-from .formats import TRUTH_KEYS, Completion, RolloutReport, Unusable, completions_of, is_list_of, raise_folded
+from ..problems.templates import chat_template_of, in_chat
+from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .places import in_words
 from .verdicts import Verdicts
 
@@ -136,7 +136,7 @@ class _Resolver:
     def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
         self.tokenizer, self.vocabulary, self.report = tokenizer, vocabulary, report
-        self.chat_template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+        self.chat_template = chat_template_of(tokenizer) if getattr(tokenizer, "chat_template", None) else ""
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.n_samples_of: Counter = Counter()
         self.codec = _Codec(tokenizer)
@@ -146,7 +146,7 @@ class _Resolver:
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
         specials = (*tokenizer.all_special_tokens, "bos_token", "eos_token") if report.format == "verl" else ()
-        self.strips_specials = any(token in self.chat_template.text for token in specials if self.chat_template)
+        self.strips_specials = any(token in self.chat_template for token in specials)
 
     def rollout(self, completion: Completion, correct: bool | None) -> Rollout:
         """The completion's rollout; what must be said of it is counted.
@@ -234,13 +234,10 @@ class _Resolver:
             return None
         if not is_list_of(dict, prompt):
             raise FaultyRecord("its prompt is neither a text nor a list of messages")
-        if self.chat_template is None:
+        if not self.chat_template:
             raise FaultyRecord("its prompt is a list of messages, and the tokenizer has no chat template")
         messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-        try:
-            return self.chat_template.render(messages)
-        except ChatRefusal as error:
-            raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
+        return in_chat(messages, self.tokenizer)
 
     def _response_ids(self, completion: Completion) -> list[int]:
         has_ids = completion.response_ids is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import FaultyRecord, InputError, first_few, one_line, raise_if_any
+from ..common.errors import FaultyRecord, InputError, Unusable, first_few, one_line, raise_if_any
 from ..common.record_files import open_record_file
 from ..dump.records import Rollout, rollout_from_json
 from .server import logprob_entries, object_at, token_ids_of
@@ -142,10 +142,6 @@ def _repeated_requests(completions: list[Completion]) -> list[tuple[str, str]]:
         named = f"request '{one_line(again.sample[0], 60)}' stands at {Path(before.where).name} already"
         faults.append((again.where, f"{named}, word for word: was the file written twice? leave the copies out"))
     return faults
-
-
-class Unusable(FaultyRecord):
-    """Well-formed, and without anything to probe: dropped, and counted under the reason given."""
 
 
 def _recognise(where: str, record: dict[str, Any]) -> str:
