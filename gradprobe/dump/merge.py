@@ -14,7 +14,7 @@ from ..common.errors import InputError, first_few, first_of, raise_if_any
 from ..common.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
 from . import format as contract
 from .buckets import bucket_of, fit_edges
-from .consistency import checksum_problems, checksums_of, load_dump, read_content
+from .consistency import Content, checksum_problems, checksums_of, load_dump, read_content
 from .format import Dump
 from .growing import GrowingRows
 from .mapped import iter_row_blocks
@@ -246,16 +246,6 @@ def merged_rollouts(files: list[Path], spaces: list[int | None]) -> Iterator[Rol
             yield replace(rollout, prompt_idx=merged_key(rollout.prompt_idx, space))
 
 
-def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
-    """The rows that no analysis can use, in the merged dump's numbers, where all shards name theirs."""
-    starts = np.cumsum([0, *(len(shard.row) for shard in shards)]).tolist()
-    return {
-        key: [start + row for shard, start in zip(shards, starts, strict=False) for row in shard.manifest[key]]
-        for key in ("nonfinite_rows", "zero_rows")
-        if all(key in shard.manifest for shard in shards)
-    }
-
-
 def merged_prompts(shards: list[Dump]) -> dict[str, list[Any]]:
     """The union of `prompts_due` and of `prompt_idxs`, ascending, and the `prompt_hashes` beside these.
 
@@ -284,16 +274,17 @@ def merged_prompts(shards: list[Dump]) -> dict[str, list[Any]]:
     return found
 
 
-def merged_manifest(shards: list[Dump], edges: dict[str, Any]) -> dict[str, Any]:
+def merged_manifest(shards: list[Dump], edges: dict[str, Any], content: Content) -> dict[str, Any]:
     """The first shard's manifest with sums, the union of prompts, the new edges and the shards' names."""
     manifests = [shard.manifest for shard in shards]
+    faulty = {"nonfinite_rows": content.nonfinite.tolist(), "zero_rows": content.zero.tolist()}
     summed = [key for key in keys_that_are(SUMMED) if all(key in manifest for manifest in manifests)]
     return {
         **{key: value for key, value in manifests[0].items() if KEYS.get(key) not in (SUMMED, OF_ONE_SHARD)},
         **{key: sum(manifest[key] for manifest in manifests) for key in summed},
         **merged_prompts(shards),
         **edges,
-        **merged_faulty_rows(shards),
+        **{key: rows for key, rows in faulty.items() if all(key in manifest for manifest in manifests)},
         # What one shard's gradients lack the merged dump's lack too.
         "format_version": min(manifest.get("format_version", 1) for manifest in manifests),
         "shards": [shard.path.name for shard in shards],
@@ -308,7 +299,8 @@ def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | 
     make_directory(out_dir)
     write_merged_grads(out_dir / contract.GRADS, shards)
     write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
-    manifest = merged_manifest(shards, edges) | {"checksums": checksums_of(out_dir, read_content(out_dir))}
+    content = read_content(out_dir)
+    manifest = merged_manifest(shards, edges, content) | {"checksums": checksums_of(out_dir, content)}
     if rollout_files is not None:
         tokens = Tokens.of(merged_rollouts(rollout_files, spaces))
         manifest["on_policy"] = asdict(tokens.test(claims_on_policy(manifest)))

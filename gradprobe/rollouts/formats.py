@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,12 @@ def _repeated_requests(completions: list[Completion]) -> list[tuple[str, str]]:
     of one name differ, names say nothing.
     """
     first: dict[tuple[str, Any], Completion] = {}
-    faults = []
+    faults, words = [], attrgetter("prompt", "prompt_ids", "text", "response_ids")
     for again in completions:
         before = again if again.sample is None else first.setdefault(again.sample, again)
         if before is again:
             continue
-        if (before.prompt, before.prompt_ids, before.text, before.response_ids) != (
-            again.prompt, again.prompt_ids, again.text, again.response_ids
-        ):  # fmt: skip
+        if words(before) != words(again):
             return []
         named = f"request '{one_line(again.sample[0], 60)}' stands at {Path(before.where).name} already"
         faults.append((again.where, f"{named}, word for word: was the file written twice? leave the copies out"))
