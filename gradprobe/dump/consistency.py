@@ -8,9 +8,9 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -191,19 +191,12 @@ def _warnings(path: Path, manifest: dict[str, Any]) -> Iterator[str]:
 # The gradients, and the files' checksums
 
 
-@dataclass(frozen=True)
-class Content:
-    """What one pass over a dump's gradients tells.
+class Content(NamedTuple):
+    """What one pass over a dump's gradients tells; rows ascend, [k] each."""
 
-    Attributes:
-        sha256: of the file `grads.npy`.
-        nonfinite: [k] ascending rows with a NaN or an infinity.
-        zero: [k] ascending rows that are zero throughout.
-    """
-
-    sha256: str
-    nonfinite: np.ndarray
-    zero: np.ndarray
+    sha256: str  # of the file `grads.npy`
+    nonfinite: np.ndarray  # rows with a NaN or an infinity
+    zero: np.ndarray  # rows that are zero throughout
 
 
 def read_content(path: Path) -> Content:

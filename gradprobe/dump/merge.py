@@ -320,5 +320,3 @@ def shards_by_target(shard_dirs: list[Path]) -> dict[str | None, list[Dump]]:
         if other != first
     )
     return {name: [load_dump(found[shard][number]) for shard in shard_dirs] for number, name in enumerate(first)}
-
-

@@ -110,7 +110,9 @@ def test_a_chat_template_that_refuses_or_prints_the_date(checkpoint_dir):
     tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0].role == 'system' else 'ok' }}"
     problem_set = load_problems(DATA / "plain.jsonl")
     assert prompts_of(render_prompts(problem_set, None, True, None, tokenizer)) == ["ok", "ok"]
-    with pytest.raises(InputError, match="problem '0': .* does not take its prompt \\(TemplateError: no system role\\)"):
+    with pytest.raises(
+        InputError, match="problem '0': .* does not take its prompt \\(TemplateError: no system role\\)"
+    ):
         render_prompts(problem_set, None, True, "system", tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%Y') }}"
     assert "date" in render_prompts(problem_set, None, True, None, tokenizer).notes[0]
