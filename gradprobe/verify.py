@@ -14,9 +14,9 @@ from pathlib import Path
 from .common.console import add_common_flags, printable, progress, script_main
 from .common.errors import InputError, first_few, raise_if_any
 from .common.files import locked
-from .dump.records import Rollout, iter_rollouts
+from .dump.records import iter_rollouts
 from .dump.relabel import relabel, rollouts_of
-from .problems.verifiers import BOXED, SECONDS_PER_ANSWER, RunningVerifier, Verdict, Verifier, load_verifier
+from .problems.verifiers import BOXED, SECONDS_PER_ANSWER, RunningVerifier, Verifier, load_verifier
 
 
 @script_main
@@ -43,32 +43,20 @@ def judge_anew(path: Path, verifier: Verifier, seconds: float) -> str:
     """Give a dump the verifier's verdicts; what has changed, in words. Where the verifier fails nothing is written."""
     directories, file = rollouts_of(path)
     rollouts = list(iter_rollouts(file))
-    verdicts = verdicts_on(rollouts, verifier, seconds)
-    raise_if_any(
-        first_few(
-            (
-                f"`verifier` {verifier.name}: failed on prompt {r.prompt_idx} sample {r.sample_idx}: {verdict.error}"
-                for r, verdict in zip(rollouts, verdicts, strict=True)
-                if verdict.correct is None
-            ),
-            "rollouts",
-        )
-    )
-    changed = sum(r.correct != verdict.correct for r, verdict in zip(rollouts, verdicts, strict=True))
-    n_before, n_now = sum(r.correct for r in rollouts), sum(bool(verdict.correct) for verdict in verdicts)
-    judged = [replace(r, correct=bool(v.correct)) for r, v in zip(rollouts, verdicts, strict=True)]
+    judged, faults = [], []
+    with RunningVerifier(verifier, seconds) as running:
+        for r in progress(rollouts, "judging", len(rollouts), "rollouts"):
+            verdict = running.judge(r.response, r.ground_truth)
+            judged.append(replace(r, correct=verdict.correct))
+            if verdict.correct is None:
+                faults.append(f"failed on prompt {r.prompt_idx} sample {r.sample_idx}: {verdict.error}")
+    raise_if_any(f"`verifier` {verifier.name}: {fault}" for fault in first_few(faults, "rollouts"))
     relabel(directories, file, judged, verifier.described(seconds))
+    n_before, n_now = (sum(r.correct for r in verdicts) for verdicts in (rollouts, judged))
+    changed = sum(before.correct != now.correct for before, now in zip(rollouts, judged, strict=True))
     n_rewards = sum(r.reward is not None for r in rollouts)
     left_out = f"; {n_rewards} rewards of who judged before are left out" if n_rewards else ""
     return f"{n_now} of {len(rollouts)} rollouts correct, before {n_before}; {changed} verdicts are others{left_out}"
-
-
-def verdicts_on(rollouts: list[Rollout], verifier: Verifier, seconds: float) -> list[Verdict]:
-    """One of each rollout."""
-    with RunningVerifier(verifier, seconds) as running:
-        return [
-            running.judge(r.response, r.ground_truth) for r in progress(rollouts, "judging", len(rollouts), "rollouts")
-        ]
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ Item = TypeVar("Item")
 log = logging.getLogger("gradprobe")
 SECONDS_BETWEEN_LOG_LINES = 10.0
 LOG_LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} elapsed, {rate_fmt}, about {remaining} left"
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""What stands for bytes of a command line that are not UTF-8; in text, half a character, which no file holds."""
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 COLOURS = {logging.ERROR: 31, logging.WARNING: 33}
 """ANSI colours of a severity, where NO_COLOR (no-color.org) is not set."""
@@ -80,11 +78,10 @@ def is_verbose() -> bool:
 
 
 def script_main(main: Callable[..., int]) -> Callable[..., int]:
-    """Give a script's `main` its exit status: `InputError` becomes one line on stderr and status 2.
+    """Give a script's `main` its exit status, one line on stderr and no traceback.
 
-    So does a full disk, and a file that the system refuses. Ctrl-C and SIGTERM end it with one line, and 130 or 143.
-    Anything else that escapes is a fault of ours: the interpreter prints it and exits with 1. Only scripts let messages
-    reach stderr: who imports the library says who hears.
+    2: `InputError`, a full disk, a file that the system refuses. 130 and 143: Ctrl-C and SIGTERM. Anything else that
+    escapes is a fault of ours: the interpreter prints it and exits with 1. Only scripts let messages reach stderr.
     """
 
     @functools.wraps(main)
@@ -93,10 +90,6 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
         if not log.handlers:
             log.addHandler(_StderrHandler())
         try:
-            arguments = sys.argv[1:] if argv is None else argv
-            raise_if_any(  # no JSON file could hold such a name
-                f"argument '{printable(a)}': not UTF-8; rename it" for a in arguments if SURROGATE.search(a)
-            )
             with _sigterm_raises():
                 status = main(argv)
                 _flush_results()

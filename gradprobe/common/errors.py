@@ -22,6 +22,10 @@ class FaultyRecord(Exception):  # noqa: N818 it is about the record, which whoev
     """One record of a file can't be used; the message says why, whoever reads the file knows where it stands."""
 
 
+class Unusable(FaultyRecord):
+    """A well-formed record without anything to work with: dropped, and counted under the reason given."""
+
+
 def raise_if_any(problems: Iterable[str]) -> None:
     """Raise one `InputError` naming all `problems`, or return if there are none."""
     found = tuple(problems)

@@ -56,5 +56,4 @@ def _of_type(kind: type, words: str) -> Kind:
 
 INDEX = Kind(is_index, "an integer from 0")
 NUMBER = Kind(is_finite, "a finite number")
-TEXT, TRUE_OR_FALSE = _of_type(str, "a text"), _of_type(bool, "true or false")
-LIST, OBJECT = _of_type(list, "a list"), _of_type(dict, "an object")
+TEXT, TRUE_OR_FALSE, LIST = _of_type(str, "a text"), _of_type(bool, "true or false"), _of_type(list, "a list")

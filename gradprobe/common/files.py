@@ -33,18 +33,13 @@ def read_json(file: Path, missing: str = "no such file") -> dict[str, Any]:
         return json_object(file.read_bytes(), str(file))
     except FileNotFoundError as error:
         raise InputError(f"{file}: {missing}") from error
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
 
 
 def iter_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for each line of a JSONL file."""
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, json_object(line, f"{file}:{number}")
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            yield number, json_object(line, f"{file}:{number}")
 
 
 def json_object(content: bytes, where: str) -> dict[str, Any]:
@@ -71,13 +66,8 @@ def sha256_of(*files: Path) -> str:
 
 
 def make_directory(path: Path) -> None:
-    """Create `path` and its parents, or raise `InputError` where it can't be made or written to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise InputError(f"{path}: is a file, a directory is needed") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    """Create `path` and its parents, or say now, and not when there is something to write, that it is not writable."""
+    path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: not writable")
 

@@ -1,16 +1,15 @@
 """Records of a file: JSON lines, JSON or parquet. What a record's fields mean is for whoever asked to say."""
 
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .errors import InputError, reason_of
+from .extras import library
 
 PARQUET_MAGIC = b"PAR1"
 JSONL, JSON, PARQUET = "JSONL", "JSON", "parquet"
@@ -27,11 +26,10 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A source that has been opened.
+    """A source that has been opened; `read(keys)` gives its records, with at least the fields named.
 
     `keys` are the names of all fields, those inside of others dotted (`reward_model.ground_truth`). `sha256` is that
     of a file's bytes, and empty where the source is not one file. `faults` are the lines that are no records.
-    `read(keys)` gives the records, with at least the fields named.
     """
 
     source: str
@@ -49,10 +47,7 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
     and one object, or one a line, if it is `{`. `parameter` is what the file was given as, for messages.
     """
     named = f"`{parameter}` {file}"
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{named}: {error.strerror}") from error
+    content = file.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     if file.suffix == ".parquet" or content.startswith(PARQUET_MAGIC):
         return _parquet(str(file), named, sha256, content)
@@ -67,9 +62,12 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
             f"'{first}'; other formats are to be converted"
         )
     found, faults = _rows_of_json(file, named, text) if first == "[" else _json_lines(file, text)
-    faults += [f"{place}: not a JSON object" for place, record in found if not isinstance(record, dict)]
-    objects = [(place, record) for place, record in found if isinstance(record, dict)]
-    records = [Record(place, i, fields) for i, (place, fields) in enumerate(objects)]
+    records: list[Record] = []
+    for place, fields in found:
+        if isinstance(fields, dict):
+            records.append(Record(place, len(records), fields))
+        else:
+            faults.append(f"{place}: not a JSON object")
     keys = list(dict.fromkeys(key for record in records for key in _dotted(record.fields)))
     return RecordFile(str(file), JSON if first == "[" else JSONL, sha256, keys, lambda keys: records, faults)
 
@@ -121,24 +119,17 @@ def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _parquet(source: str, named: str, sha256: str, content: bytes) -> RecordFile:
-    parquet, arrow = library("pyarrow.parquet", named), library("pyarrow", named)
-    with _arrow_faults(arrow, named):
-        schema = parquet.read_schema(arrow.BufferReader(content))
-
-    def read(keys: Sequence[str]) -> list[Record]:
-        with _arrow_faults(arrow, named):
-            table = parquet.read_table(arrow.BufferReader(content), columns=columns_of(keys, schema.names))
-            return numbered(source, table.to_pylist())
-
-    return RecordFile(source, PARQUET, sha256, arrow_keys(schema), read)
-
-
-@contextmanager
-def _arrow_faults(arrow: ModuleType, named: str) -> Iterator[None]:
+    parquet, arrow = (library(name, "data", f"{named}: parquet") for name in ("pyarrow.parquet", "pyarrow"))
     try:
-        yield
+        schema = parquet.read_schema(arrow.BufferReader(content))
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{named}: not readable as parquet ({reason_of(error)})") from error
+
+    def read(keys: Sequence[str]) -> list[Record]:
+        table = parquet.read_table(arrow.BufferReader(content), columns=columns_of(keys, schema.names))
+        return numbered(source, table.to_pylist())
+
+    return RecordFile(source, PARQUET, sha256, arrow_keys(schema), read)
 
 
 def numbered(source: str, records: list[dict[str, Any]]) -> list[Record]:
@@ -159,12 +150,3 @@ def arrow_keys(fields: Iterable[Any], prefix: str = "") -> list[str]:
 def columns_of(keys: Sequence[str], columns: Sequence[str]) -> list[str]:
     """The columns that hold `keys`, so that the others (long generations, images) are never read."""
     return list(dict.fromkeys(key if key in columns else key.partition(".")[0] for key in keys))
-
-
-def library(name: str, named: str) -> ModuleType:
-    """A library that is installed apart, imported; `named` is for what it is needed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise InputError(f"{named}: reading it takes the library '{package}'; pip install 'gradprobe[data]'") from error

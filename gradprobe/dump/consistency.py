@@ -5,10 +5,12 @@
 """
 
 import hashlib
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,7 +79,7 @@ def load_dump(path: Path) -> Dump:
 def _load_meta(file: Path, n_rows: int, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a `Dump` has of `meta.jsonl`: columns in row order, and the sorted distinct prompts that `prompt` counts."""
     kinds = contract.POOLED_KINDS if contract.is_pooled(manifest) else contract.META_KINDS
-    columns = {name: np.zeros(n_rows, _dtype_of(name)) for name in COLUMNS if name in kinds}
+    columns = {name: np.zeros(n_rows, dtype) for name, dtype in COLUMNS.items() if name in kinds}
     n_known = dict.fromkeys(columns, 0)
     seen, prompt = np.zeros(n_rows, np.bool_), np.zeros(n_rows, np.int64)
     code_of: dict[PromptKey, int] = {}
@@ -107,12 +109,6 @@ def _load_meta(file: Path, n_rows: int, manifest: Mapping[str, Any]) -> dict[str
     known = {name: column for name, column in columns.items() if n_known[name] == n_rows}
     place = {"prompt_keys": keys, "prompt": rank_of_code[prompt] if keys else prompt, "lines_in_row_order": in_order}
     return {**dict.fromkeys(COLUMNS), **known, **place}
-
-
-def _dtype_of(column: str) -> type:
-    if column == "correct":
-        return np.bool_
-    return np.float64 if column in ("entropy", "logprob", "tail_mass", "rare", "reward") else np.int64
 
 
 def _meta_faults(record: dict[str, Any], kinds: Mapping[str, Kind], n_rows: int, bins: int) -> Iterator[str]:
@@ -148,18 +144,16 @@ def _repeated_tokens(dump: Dump) -> list[str]:
 
 def _count_problems(dump: Dump) -> list[str]:
     """Rollouts with two verdicts, and counts that the meta lines contradict. A rollout or prompt may have no row."""
-    rollouts, of_row = np.unique(np.stack([dump.prompt, dump.sample_idx]), axis=1, return_inverse=True)
-    n_rows = np.bincount(of_row.ravel(), minlength=rollouts.shape[1])
-    n_correct = np.bincount(of_row.ravel(), dump.correct, rollouts.shape[1])
-    mixed = rollouts[:, (n_correct > 0) & (n_correct < n_rows)].T.tolist()
+    verdicts_of = {key: set(dump.correct[rows].tolist()) for key, rows in _rows_by_rollout(dump).items()}
     file, hashes = dump.path / META, contract.prompt_hashes_of(dump.manifest)
     unknown = [] if hashes is None else [key for key in dump.prompt_keys if key not in hashes]
-    counts = {"num_prompts": len(dump.prompt_keys), "num_rollouts": rollouts.shape[1]}
-    counts["num_correct_rollouts"] = int(np.count_nonzero(n_correct))
+    counts = {"num_prompts": len(dump.prompt_keys), "num_rollouts": len(verdicts_of)}
+    counts["num_correct_rollouts"] = sum(True in verdicts for verdicts in verdicts_of.values())
     problems = [
-        f"{file}: the rollout of prompt_idx {dump.prompt_keys[code]}, sample_idx {sample_idx} is called both correct "
-        "and incorrect; probe again"
-        for code, sample_idx in mixed
+        f"{file}: the rollout of prompt_idx {prompt}, sample_idx {sample_idx} is called both correct and incorrect; "
+        "probe again"
+        for (prompt, sample_idx), verdicts in verdicts_of.items()
+        if len(verdicts) > 1
     ]
     problems += [f"{file}: prompt_idx {key} is not among the manifest's prompt_idxs" for key in unknown]
     problems += [
@@ -197,19 +191,12 @@ def _warnings(path: Path, manifest: dict[str, Any]) -> Iterator[str]:
 # The gradients, and the files' checksums
 
 
-@dataclass(frozen=True)
-class Content:
-    """What one pass over a dump's gradients tells.
+class Content(NamedTuple):
+    """What one pass over a dump's gradients tells; rows ascend, [k] each."""
 
-    Attributes:
-        sha256: of the file `grads.npy`.
-        nonfinite: [k] ascending rows with a NaN or an infinity.
-        zero: [k] ascending rows that are zero throughout.
-    """
-
-    sha256: str
-    nonfinite: np.ndarray
-    zero: np.ndarray
+    sha256: str  # of the file `grads.npy`
+    nonfinite: np.ndarray  # rows with a NaN or an infinity
+    zero: np.ndarray  # rows that are zero throughout
 
 
 def read_content(path: Path) -> Content:
@@ -281,6 +268,8 @@ def problems_of(path: Path) -> tuple[list[str], list[str]]:
                 problems += _rollout_problems(dump, file)
         except InputError as error:
             problems += error.problems
+        except OSError as error:
+            problems.append(f"{error.filename}: {error.strerror}")
     return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
 
@@ -302,7 +291,7 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     problems: list[str] = []
     rows_of = _rows_by_rollout(dump)
     seen: set[tuple[PromptKey, int]] = set()
-    hashes, told = contract.prompt_hashes_of(dump.manifest) or {}, set()
+    hashes = contract.prompt_hashes_of(dump.manifest) or {}
     counts = {"num_rollouts": 0, "num_correct_rollouts": 0, "num_response_tokens": 0}
     for rollout in iter_rollouts(file):
         key = (rollout.prompt_idx, rollout.sample_idx)
@@ -312,11 +301,10 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
         counts["num_rollouts"] += 1
         counts["num_correct_rollouts"] += rollout.correct
         counts["num_response_tokens"] += len(rollout.response_ids)
-        disagreements = _pooled_disagreements if dump.is_pooled else _disagreements
-        problems += disagreements(dump, rollout, rows_of.pop(key, np.zeros(0, np.int64)))
-        expected, actual = hashes.get(rollout.prompt_idx), prompt_hash(rollout.prompt_ids) if hashes else None
-        if expected not in (None, actual) and rollout.prompt_idx not in told:
-            told.add(rollout.prompt_idx)
+        problems += _disagreements(dump, rollout, rows_of.pop(key, []))
+        actual = prompt_hash(rollout.prompt_ids)
+        if hashes.get(rollout.prompt_idx, actual) != actual:
+            expected = hashes.pop(rollout.prompt_idx)  # so that it is said once
             problems.append(
                 f"{file}: the ids of prompt {rollout.prompt_idx} are not those of its prompt_hash in "
                 f"{dump.path / MANIFEST} ({actual}, not {expected})"
@@ -337,40 +325,31 @@ def _rollout_problems(dump: Dump, file: Path) -> list[str]:
     return first_few([*found, *problems])
 
 
-def _rows_by_rollout(dump: Dump) -> dict[tuple[PromptKey, int], np.ndarray]:
-    order = np.lexsort((dump.sample_idx, dump.prompt))
-    keys = np.stack([dump.prompt, dump.sample_idx], axis=1)[order]
-    cuts = np.flatnonzero(np.any(np.diff(keys, axis=0) != 0, axis=1)) + 1
-    groups = [rows for rows in np.split(order, cuts) if len(rows)]
-    return {(dump.prompt_keys[dump.prompt[rows[0]]], int(dump.sample_idx[rows[0]])): rows for rows in groups}
+def _rows_by_rollout(dump: Dump) -> dict[tuple[PromptKey, int], list[int]]:
+    rows_of: dict[tuple[PromptKey, int], list[int]] = defaultdict(list)
+    for row, (code, sample_idx) in enumerate(zip(dump.prompt.tolist(), dump.sample_idx.tolist(), strict=True)):
+        rows_of[dump.prompt_keys[code], sample_idx].append(row)
+    return rows_of
 
 
-def _disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterator[str]:
-    """Meta lines of `rows` that say something else than their rollout."""
-    name = f"prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
-    for row in rows.tolist():
-        pos = int(dump.pos[row])
-        where = f"{dump.path / META}: row {row} ({name} pos {pos})"
-        if pos >= len(rollout.response_ids):
-            yield f"{where}: the response has {len(rollout.response_ids)} tokens"
-        elif rollout.entropies[pos] != dump.entropy[row]:
-            yield f"{where}: entropy is {dump.entropy[row]}, in {ROLLOUTS} {rollout.entropies[pos]}"
-        elif dump.logprob is not None and rollout.logprobs[pos] != dump.logprob[row]:
-            yield f"{where}: logprob is {dump.logprob[row]}, in {ROLLOUTS} {rollout.logprobs[pos]}"
-        elif rollout.correct != dump.correct[row]:
-            yield f"{where}: correct differs from {ROLLOUTS}"
-
-
-def _pooled_disagreements(dump: Dump, rollout: Rollout, rows: np.ndarray) -> Iterator[str]:
-    """Lines of a pooled dump against what its rollout's tokens and the manifest's edges give."""
+def _disagreements(dump: Dump, rollout: Rollout, rows: list[int]) -> Iterator[str]:
+    """Meta lines of `rows` that say something else than their rollout's tokens, or sums of them, give."""
+    if dump.is_pooled:
+        place, keys = "bin", ("n_tokens", "n_response_tokens", "correct", "entropy", "logprob", "rare")
+        lines = pooled_tokens([rollout], np.array(dump.manifest["entropy_edges"]))
+        expected = {line.bin: {key: getattr(line, key) for key in keys} for line in lines}
+    else:
+        place, keys = "pos", ("entropy", "logprob", "correct")
+        tokens = zip(rollout.entropies, rollout.logprobs, itertools.repeat(rollout.correct))
+        expected = {pos: dict(zip(keys, token, strict=True)) for pos, token in enumerate(tokens)}
     name = f"{dump.path / META}: prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
-    expected = {line.bin: line for line in pooled_tokens([rollout], np.array(dump.manifest["entropy_edges"]))}
-    found = {int(dump.bin[row]): row for row in rows.tolist()}
-    for bucket in sorted(expected.keys() ^ found.keys()):
-        yield f"{name}: bin {bucket} has {'tokens and no row' if bucket in expected else 'a row and no tokens'}"
-    for bucket in sorted(expected.keys() & found.keys()):
-        line, row = expected[bucket], found[bucket]
-        for key in ("n_tokens", "n_response_tokens", "correct", "entropy", "logprob", "rare"):
-            here, there = getattr(dump, key)[row], getattr(line, key)
-            if here != there:
-                yield f"{name}: row {row}: {key} is {here}, but {there} of its tokens in {ROLLOUTS}"
+    row_at = dict(zip(getattr(dump, place)[rows].tolist(), rows, strict=True))
+    for at in sorted(row_at.keys() - expected.keys()):
+        yield f"{name}: row {row_at[at]} is of {place} {at}, of which its rollout in {ROLLOUTS} has no token"
+    for at in sorted(expected.keys() - row_at.keys()) if dump.is_pooled else ():
+        yield f"{name}: bin {at} has tokens and no row"
+    for at in sorted(expected.keys() & row_at.keys()):
+        for key, there in expected[at].items():
+            here = getattr(dump, key)
+            if here is not None and here[row_at[at]] != there:
+                yield f"{name}: row {row_at[at]}: {key} is {here[row_at[at]]}, but {there} by its rollout in {ROLLOUTS}"

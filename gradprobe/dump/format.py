@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import raise_if_any
-from ..common.fields import INDEX, LIST, NUMBER, OBJECT, TEXT, TRUE_OR_FALSE, is_finite, list_of
+from ..common.fields import INDEX, LIST, NUMBER, TEXT, TRUE_OR_FALSE, is_finite
 from ..common.files import iter_jsonl, read_json
 from .buckets import BUCKET, POOLING
 from .mapped import SelectedRows, open_rows
-from .records import HASH_DIGITS, PROMPT_KEY, PromptKey, is_prompt_hash, prompt_key_from_json
+from .records import PROMPT_KEY, PromptKey, prompt_key_from_json
 
 GRADS = "grads.npy"
 META = "meta.jsonl"
@@ -35,21 +35,12 @@ CERTAIN_TAIL_MASS, CERTAIN_ENTROPY = 1e-6, 1.5e-5
 
 MANIFEST_KINDS = {
     **dict.fromkeys(("model_path", "target"), TEXT),
-    **dict.fromkeys(("row_dim", "num_prompts", "num_samples_per_prompt"), INDEX),
-    "row_idx": replace(INDEX.or_null(), is_optional=False),  # null of whole weights, see `projection`
+    **dict.fromkeys(("row_dim", "bins", "num_prompts", "num_samples_per_prompt"), INDEX),
     **dict.fromkeys(("num_rollouts", "num_positions"), INDEX),
+    "row_idx": replace(INDEX.or_null(), is_optional=False),  # null of whole weights, see `projection`
     "entropy_edges": LIST,
-    "bins": INDEX,
-    **dict.fromkeys(("num_correct_rollouts", "num_response_tokens"), INDEX.optional()),
-    **dict.fromkeys(("num_nonfinite_rows", "num_zero_rows"), INDEX.optional()),
-    **dict.fromkeys(("num_rollouts_due", "num_unverified_rollouts"), INDEX.optional()),
-    **dict.fromkeys(("prompt_idxs", "prompts_due", "shards", "nonfinite_rows", "zero_rows"), LIST.optional()),
-    "prompt_hashes": list_of(is_prompt_hash, f"hashes of {HASH_DIGITS} hex digits").optional(),
-    **dict.fromkeys(("checksums", "shard", "projection", "left_out", "on_policy"), OBJECT.optional()),
-    **dict.fromkeys(("adapter_path", "tokenizer_path", "pooling", "bucket_by"), TEXT.optional()),
-    **dict.fromkeys(("sampling", "dataset"), OBJECT.or_null()),  # null of rollouts whose file doesn't say it
-    **dict.fromkeys(("entropy_edges_over", "entropy_edges_from"), TEXT.optional()),
 }
+"""What the manifest of every dump has, the original's too; the rest is as we wrote it."""
 _COMMON_KINDS = {
     **dict.fromkeys(("row", "bin", "sample_idx"), INDEX),
     "prompt_idx": PROMPT_KEY,
@@ -63,9 +54,12 @@ POOLED_KINDS = {
     **dict.fromkeys(("logprob", "rare"), NUMBER),
     "reward": NUMBER.or_null(),
 }
-COLUMNS = ("sample_idx", "bin", "entropy", "correct", "pos", "logprob", "tail_mass", "n_tokens", "n_response_tokens")
-COLUMNS += ("rare", "reward")
-"""What of a line becomes an array; one that not every line has becomes None."""
+COLUMNS = {
+    **dict.fromkeys(("sample_idx", "bin", "pos", "n_tokens", "n_response_tokens"), np.int64),
+    **dict.fromkeys(("entropy", "logprob", "tail_mass", "rare", "reward"), np.float64),
+    "correct": np.bool_,
+}
+"""What of a line becomes an array, of which type; one that not every line has becomes None."""
 
 
 @dataclass(frozen=True)

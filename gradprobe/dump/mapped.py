@@ -43,8 +43,6 @@ def open_rows(file: Path) -> np.memmap:
     """The array of a `.npy` as a read-only memory map, [n_rows, row_dim] float32; no pickle is ever loaded."""
     try:
         rows = npy.open_memmap(file, mode="r")
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{file}: not a readable .npy array of numbers, or cut short ({error})") from error
     if rows.dtype != np.dtype("<f4") or rows.ndim != 2 or rows.shape[1] == 0 or not rows.flags.c_contiguous:

@@ -14,7 +14,7 @@ from ..common.errors import InputError, first_few, first_of, raise_if_any
 from ..common.files import locked, make_directory, read_json, sha256_of, write_json, write_jsonl
 from . import format as contract
 from .buckets import bucket_of, fit_edges
-from .consistency import checksum_problems, checksums_of, load_dump, read_content
+from .consistency import Content, checksum_problems, checksums_of, load_dump, read_content
 from .format import Dump
 from .growing import GrowingRows
 from .mapped import iter_row_blocks
@@ -63,15 +63,25 @@ def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, 
         raise_if_any(what_does_not_belong_together(shards))
         raise_if_any(first_few(rollouts_in_two(shards), "rollouts", 1))
         merged_prompts(shards)
-    refuse_changed_files(targets)
-    raise_if_any(fault for shards in targets.values() for fault in copies(shards))
+        raise_if_any(
+            problem
+            for shard in shards
+            if "checksums" in shard.manifest
+            for problem in checksum_problems(shard.path, shard.manifest, read_content(shard.path))
+        )
+        raise_if_any(copies(shards))
     # 3. Rollouts once, then each target.
     first = next(iter(targets.values()))
     found = [contract.find_rollouts(shard.path) for shard in first]
     rollout_files = [file for file in found if file is not None] if None not in found else None
     make_directory(out_dir)
     with locked(out_dir):
-        clear(out_dir, list(targets))
+        # Unfinished from now on: no manifest in it or in a target's directory.
+        manifests = out_dir.glob(f"*/{contract.MANIFEST}")
+        for stale in (out_dir / contract.MANIFEST, out_dir / contract.SETTINGS, *manifests):
+            stale.unlink(missing_ok=True)
+        if list(targets) != [None]:
+            write_json(out_dir / contract.SETTINGS, {"targets": list(targets)})
         if rollout_files is not None:
             write_records(out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
         for name, shards in targets.items():
@@ -105,25 +115,14 @@ def differences_in_rounding(shards: list[Dump]) -> Iterator[str]:
 
 
 def missing_shards(shards: list[Dump]) -> Iterator[str]:
-    """Shards of an i-of-n set, or prompts of the study, that are not there; those of the original don't say."""
+    """Shards of an i-of-n set that are not there; those of the original don't say."""
     parts = [shard.manifest.get("shard") or {} for shard in shards]
-    counts = {part.get("num_shards") for part in parts}
-    if counts == {None}:
-        return
-    if len(counts) > 1:
+    first, *others = dict.fromkeys(part.get("num_shards") for part in parts)
+    if others:
         for shard, part in zip(shards, parts, strict=True):
             yield f"{shard.path}: is shard {part.get('index')} of {part.get('num_shards')}"
-        return
-    (count,) = counts
-    if missing := sorted(set(range(count)) - {part["index"] for part in parts}):
-        yield f"shard {first_of(missing)} of {count} is missing (they count from 0)"
-        return
-    sampling, lists = shards[0].manifest.get("sampling") or {}, [s.manifest.get("prompts_due") for s in shards]
-    n_of_study = sampling.get("num_prompts_of_study")
-    if n_of_study is not None and None not in lists and "rollouts_from" not in shards[0].manifest:
-        n_due = len({prompt_key_from_json(key) for due in lists for key in due})
-        if n_due != n_of_study:
-            yield f"the study has {n_of_study} prompts, but these shards were due {n_due}"
+    elif missing := sorted(set(range(first or 0)) - {part.get("index") for part in parts}):
+        yield f"shard {first_of(missing)} of {first} is missing (they count from 0)"
 
 
 def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -167,31 +166,18 @@ def copies(shards: list[Dump]) -> Iterator[str]:
     """Shards that are there twice, where data sets are unknown and their prompts can't tell."""
     owner: dict[str, Path] = {}
     for shard in shards if namespaces(shards)[0] is not None else ():
-        content = sha256_of(shard.path / contract.META, shard.path / contract.GRADS)
-        if content in owner and len(shard.row):
-            yield f"{shard.path}: is a copy of {owner[content]}; a shard is to be given once"
-        owner[content] = shard.path
-
-
-def refuse_changed_files(targets: dict[str | None, list[Dump]]) -> None:
-    """Raise `InputError` where a shard's files are not what its probe wrote."""
-    raise_if_any(
-        problem
-        for shard in itertools.chain(*targets.values())
-        if "checksums" in shard.manifest
-        for problem in checksum_problems(shard.path, shard.manifest, read_content(shard.path))
-    )
+        first = owner.setdefault(sha256_of(shard.path / contract.META, shard.path / contract.GRADS), shard.path)
+        if first != shard.path and len(shard.row):
+            yield f"{shard.path}: is a copy of {first}; a shard is to be given once"
 
 
 def refuse_to_replace_a_probe(out_dir: Path, shard_dirs: list[Path]) -> None:
     """Raise `InputError` where the merge would write over a shard, or over a dump that is no merged one."""
-    elsewhere, out, shards = "give the merged dump another directory", out_dir.resolve(), []
-    for directory in shard_dirs:
-        shards.append(directory.resolve())
-        if out == shards[-1]:
-            raise InputError(f"{out_dir}: is one of the shards; {elsewhere}")
-        if out in shards[-1].parents or shards[-1] in out.parents:
-            raise InputError(f"{out_dir}: holds the shard {directory}, or is in it; {elsewhere}")
+    elsewhere, out = "give the merged dump another directory", out_dir.resolve()
+    shards = [directory.resolve() for directory in shard_dirs]
+    for directory, shard in zip(shard_dirs, shards, strict=True):
+        if out in (shard, *shard.parents) or shard in out.parents:
+            raise InputError(f"{out_dir}: is, or holds, or is in the shard {directory}; {elsewhere}")
     if len(set(shards)) < len(shards):
         raise InputError("a shard is given twice")
     if (out_dir / contract.PROGRESS).exists():
@@ -260,16 +246,6 @@ def merged_rollouts(files: list[Path], spaces: list[int | None]) -> Iterator[Rol
             yield replace(rollout, prompt_idx=merged_key(rollout.prompt_idx, space))
 
 
-def merged_faulty_rows(shards: list[Dump]) -> dict[str, list[int]]:
-    """The rows that no analysis can use, in the merged dump's numbers, where all shards name theirs."""
-    starts = np.cumsum([0, *(len(shard.row) for shard in shards)]).tolist()
-    return {
-        key: [start + row for shard, start in zip(shards, starts, strict=False) for row in shard.manifest[key]]
-        for key in ("nonfinite_rows", "zero_rows")
-        if all(key in shard.manifest for shard in shards)
-    }
-
-
 def merged_prompts(shards: list[Dump]) -> dict[str, list[Any]]:
     """The union of `prompts_due` and of `prompt_idxs`, ascending, and the `prompt_hashes` beside these.
 
@@ -298,16 +274,17 @@ def merged_prompts(shards: list[Dump]) -> dict[str, list[Any]]:
     return found
 
 
-def merged_manifest(shards: list[Dump], edges: dict[str, Any]) -> dict[str, Any]:
+def merged_manifest(shards: list[Dump], edges: dict[str, Any], content: Content) -> dict[str, Any]:
     """The first shard's manifest with sums, the union of prompts, the new edges and the shards' names."""
     manifests = [shard.manifest for shard in shards]
+    faulty = {"nonfinite_rows": content.nonfinite.tolist(), "zero_rows": content.zero.tolist()}
     summed = [key for key in keys_that_are(SUMMED) if all(key in manifest for manifest in manifests)]
     return {
         **{key: value for key, value in manifests[0].items() if KEYS.get(key) not in (SUMMED, OF_ONE_SHARD)},
         **{key: sum(manifest[key] for manifest in manifests) for key in summed},
         **merged_prompts(shards),
         **edges,
-        **merged_faulty_rows(shards),
+        **{key: rows for key, rows in faulty.items() if all(key in manifest for manifest in manifests)},
         # What one shard's gradients lack the merged dump's lack too.
         "format_version": min(manifest.get("format_version", 1) for manifest in manifests),
         "shards": [shard.path.name for shard in shards],
@@ -322,7 +299,8 @@ def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | 
     make_directory(out_dir)
     write_merged_grads(out_dir / contract.GRADS, shards)
     write_jsonl(out_dir / contract.META, merged_meta(shards, spaces, np.array(edges["entropy_edges"])))
-    manifest = merged_manifest(shards, edges) | {"checksums": checksums_of(out_dir, read_content(out_dir))}
+    content = read_content(out_dir)
+    manifest = merged_manifest(shards, edges, content) | {"checksums": checksums_of(out_dir, content)}
     if rollout_files is not None:
         tokens = Tokens.of(merged_rollouts(rollout_files, spaces))
         manifest["on_policy"] = asdict(tokens.test(claims_on_policy(manifest)))
@@ -342,11 +320,3 @@ def shards_by_target(shard_dirs: list[Path]) -> dict[str | None, list[Dump]]:
         if other != first
     )
     return {name: [load_dump(found[shard][number]) for shard in shard_dirs] for number, name in enumerate(first)}
-
-
-def clear(out_dir: Path, targets: list[str | None]) -> None:
-    """Make the output directory unfinished: no manifest in it or in a target's directory."""
-    for stale in (out_dir / contract.MANIFEST, out_dir / contract.SETTINGS, *out_dir.glob(f"*/{contract.MANIFEST}")):
-        stale.unlink(missing_ok=True)
-    if targets != [None]:
-        write_json(out_dir / contract.SETTINGS, {"targets": targets})

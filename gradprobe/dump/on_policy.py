@@ -20,8 +20,6 @@ MIN_RARE_TOKENS = 30
 """Fewer to be expected behind a mean gradient, and it may rest on what did not come up: no interval knows that."""
 CHOSEN_BY_PREFIX, CHOSEN_BY_TOKEN = ("entropy", "position", "random"), ("surprisal", "logit-norm")
 """Rules that buckets go by (`bucket_by`): those of the first kind don't look at the token that was drawn."""
-
-
 OF_WEIGHTS = ("weights_sha256", "revision", "adapter", "code_sha256")
 """What of `model_identity` says which function of token ids the model is; its tokenizer is no part of that."""
 

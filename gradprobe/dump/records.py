@@ -1,10 +1,9 @@
 """Rollouts and positions: the lines of rollouts.jsonl and meta.jsonl."""
 
 import hashlib
-import re
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,20 @@ from ..common.files import iter_jsonl, write_jsonl
 PromptKey = int | tuple[int, int]
 """A prompt's index in its data set, or (shard, index) where shards of unknown origin were merged."""
 HASH_DIGITS = 16
-HASH = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
+
+
+class Line:
+    """One line of a file."""
+
+    def to_record(self) -> dict[str, Any]:
+        """As it stands there: what is not known, and so has its field's default, is left out."""
+        values = {of.name: getattr(self, of.name) for of in fields(self)}
+        always = {of.name for of in fields(self) if of.default is MISSING and of.default_factory is MISSING}
+        return {name: value for name, value in values.items() if name in always or value not in ([], None)}
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(Line):
     """One sampled response and all that is needed to probe it again; one line of `rollouts.jsonl`.
 
     Attributes:
@@ -48,13 +56,9 @@ class Rollout:
     reward: float | None = None
     token_texts: list[str] = field(default_factory=list)
 
-    def to_record(self) -> dict[str, Any]:
-        """As it stands in a file: what is not known is left out."""
-        return {name: value for name, value in vars(self).items() if name in ROLLOUT_KEYS or value not in ([], None)}
-
 
 @dataclass(frozen=True)
-class Position:
+class Position(Line):
     """One token's gradient described; one line of `meta.jsonl`. `pos` counts response tokens from 0."""
 
     row: int
@@ -68,13 +72,9 @@ class Position:
     logprob: float
     tail_mass: float
 
-    def to_record(self) -> dict[str, Any]:
-        """As it stands in a file."""
-        return vars(self)
-
 
 @dataclass(frozen=True)
-class PooledTokens:
+class PooledTokens(Line):
     """One pooled gradient described, the sum over all of a rollout's tokens in one bucket; one line of `meta.jsonl`.
 
     Attributes:
@@ -97,23 +97,10 @@ class PooledTokens:
     rare: float
     reward: float | None = None
 
-    def to_record(self) -> dict[str, Any]:
-        """As it stands in a file: a reward that is not known is left out."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
 
 def prompt_hash(ids: Sequence[int]) -> str:
-    """What a prompt is, wherever it stands in a data set: 16 hex digits of SHA-256 of its ids as little-endian int32.
-
-    Ids that need more than 31 bits, which no vocabulary has, make it int64.
-    """
-    dtype = "<i4" if max(ids, default=0) < 1 << 31 else "<i8"
-    return hashlib.sha256(np.array(ids, dtype).tobytes()).hexdigest()[:HASH_DIGITS]
-
-
-def is_prompt_hash(value: Any) -> bool:
-    """Whether JSON holds a `prompt_hash`."""
-    return isinstance(value, str) and HASH.fullmatch(value) is not None
+    """What a prompt is, in whatever data set: 16 hex digits of SHA-256 of its ids as little-endian int32."""
+    return hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest()[:HASH_DIGITS]
 
 
 def is_prompt_key(value: Any) -> bool:
@@ -151,7 +138,6 @@ ROLLOUT_KINDS = {
     "bucket_scores": PER_TOKEN.optional(),
     "reward": NUMBER.or_null(),
 }
-ROLLOUT_KEYS = frozenset(name for name, kind in ROLLOUT_KINDS.items() if not kind.is_optional)
 
 
 def iter_rollouts(file: Path) -> Iterator[Rollout]:
@@ -187,6 +173,6 @@ def _rollout_faults(record: dict[str, Any]) -> Iterator[str]:
         yield "'prompt_ids' is empty"
 
 
-def write_records(file: Path, records: Iterable[Rollout | Position | PooledTokens]) -> None:
+def write_records(file: Path, records: Iterable[Line]) -> None:
     """Write `rollouts.jsonl` or `meta.jsonl`, one record a line, whole or not at all."""
     write_jsonl(file, (record.to_record() for record in records))

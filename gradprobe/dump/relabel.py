@@ -38,13 +38,8 @@ def rollouts_of(path: Path) -> tuple[list[Path], Path]:
             f"{path}: shares its rollouts with other targets; name the directory of all of them, {file.parent}"
         )
     # Lines get new checksums, which must not bless a change; the gradients keep theirs.
-    raise_if_any(
-        dict.fromkeys(
-            problem
-            for directory, manifest in zip(directories, manifests, strict=True)
-            for problem in checksum_problems(directory, manifest, content=None)
-        )
-    )
+    found = (checksum_problems(*of, content=None) for of in zip(directories, manifests, strict=True))
+    raise_if_any(dict.fromkeys(problem for of_one in found for problem in of_one))
     return directories, file
 
 

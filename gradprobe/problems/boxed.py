@@ -32,12 +32,7 @@ def _balanced_content(text: str, start: int, end: int) -> str | None:
     return None
 
 
-def fold_whitespace(text: str) -> str:
-    """`text` without outer white space and with every inner run of it as one blank."""
-    return " ".join(text.split())
-
-
 def is_correct(response: str, ground_truth: str) -> bool:
     """Whether the last balanced box of `response` equals `ground_truth`, white space folded."""
     answer = last_boxed(response)
-    return answer is not None and fold_whitespace(answer) == fold_whitespace(ground_truth)
+    return answer is not None and answer.split() == ground_truth.split()

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError, reason_of
-from ..common.record_files import Record, RecordFile, arrow_keys, columns_of, library, numbered, open_record_file
+from ..common.extras import library
+from ..common.record_files import Record, RecordFile, arrow_keys, columns_of, numbered, open_record_file
 from .gym import GYM, open_gym
 
 HUB = "hf:"
@@ -31,7 +32,7 @@ def open_data_set(source: str) -> RecordFile:
 
 def _open_directory(path: Path) -> RecordFile:
     named = f"`dataset` {path}"
-    datasets = library("datasets", named)
+    datasets = library("datasets", "data", named)
     try:
         found = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
@@ -44,7 +45,7 @@ def _open_hub(source: str) -> RecordFile:
     name, *rest = source.removeprefix(HUB).split(":")
     if not name or len(rest) > 2:
         raise InputError(f"`dataset` {source}: not of the form {HUB}NAME[:CONFIG][:SPLIT]")
-    datasets = library("datasets", f"`dataset` {source}")
+    datasets = library("datasets", "data", f"`dataset` {source}")
     try:
         # A single part after the name is a configuration if the data set has one so called, else a split.
         is_split = len(rest) == 1 and rest[0] not in datasets.get_dataset_config_names(name)

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.console import SURROGATE
-from ..common.errors import FaultyRecord, first_few, first_of, raise_if_any
+from ..common.errors import FaultyRecord, Unusable, first_few, first_of, raise_if_any
 from ..common.record_files import JSONL, Record, RecordFile, lookup
 from .boxed import last_boxed
 from .data_files import open_data_set
@@ -24,6 +23,8 @@ ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "ans
 ID_KEYS = ("id", "unique_id", "extra_info.index")
 NO_ID = "none"
 ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, as JSON can hold it; no tokenizer takes it, and no file."""
 FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*([^\n]*)\Z")
 THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 MOST_KEYS_SHOWN = 20
@@ -152,10 +153,6 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
     return columns
 
 
-class _EmptyRecord(FaultyRecord):
-    """The row is well-formed and has nothing to work with: dropped, under the reason given."""
-
-
 def _read_rows(
     rows: list[Record], columns: dict[str, str], is_strict: bool
 ) -> tuple[list[Problem], Counter[str], list[str]]:
@@ -167,7 +164,7 @@ def _read_rows(
     for row in rows:
         try:
             problem = _problem_of(row, columns, is_strict, is_worked)
-        except _EmptyRecord as error:
+        except Unusable as error:
             dropped[str(error)] += 1
             continue
         except FaultyRecord as error:
@@ -191,11 +188,11 @@ def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked
             values[what] = row.idx if (what, key) == ("id", NO_ID) else lookup(row.fields, key)
         except KeyError as error:
             raise FaultyRecord(f"key '{key}' is missing") from error
-    if isinstance(values["id"], bool) or not isinstance(values["id"], str | int):
-        raise FaultyRecord(f"'{columns['id']}' is of type {type(values['id']).__name__}")
+    _refuse_other_types(values["id"], columns["id"], str | int)
     prompt, messages = _prompt_of(values["problem"], columns["problem"], is_strict)
     if is_strict:
-        answer = str(_scalar(values["answer"], columns["answer"]))
+        _refuse_other_types(values["answer"], columns["answer"])
+        answer = str(values["answer"])
     else:
         answer = _answer_of(values["answer"], columns["answer"], is_worked)
     for text in (str(values["id"]), prompt, answer, *(content for _, content in messages)):
@@ -206,11 +203,10 @@ def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked
 
 def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[str, str], ...]]:
     if not is_strict and (_is_blank(value) or value == []):
-        raise _EmptyRecord(f"without '{key}'")
+        raise Unusable(f"without '{key}'")
+    _refuse_other_types(value, key, str | list)
     if isinstance(value, str):
         return value, ()
-    if not isinstance(value, list):
-        raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
     if not all(isinstance(message, dict) for message in value):
         raise FaultyRecord(f"'{key}' is a list, but not one of chat messages (role and content)")
     messages = tuple((message.get("role"), message.get("content")) for message in value)
@@ -224,26 +220,25 @@ def _is_blank(value: Any) -> bool:
     return value is None or is_nan or (isinstance(value, str) and not value.strip())
 
 
-def _scalar(value: Any, key: str) -> str | int | float:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+def _refuse_other_types(value: Any, key: str, types: Any = str | int | float) -> None:
+    if isinstance(value, bool) or not isinstance(value, types):
         raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
-    return value
 
 
 def _answer_of(value: Any, key: str, is_worked: bool) -> str:
     if isinstance(value, list) and len(value) > 1:
-        raise _EmptyRecord(f"with several answers in '{key}'")
+        raise Unusable(f"with several answers in '{key}'")
     if isinstance(value, list):
         value = value[0] if value else None
     if _is_blank(value):
-        raise _EmptyRecord(f"without '{key}'")
-    value = _scalar(value, key)
+        raise Unusable(f"without '{key}'")
+    _refuse_other_types(value, key)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # tables hold whole numbers as floats where the column has gaps
     text = str(value).strip()
     final = final_answer(text)
     if is_worked and not final:
-        raise _EmptyRecord(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
+        raise Unusable(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
     return final or text
 
 
@@ -282,8 +277,6 @@ def shard_of_study(
         faults.append(f"`num_prompts` {num_prompts}: the data set has {n_problems} problems")
     if num_shards > num_prompts:
         faults.append(f"`num_shards` {num_shards}: more shards than the study's {num_prompts} prompts")
-    if not 0 <= shard_index < num_shards:
-        faults.append(f"`shard_index` {shard_index}: must be 0 to {num_shards - 1} (`num_shards` {num_shards})")
     raise_if_any(faults)
     study = np.random.default_rng(seed).permutation(n_problems)[:num_prompts]
     return np.array_split(study, num_shards)[shard_index]

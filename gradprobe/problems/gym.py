@@ -5,10 +5,10 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 from ..common.errors import InputError, reason_of
+from ..common.extras import library
 from ..common.record_files import RecordFile, numbered
 from .boxed import last_boxed
 
@@ -39,7 +39,7 @@ def load_gym_verifier() -> tuple[Callable[[str, str], bool], dict[str, Any]]:
 
     The scorer sees the last `\\boxed{}` or, without one, what stands last in `<answer>` tags, the library's own way.
     """
-    extract = _library().utils.extract_answer
+    extract = library("reasoning_gym", "gym", "it").utils.extract_answer
 
     def judge(response: str, ground_truth: str) -> bool:
         entry = json.loads(ground_truth) if ground_truth.startswith("{") else {}
@@ -66,16 +66,9 @@ def _settings_of(source: str, settings: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _made(name: str, config: str, named: str) -> Any:
+    gym = library("reasoning_gym", "gym", named)
     try:
-        return _library().create_dataset(name, **json.loads(config))
+        return gym.create_dataset(name, **json.loads(config))
     # What its configurations are known to raise: no such data set or setting, a value out of bounds, of another type.
-    except (InputError, ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         raise InputError(f"{named}: {reason_of(error)}") from error
-
-
-def _library() -> ModuleType:
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise InputError("takes the library 'reasoning-gym'; pip install 'gradprobe[gym]'") from error
-    return reasoning_gym

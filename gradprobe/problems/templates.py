@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InputError, first_few, raise_if_any
-from .chat import ChatRefusal, ChatTemplate
+from ..common.errors import FaultyRecord, InputError, first_few, raise_if_any, reason_of
 from .data_set import Problem, ProblemSet
 
 ASSISTANT = "assistant"
@@ -54,13 +53,11 @@ def render_prompts(
     source, problems = problem_set.source, problem_set.problems
     in_messages = next((problem.id for problem in problems if problem.messages), None)
     begun = next((problem.id for problem in problems if _is_begun(problem)), None)
-    other_field = "or name another field with `problem_key`"
-    if in_messages is not None and not chat:
-        of_messages = f"prompts are lists of chat messages (problem '{in_messages}')"
-        raise InputError(f"`dataset` {source}: {of_messages}; add `chat_template` to render them, {other_field}")
-    if in_messages is not None and template is not None:
-        of_messages = f"prompts of {source} are lists of chat messages (problem '{in_messages}')"
-        raise InputError(f"`prompt_template`: {of_messages}; leave it out, {other_field}")
+    if in_messages is not None and (template is not None or not chat):
+        raise InputError(
+            f"`dataset` {source}: prompts are lists of chat messages (problem '{in_messages}'); `chat_template` alone, "
+            "without `prompt_template`, renders them; or name another field with `problem_key`"
+        )
     if begun is not None and not continue_final_message:
         raise InputError(
             f"`dataset` {source}: messages end in one of the role {ASSISTANT} (problem '{begun}'); "
@@ -72,11 +69,11 @@ def render_prompts(
     if template is not None:
         problems = [replace(problem, prompt=fill(template, problem.prompt)) for problem in problems]
     if chat:
-        chat_template = ChatTemplate(tokenizer)
-        notes = _notes(problems, tokenizer, chat_template.text)
-        rendering |= {"chat_template_sha256": _sha256(chat_template.text), "system_prompt": system_prompt}
+        chat_template = chat_template_of(tokenizer)
+        notes = _notes(problems, tokenizer, chat_template)
+        rendering |= {"chat_template_sha256": _sha256(chat_template), "system_prompt": system_prompt}
         rendering |= {"continue_final_message": True} if continue_final_message else {}
-        problems = [_in_chat(problem, system_prompt, chat_template) for problem in problems]
+        problems = [_rendered(problem, system_prompt, tokenizer) for problem in problems]
     else:
         notes = [] if tokenizer is None else _without_specials([problem.prompt for problem in problems], tokenizer)
     if template is None and not chat:
@@ -110,10 +107,10 @@ def fill(template: str, problem: str) -> str:
     return template.replace(PLACEHOLDER, problem)
 
 
-def preview(problem: Problem, n_characters: int = PREVIEW_CHARACTERS) -> str:
+def preview(problem: Problem) -> str:
     """One problem as it is handed to the model, for a person to look at; a long prompt without its middle."""
-    prompt, half = problem.prompt, n_characters // 2
-    if len(prompt) > n_characters:
+    prompt, half = problem.prompt, PREVIEW_CHARACTERS // 2
+    if len(prompt) > PREVIEW_CHARACTERS:
         prompt = f"{prompt[:half]} [... {len(prompt) - 2 * half} characters ...] {prompt[-half:]}"
     return f"problem '{problem.id}', answer '{problem.ground_truth}', prompt: {prompt}"
 
@@ -122,7 +119,33 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _in_chat(problem: Problem, system_prompt: str | None, chat_template: ChatTemplate) -> Problem:
+def chat_template_of(tokenizer: Any) -> str:
+    """The text of a tokenizer's own chat template."""
+    try:
+        return tokenizer.get_chat_template()
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            "`chat_template`: this checkpoint's tokenizer has none; give the whole prompt with `prompt_template`"
+        ) from error
+
+
+def in_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, is_begun: bool = False) -> str:
+    """The prompt that ends where the model's answer begins, or with its beginning, the last message (`is_begun`).
+
+    Raises:
+        FaultyRecord: the tokenizer's chat template raises on these messages, or makes nothing of them.
+    """
+    end = {"add_generation_prompt": not is_begun, "continue_final_message": is_begun}
+    try:
+        prompt = tokenizer.apply_chat_template(list(messages), tokenize=False, **end)
+    except Exception as error:  # a template is a program, which can raise anything
+        raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({reason_of(error)})") from error
+    if not prompt:
+        raise FaultyRecord("the tokenizer's chat template makes nothing of its prompt")
+    return prompt
+
+
+def _rendered(problem: Problem, system_prompt: str | None, tokenizer: Any) -> Problem:
     given = problem.messages or (("user", problem.prompt),)
     if system_prompt is not None:
         if any(role == "system" for role, _ in given):
@@ -130,9 +153,9 @@ def _in_chat(problem: Problem, system_prompt: str | None, chat_template: ChatTem
         given = (("system", system_prompt), *given)
     messages = [{"role": role, "content": content} for role, content in given]
     try:
-        prompt = chat_template.render(messages, _is_begun(problem))
-    except ChatRefusal as error:
-        raise InputError(f"`chat_template`: the tokenizer's refuses problem '{problem.id}' ({error})") from error
+        prompt = in_chat(messages, tokenizer, _is_begun(problem))
+    except FaultyRecord as error:
+        raise InputError(f"`chat_template`: problem '{problem.id}': {error}") from error
     return replace(problem, prompt=prompt, messages=())
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.extras import library
 from .boxed import is_correct
 from .gym import GYM_VERIFIER, load_gym_verifier
 
@@ -108,16 +109,15 @@ def _identity_of(module: str, loaded_before: Collection[str]) -> dict[str, Any]:
 
 def _load_numeric() -> tuple[Judge, dict[str, Any]]:
     """The box's text or, failing that, math-verify; what is no mathematics equals nothing but its own text."""
-    same_mathematics, library = _load_math_verify(raises=False)
-    return lambda *of: is_correct(*of) or same_mathematics(*of), library | {"name": "numeric"}
+    same_mathematics, said = _load_math_verify(raises=False)
+    return lambda *of: is_correct(*of) or same_mathematics(*of), said | {"name": "numeric"}
 
 
 def _load_math_verify(raises: bool = True) -> tuple[Judge, dict[str, Any]]:
     """Math-verify's judgement; with `raises` what it can't judge is an error, else it is wrong."""
-    try:
-        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-    except ImportError as error:
-        raise InputError("takes the library 'math-verify'; pip install 'gradprobe[math]'") from error
+    library("math_verify", "math", "it")
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
     # It warns that its time limits are off (ours isn't), and of each answer that it can't read.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     # A box goes before any other mathematics in the response; without one the library looks for the answer.

@@ -11,13 +11,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..common.console import SURROGATE
-from ..common.errors import FaultyRecord, InputError
+from ..common.errors import FaultyRecord, InputError, Unusable
 from ..common.fields import is_finite
 from ..dump.records import PromptKey, Rollout
-from ..problems.chat import ChatRefusal, ChatTemplate
-from ..problems.data_set import Problem
-from .formats import TRUTH_KEYS, Completion, RolloutReport, Unusable, completions_of, is_list_of, raise_folded
+from ..problems.data_set import SURROGATE, Problem
+from ..problems.templates import chat_template_of, in_chat
+from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .places import in_words
 from .verdicts import Verdicts
 
@@ -137,16 +136,17 @@ class _Resolver:
     def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
         self.tokenizer, self.vocabulary, self.report = tokenizer, vocabulary, report
-        self.chat_template = ChatTemplate(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+        self.chat_template = chat_template_of(tokenizer) if getattr(tokenizer, "chat_template", None) else ""
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.n_samples_of: Counter = Counter()
         self.codec = _Codec(tokenizer)
         self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
+        self.remarks: list[str] = []
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
         self.adds_specials = tokenizer("")["input_ids"] != []
         specials = (*tokenizer.all_special_tokens, "bos_token", "eos_token") if report.format == "verl" else ()
-        self.strips_specials = any(token in self.chat_template.text for token in specials if self.chat_template)
+        self.strips_specials = any(token in self.chat_template for token in specials)
 
     def rollout(self, completion: Completion, correct: bool | None) -> Rollout:
         """The completion's rollout; what must be said of it is counted.
@@ -155,8 +155,19 @@ class _Resolver:
             Unusable: there is nothing in it to probe.
             FaultyRecord: it can't be used; says why.
         """
-        if completion.own is not None:
-            return self._own(completion, completion.own, correct)
+        self.remarks = []
+        own = completion.own
+        found = self._foreign(completion, correct) if own is None else self._own(own, correct)
+        if not found.response_ids:
+            raise Unusable(EMPTY)
+        context = self.vocabulary.context
+        if context is not None and len(found.prompt_ids) + len(found.response_ids) > context:
+            raise Unusable(TOO_LONG)
+        for remark in self.remarks:
+            self.report.count(self.report.notes, remark, completion.where)
+        return found
+
+    def _foreign(self, completion: Completion, correct: bool | None) -> Rollout:
         prompt = self._prompt_text(completion)
         problem = None if self.problems is None else self.problems.of(completion, prompt)
         ground_truth = _ground_truth(completion.fields, problem, correct)
@@ -165,9 +176,7 @@ class _Resolver:
         prompt_idx = number if problem is None else problem.idx
         sample_idx = self.n_samples_of[prompt_idx]
         self.n_samples_of[prompt_idx] += 1  # dropped ones keep their number, so that a sample can be found in its file
-        ids, remarks = self._response(completion)
-        self._check_length(prompt_ids, ids)
-        self._note(completion, self._remarks_on_prompt(completion, prompt, problem, prompt_ids) | remarks)
+        ids = self._response_ids(completion)
         given_id = completion.fields.get("problem_id")
         return Rollout(
             prompt_idx=prompt_idx,
@@ -182,19 +191,28 @@ class _Resolver:
             correct=correct,
         )
 
-    def _own(self, completion: Completion, own: Rollout, correct: bool | None) -> Rollout:
+    def _own(self, own: Rollout, correct: bool | None) -> Rollout:
         sample = own.prompt_idx, own.sample_idx
         if sample in self.own_samples:
             raise FaultyRecord(f"prompt {own.prompt_idx} sample {own.sample_idx} stands twice")
         self.own_samples.add(sample)
-        ids = self._checked(own.response_ids, "response ids")
-        self._check_length(self._checked(own.prompt_ids, "prompt ids"), ids)
-        self._note(completion, {TEXT_DIFFERS: not self._is_text_of(ids, own.response)})
+        self._checked(own.prompt_ids, "prompt ids")
+        self._remark_on_text(self._checked(own.response_ids, "response ids"), own.response)
         return replace(own, correct=correct)
 
     def _prompt_ids(self, completion: Completion, text: str | None, problem: Problem | None) -> list[int]:
-        if completion.prompt_ids is not None:
-            return self._checked(completion.prompt_ids, "prompt ids")
+        has_ids = completion.prompt_ids is not None
+        ids = self._checked(completion.prompt_ids, "prompt ids") if has_ids else self._encoded(text, problem)
+        if problem is not None and ids != self.codec.encode(problem.prompt):
+            self.remarks.append(OTHER_THAN_DATASET)
+        elif problem is not None and not has_ids and text != problem.prompt:
+            self.remarks.append(FROM_DATASET)
+        if not has_ids:
+            self.remarks += [RENDERED] if isinstance(completion.prompt, list) else []
+            self.remarks += [SPECIALS_NOT_ADDED] if self.adds_specials else []
+        return ids
+
+    def _encoded(self, text: str | None, problem: Problem | None) -> list[int]:
         if problem is not None and text in (None, self.problems.readable_prompts[problem.idx]):
             return self.codec.encode(problem.prompt)
         if text is None:
@@ -216,16 +234,12 @@ class _Resolver:
             return None
         if not is_list_of(dict, prompt):
             raise FaultyRecord("its prompt is neither a text nor a list of messages")
-        if self.chat_template is None:
+        if not self.chat_template:
             raise FaultyRecord("its prompt is a list of messages, and the tokenizer has no chat template")
         messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-        try:
-            return self.chat_template.render(messages)
-        except ChatRefusal as error:
-            raise FaultyRecord(f"the tokenizer's chat template does not take its prompt ({error})") from error
+        return in_chat(messages, self.tokenizer)
 
-    def _response(self, completion: Completion) -> tuple[list[int], dict[str, bool]]:
-        """The response's ids, and what must be said of them."""
+    def _response_ids(self, completion: Completion) -> list[int]:
         has_ids = completion.response_ids is not None
         if has_ids:
             given = self._checked(completion.response_ids, "response ids")
@@ -242,15 +256,17 @@ class _Resolver:
         while n_kept > 1 and given[n_kept - 1] in self.padding and given[n_kept - 2] in self.padding:
             n_kept -= 1
         ids, is_cut = given[:n_kept], n_kept < len(given)
-        if has_ids:
-            is_of_ids = completion.text is None or self._is_text_of(ids, completion.text)
-            return ids, {PADDING_CUT: is_cut, TEXT_DIFFERS: not is_of_ids}
-        if is_cut or completion.end == "cut" or (ids and ids[-1] in self.vocabulary.end_ids):
-            return ids, {PADDING_CUT: is_cut}
+        self.remarks += [PADDING_CUT] if is_cut else []
+        if has_ids and completion.text is not None:
+            self._remark_on_text(ids, completion.text)
+        if has_ids or is_cut or completion.end == "cut" or (ids and ids[-1] in self.vocabulary.end_ids):
+            return ids
         end_id = completion.end if type(completion.end) is int else self.tokenizer.eos_token_id
         if completion.end is None or end_id is None:
-            return ids, {END_UNKNOWN: True}
-        return self._checked([*ids, end_id], "response ids"), {END_APPENDED: True}
+            self.remarks.append(END_UNKNOWN)
+            return ids
+        self.remarks.append(END_APPENDED)
+        return self._checked([*ids, end_id], "response ids")
 
     def _checked(self, ids: Any, what: str) -> list[int]:
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
@@ -262,32 +278,11 @@ class _Resolver:
             raise FaultyRecord("its prompt has no tokens, at least 1 is needed")
         return ids
 
-    def _check_length(self, prompt_ids: list[int], ids: list[int]) -> None:
-        if not ids:
-            raise Unusable(EMPTY)
-        if self.vocabulary.context is not None and len(prompt_ids) + len(ids) > self.vocabulary.context:
-            raise Unusable(TOO_LONG)
-
-    def _note(self, completion: Completion, remarks: dict[str, bool]) -> None:
-        for remark in (remark for remark, holds in remarks.items() if holds):
-            self.report.count(self.report.notes, remark, completion.where)
-
-    def _remarks_on_prompt(
-        self, completion: Completion, text: str | None, problem: Problem | None, prompt_ids: list[int]
-    ) -> dict[str, bool]:
-        has_text, is_found = completion.prompt_ids is None, problem is not None
-        is_other = is_found and prompt_ids != self.codec.encode(problem.prompt)
-        return {
-            OTHER_THAN_DATASET: is_other,
-            FROM_DATASET: is_found and has_text and not is_other and text != problem.prompt,
-            RENDERED: has_text and isinstance(completion.prompt, list),
-            SPECIALS_NOT_ADDED: has_text and self.adds_specials,
-        }
-
-    def _is_text_of(self, ids: list[int], text: str) -> bool:
+    def _remark_on_text(self, ids: list[int], text: str) -> None:
         # The last is how our own sampler decodes; a tokenizer that tidies up makes another text of it.
         plain = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text in (self.codec.decode(ids), self.codec.readable(ids), plain)
+        if text not in (self.codec.decode(ids), self.codec.readable(ids), plain):
+            self.remarks.append(TEXT_DIFFERS)
 
 
 def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:

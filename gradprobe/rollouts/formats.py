@@ -8,10 +8,11 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import FaultyRecord, InputError, first_few, one_line, raise_if_any
+from ..common.errors import FaultyRecord, InputError, Unusable, first_few, one_line, raise_if_any
 from ..common.record_files import open_record_file
 from ..dump.records import Rollout, rollout_from_json
 from .server import logprob_entries, object_at, token_ids_of
@@ -130,22 +131,16 @@ def _repeated_requests(completions: list[Completion]) -> list[tuple[str, str]]:
     of one name differ, names say nothing.
     """
     first: dict[tuple[str, Any], Completion] = {}
-    faults = []
+    faults, words = [], attrgetter("prompt", "prompt_ids", "text", "response_ids")
     for again in completions:
         before = again if again.sample is None else first.setdefault(again.sample, again)
         if before is again:
             continue
-        if (before.prompt, before.prompt_ids, before.text, before.response_ids) != (
-            again.prompt, again.prompt_ids, again.text, again.response_ids
-        ):  # fmt: skip
+        if words(before) != words(again):
             return []
         named = f"request '{one_line(again.sample[0], 60)}' stands at {Path(before.where).name} already"
         faults.append((again.where, f"{named}, word for word: was the file written twice? leave the copies out"))
     return faults
-
-
-class Unusable(FaultyRecord):
-    """Well-formed, and without anything to probe: dropped, and counted under the reason given."""
 
 
 def _recognise(where: str, record: dict[str, Any]) -> str:
@@ -157,7 +152,7 @@ def _recognise(where: str, record: dict[str, Any]) -> str:
 
 
 def _keys_of(record: dict[str, Any]) -> str:
-    return f"its keys are {', '.join(sorted(map(str, record)))}"
+    return f"its keys are {', '.join(sorted(record))}"
 
 
 def _own(where: str, record: dict[str, Any]) -> list[Completion]:

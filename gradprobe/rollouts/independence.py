@@ -52,12 +52,12 @@ class SharedNoise:
         )
 
 
-def shared_noise(rollouts: Iterable[Rollout], seed: int = 0) -> SharedNoise:
-    """Compare rollouts of different prompts at equal and at other sample numbers; `seed` is of the shuffles."""
+def shared_noise(rollouts: Iterable[Rollout]) -> SharedNoise:
+    """Compare rollouts of different prompts at equal and at other sample numbers."""
     tokens = _table(rollouts)
     if tokens.shape[0] < 2 or ((tokens[:, :, 0] >= 0).sum(axis=1) > 1).sum() < 2:
         return SharedNoise(None, None, None)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     same, n_same = _agreements(tokens)
     numbers = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     renumbered = (rng.permuted(numbers, axis=1)[:, :, None] for _ in range(SHUFFLES))

@@ -14,10 +14,10 @@ RECORD_FILES = (".jsonl", ".json", ".parquet")
 def rollout_files(given: Sequence[Path]) -> list[Path]:
     """The files that hold rollouts, of files, dumps, or folders with the completions of one training step."""
     files = [_file_at(place) for place in given]
-    for i, file in enumerate(files):
-        if file.resolve() in (other.resolve() for other in files[:i]):
-            raise InputError(f"`rollouts` {file}: stands there twice")
-        if len(files) > 1 and contract.find_manifest(file) is not None:
+    if len({file.resolve() for file in files}) < len(files):
+        raise InputError(f"`rollouts` {in_words(files)}: a file is given twice")
+    for file in files if len(files) > 1 else ():
+        if contract.find_manifest(file) is not None:
             raise InputError(f"`rollouts` {file}: is a dump's, and goes with no other; merge dumps and name that one")
     return files
 

@@ -4,6 +4,7 @@ Every request says in full how to sample, so that the server's own defaults and 
 no part. A server that keeps the token ids to itself is refused, since text does not determine them.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import InputError, first_of, one_line, raise_if_any
+from ..common.errors import InputError, first_of, one_line, raise_if_any, reason_of
+from ..common.extras import library
 from ..common.fields import is_finite
-from .fetch import json_at
+from ..common.files import json_object
 from .sample import Sampling
+
+RETRIES: dict[str, Any] = {
+    **{"total": 6, "connect": 2, "read": 0, "redirect": 0, "status_forcelist": (429, 502, 503, 504)},
+    **{"allowed_methods": None, "raise_on_status": False, "backoff_factor": 1.0, "backoff_max": 30.0},
+    "retry_after_max": 60,
+}
+"""How a busy server is asked again: after 0, 2, 4, 8, 16 and 30 seconds, or when it says. A request that it may be
+working on is not sent twice."""
+SECONDS_TO_CONNECT = 30.0
 
 FULL_SOFTMAX = {
     "top_p": 1.0,
@@ -63,6 +74,34 @@ class CompletionsServer:
         return json_at(f"{self.url}/completions", self.timeout, {"model": self.model, **request}, self.api_key)
 
 
+def json_at(url: str, seconds: float, body: dict[str, Any] | None = None, api_key: str | None = None) -> dict[str, Any]:
+    """The JSON object at `url`, waited for `seconds` and asked for again where the server is busy; a `body` is posted.
+
+    `api_key` is sent as a bearer token; an error that repeats it is shown without.
+    """
+    urllib3 = library("urllib3", "server", f"`base_url` {url}")
+    # Each request has its connection: a server may close an idle one just when it is used again.
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    headers |= {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    try:
+        response = urllib3.request(
+            "GET" if body is None else "POST",
+            url,
+            body=None if body is None else json.dumps(body),
+            headers=headers,
+            retries=urllib3.Retry(**RETRIES),
+            timeout=urllib3.Timeout(connect=min(seconds, SECONDS_TO_CONNECT), read=seconds),
+        )
+    except urllib3.exceptions.HTTPError as error:
+        raise InputError(f"{url}: can't be reached ({reason_of(getattr(error, 'reason', None) or error)})") from error
+    if response.status != 200:
+        said = f"{response.reason or ''}: {response.data.decode('utf-8', 'replace')}"
+        said = said if api_key is None else said.replace(api_key, "(the key)")
+        hint = "; `api_key_env` names the variable that holds its key" if response.status in (401, 403) else ""
+        raise InputError(f"{url}: HTTP {response.status} {one_line(said)}{hint}")
+    return json_object(response.data, url)
+
+
 def key_in(variable: str | None) -> str | None:
     """The key that an environment variable holds; None where no variable is named.
 
@@ -71,12 +110,8 @@ def key_in(variable: str | None) -> str | None:
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
-    if not key:
-        raise InputError(
-            "`api_key_env`: no environment variable of that name is set; the name is asked for, not the key"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise InputError("`api_key_env`: what that environment variable holds is no key, but has other characters")
+    if not (key and key.isascii() and key.isprintable()):
+        raise InputError("`api_key_env`: no environment variable of that name holds a key; not the key is asked for")
     return key
 
 

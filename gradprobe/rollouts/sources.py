@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
@@ -21,19 +20,14 @@ log = logging.getLogger(__name__)
 SHOWN_FAILURES = 5
 
 
-class Source(Protocol):
-    """Gives a shard's rollouts, without scores, and without verdicts where `correct` is None."""
-
-    prompts: list[PromptKey]  # that are due, in order
-    rows_per_prompt: list[int]  # how many rollouts each of them has
-    n_tokens_at_most: int  # the most response tokens that all of them can have
-
-    def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
-        """What gives the rollouts of a stretch of prompts."""
-
-
 class GivenRollouts:
-    """A shard's part, whole prompts, of the rollouts of another dump or another tool; `of_all_shards` are all."""
+    """A shard's part, whole prompts, of the rollouts of another dump or another tool; `of_all_shards` are all.
+
+    Attributes:
+        prompts: that are due, in order.
+        rows_per_prompt: how many rollouts each of them has.
+        n_tokens_at_most: the most response tokens that all of them can have.
+    """
 
     def __init__(self, rollouts: Sequence[Rollout], shard_index: int = 0, num_shards: int = 1):
         self.of_all_shards = rollouts
@@ -49,12 +43,12 @@ class GivenRollouts:
         self.n_tokens_at_most = sum(len(rollout.response_ids) for group in self._groups for rollout in group)
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
-        """See `Source`."""
+        """What gives the rollouts of a stretch of prompts."""
         return lambda chunk: [rollout for index in chunk for rollout in self._groups[index]]
 
 
 class SampledRollouts:
-    """Responses of the probed model to problems, sampled here or by a server that runs it.
+    """Responses of the probed model to problems, sampled here or by a server that runs it; as `GivenRollouts`.
 
     Args:
         prompt_ids: the tokens of each problem's prompt.
@@ -77,7 +71,7 @@ class SampledRollouts:
         self._server, self._n_requests = server, n_requests
 
     def opened(self, checkpoint: Checkpoint, sample_rows: int) -> Callable[[range], list[Rollout]]:
-        """See `Source`."""
+        """What gives the rollouts of a stretch of prompts, without scores and verdicts."""
         sampling, seed, rows = self._sampling, self._seed, Budget(sample_rows)
         if any(sampling.room_after(ids) < sampling.max_new_tokens for ids in self._prompt_ids):
             log.info(f"note: responses end at the model's context of {sampling.context} tokens")
@@ -110,6 +104,9 @@ class SampledRollouts:
             ]
 
         return sample
+
+
+Source = GivenRollouts | SampledRollouts
 
 
 def judged(rollouts: Sequence[Rollout], running: RunningVerifier) -> list[Rollout]:

@@ -127,7 +127,7 @@ PROBE_FLAGS = {
     "a server that is not there": ("--sampler openai --base-url http://127.0.0.1:9", "can't be reached"),
     "a score without a file": ("--pool bucket --bucket-by score:nix", "name it by --rollouts"),
     "a message to go on with": ("--continue-final-message", "--continue-final-message", "--chat-template"),
-    "no such data set": ("--dataset TMP/nowhere.jsonl", "--dataset TMP/nowhere.jsonl", "No such file"),
+    "no such data set": ("--dataset TMP/nowhere.jsonl", "TMP/nowhere.jsonl", "No such file"),
     "no such layer": ("--layer 3", "--layer", "3"),
     "no prompts": ("--num-prompts 0", "--num-prompts 0", "at least 1"),
     "more prompts than problems": ("--num-prompts 13", "--num-prompts 13", "12 problems"),
@@ -138,8 +138,8 @@ PROBE_FLAGS = {
     "temperature NaN": ("--temperature nan", "--temperature nan", "above 0"),
     "no such device": ("--device tpu", "--device tpu", "cpu"),
     "no such GPU": ("--device cuda:99", "--device cuda:99", "GPU"),
-    "output is a file": ("--output-dir TMP/file", "TMP/file", "is a file"),
-    "output that can't be made": ("--output-dir /proc/nowhere/out", "/proc/nowhere/out", "No such file"),
+    "output is a file": ("--output-dir TMP/file", "TMP/file", "File exists"),
+    "output that can't be made": ("--output-dir /proc/nowhere/out", "/proc/nowhere: No such file"),
     "no such edges": ("--entropy-edges TMP/nowhere.json", "TMP/nowhere.json", "no such file"),
     "rollouts and sampling": ("--rollouts TMP/file", "--num-prompts can't go with --rollouts", "--num-samples"),
     "two faults at once": ("--bins 1 --temperature 0", "--bins 1", "--temperature 0"),
@@ -191,19 +191,8 @@ def test_output_of_other_settings_in_use_or_of_somebody_else(refuses, run, sampl
 # Data sets
 
 GOOD = '{"id": "a", "prompt": "1+2", "ground_truth": "3"}\n'
-DATA_SETS = {
+DATA_SETS = {  # what else can be wrong with one: tests/problems/test_problems.py
     "empty": (b"", "--dataset TMP/problems.jsonl", "no problems"),
-    "blank lines": (b"\n\n", "--dataset TMP/problems.jsonl", "no problems"),
-    "broken line": ((GOOD + '{"id": "b", \n').encode(), "TMP/problems.jsonl:2", "not JSON"),
-    "not an object": ((GOOD + "[1, 2]\n").encode(), "TMP/problems.jsonl:2", "not a JSON object"),
-    "no prompt": ((GOOD + '{"id": "b", "ground_truth": "3"}\n').encode(), ":2", "'prompt' is missing"),
-    "no id": ((GOOD + '{"prompt": "1", "ground_truth": "3"}\n').encode(), ":2", "'id' is missing"),
-    "no truth": ((GOOD + '{"id": "b", "prompt": "1"}\n').encode(), ":2", "'ground_truth' is missing"),
-    "prompt is a number": ((GOOD + GOOD.replace('"1+2"', "12")).encode(), ":2", "'prompt' is of type int"),
-    "truth is a list": ((GOOD + GOOD.replace('"3"', "[3]")).encode(), ":2", "'ground_truth' is of type list"),
-    "id is null": ((GOOD + GOOD.replace('"a"', "null")).encode(), ":2", "'id' is of type NoneType"),
-    "duplicate id": ((GOOD + GOOD).encode(), "TMP/problems.jsonl:2", "id 'a' was used in line 1"),
-    "not UTF-8": (GOOD.encode() + b'{"id": "\xff"}\n', "TMP/problems.jsonl", "not UTF-8 at byte"),
     "UTF-16": (GOOD.encode("utf-16"), "TMP/problems.jsonl", "not UTF-8"),
     "escapes in an id": ((GOOD.replace('"a"', '"\\u001b[31m"') * 2).encode(), ":2", "\\x1b[31m"),
     "two broken lines": ((GOOD + "x\ny\n").encode(), "TMP/problems.jsonl:2", "TMP/problems.jsonl:3"),
@@ -382,19 +371,6 @@ def append(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda dump: (dump / name).write_bytes((dump / name).read_bytes() + content)
 
 
-def line_of_manifest(**changes: object) -> bytes:
-    return json.dumps(changes).encode()
-
-
-def save_npz(dump: Path) -> None:
-    np.savez(dump / "grads.npz", np.load(dump / "grads.npy"))
-    (dump / "grads.npz").rename(dump / "grads.npy")
-
-
-def two_same_rows(dump: Path) -> None:
-    edit_meta(2, row=39)(dump)
-
-
 META, GRADS, MANIFEST = "dump/meta.jsonl", "dump/grads.npy", "dump/manifest.json"
 DUMPS = {
     "no directory": (shutil.rmtree, MANIFEST, "not a finished dump"),
@@ -410,21 +386,14 @@ DUMPS = {
     "gradients cut short": (lambda dump: os.truncate(dump / "grads.npy", 900), GRADS, "cut short"),
     "gradients cut by a byte": (lambda dump: os.truncate(dump / "grads.npy", 128 + 959), GRADS, "cut short"),
     "gradients of float64": (save_grads(lambda g: g.astype("f8")), GRADS, "float32", "<f8"),
-    "gradients of float16": (save_grads(lambda g: g.astype("f2")), GRADS, "float32", "<f2"),
     "gradients of integers": (save_grads(lambda g: g.astype("i4")), GRADS, "float32", "<i4"),
     "gradients big-endian": (save_grads(lambda g: g.astype(">f4")), GRADS, "little-endian", ">f4"),
-    "gradients structured": (save_grads(lambda g: g.view([("x", "<f4")])), GRADS, "float32"),
     "gradients 1-D": (save_grads(np.ravel), GRADS, "two dimensions", "(240,)"),
-    "gradients 3-D": (save_grads(lambda g: g[None]), GRADS, "two dimensions"),
-    "gradients 0-D": (save_grads(lambda g: g[0, 0]), GRADS, "two dimensions"),
     "gradients in Fortran order": (save_grads(np.asfortranarray), GRADS, "Fortran order"),
-    "gradients of no length": (save_grads(lambda g: g[:, :0]), GRADS, "two dimensions"),
     "gradients of objects": (save_grads(lambda g: np.array([{}] * 40, dtype=object)), GRADS, "array of numbers"),
-    "gradients are a zip": (save_npz, GRADS, "not a readable .npy"),
     "gradients are a pickle": (
         lambda dump: (dump / "grads.npy").write_bytes(pickle.dumps(np.zeros((40, 6), "f4"))), GRADS, "not a readable",
     ),
-    "gradients of another npy version": (patch("grads.npy", b"NUMPY\x01", b"NUMPY\x09"), GRADS, "not a readable"),
     "fewer rows": (save_grads(lambda g: g[:39]), MANIFEST, "num_positions is 40", "has 39"),
     "another dimension": (save_grads(lambda g: g[:, :5].copy()), MANIFEST, "row_dim is 6", "has 5"),
     "meta shorter": (
@@ -435,27 +404,20 @@ DUMPS = {
     "meta empty": (lambda dump: os.truncate(dump / "meta.jsonl", 0), META, "0 lines for the 40 rows"),
     "meta torn": (lambda dump: os.truncate(dump / "meta.jsonl", 1000), META + ":", "not JSON"),
     "meta with a blank line": (append("meta.jsonl", b"\n"), META + ":41", "not JSON"),
-    "a row twice": (two_same_rows, META + ":2", "row 39 stands twice"),
+    "a row twice": (edit_meta(2, row=39), META + ":2", "row 39 stands twice"),
     "a row outside": (edit_meta(3, row=40), META + ":3", "row 40 is outside 0..39"),
-    "a negative row": (edit_meta(3, row=-1), META + ":3", "'row'"),
     "a row that is true": (edit_meta(39, row=True), META + ":39", "'row'"),
     "entropy NaN": (edit_meta(3, entropy=math.nan), META + ":3", "'entropy' is not a finite number"),
-    "entropy infinite": (edit_meta(3, entropy=math.inf), META + ":3", "'entropy' is not a finite number"),
     "entropy a text": (edit_meta(3, entropy="0.5"), META + ":3", "'entropy'"),
     "entropy null": (edit_meta(3, entropy=None), META + ":3", "'entropy'"),
     "logprob a text": (edit_meta(3, logprob="-1"), META + ":3", "'logprob'"),
     "bin outside": (edit_meta(3, bin=5), META + ":3", "bin 5 is outside 0..4"),
-    "bin negative": (edit_meta(3, bin=-1), META + ":3", "'bin'"),
     "bin not the edges'": (edit_meta(3, entropy=0.05), META, "1 rows are not in the bin of their", "rows 37"),
     "correct is 1": (edit_meta(3, correct=1), META + ":3", "'correct'"),
     "prompt a text": (edit_meta(3, prompt_idx="7"), META + ":3", "prompt_idx"),
-    "prompt negative": (edit_meta(3, prompt_idx=-7), META + ":3", "prompt_idx"),
-    "prompt nested": (edit_meta(3, prompt_idx=[[[]]]), META + ":3", "prompt_idx"),
     "sample missing": (patch("meta.jsonl", b"sample_idx", b"sample"), META + ":1", "'sample_idx'"),
-    "giant integer": (edit_meta(3, pos=10**30), META + ":3", "'pos'"),
     "meta not UTF-8": (patch("meta.jsonl", b'"row"', b'"r\xffw"'), META + ":1", "not UTF-8"),
     "manifest empty": (lambda dump: os.truncate(dump / "manifest.json", 0), MANIFEST, "not JSON"),
-    "manifest torn": (lambda dump: os.truncate(dump / "manifest.json", 100), MANIFEST, "not JSON"),
     "manifest a list": (lambda dump: (dump / "manifest.json").write_text("[]"), MANIFEST, "not a JSON object"),
     "manifest not UTF-8": (patch("manifest.json", b"planted", b"plant\xff\xff"), MANIFEST, "not UTF-8"),
     "manifest without edges": (edit_manifest(entropy_edges=None), MANIFEST, "'entropy_edges' is missing"),
@@ -463,14 +425,11 @@ DUMPS = {
     "bins a text": (edit_manifest(bins="5"), MANIFEST, "'bins' is not an integer"),
     "row index negative": (edit_manifest(row_idx=-1), MANIFEST, "'row_idx' is not an integer from 0"),
     "target a number": (edit_manifest(target=7), MANIFEST, "'target' is not a text"),
-    "checksums a list": (edit_manifest(checksums=[]), MANIFEST, "'checksums' is not an object"),
-    "dataset a text": (edit_manifest(dataset="x"), MANIFEST, "'dataset' is not an object"),
     "positions miscounted": (edit_manifest(num_positions=41), MANIFEST, "num_positions is 41", "has 40"),
     "prompts miscounted": (edit_manifest(num_prompts=1), MANIFEST, "num_prompts is 1", "2"),
     "rollouts miscounted": (edit_manifest(num_rollouts=3), MANIFEST, "num_rollouts is 3", "4"),
     "edges for fewer bins": (edit_manifest(bins=4), MANIFEST, "6 entropy_edges for 4 bins"),
     "edges falling": (edit_manifest(entropy_edges=[0, 1, 0.5, 2, 3, 4]), MANIFEST, "not increasing"),
-    "edges equal": (edit_manifest(entropy_edges=[0, 1, 1, 2, 3, 4]), MANIFEST, "not increasing"),
     "edges of texts": (edit_manifest(entropy_edges=list("abcdef")), MANIFEST, "not increasing"),
     "a bit flipped in the gradients": (
         lambda dump: (with_checksums(dump), flip_bit(dump / "grads.npy", -5)), GRADS, "has changed since",
@@ -583,7 +542,7 @@ PROBED = {
 }
 UNSIGNED = {
     "a token twice": (first_token_twice, "dump/meta.jsonl", "token stands in two rows"),
-    "entropy not the rollout's": (shift_entropy, "dump/meta.jsonl: row 0", "entropy is"),
+    "entropy not the rollout's": (shift_entropy, "row 0", "entropy is"),
     "rollouts torn": (lambda dump: os.truncate(dump / "rollouts.jsonl", 500), "dump/rollouts.jsonl:", "not JSON"),
     "a rollout less": (
         lambda dump: (dump / "rollouts.jsonl").write_bytes((dump / "rollouts.jsonl").read_bytes().split(b"\n", 1)[1]),
@@ -594,10 +553,10 @@ UNSIGNED = {
         "dump/rollouts.jsonl: prompt", "stands twice",
     ),
     "verdict not the rollout's": (
-        patch("rollouts.jsonl", b'"correct": false', b'"correct": true'), "dump/meta.jsonl: row 0", "correct differs",
+        patch("rollouts.jsonl", b'"correct": false', b'"correct": true'), "row 0", "correct is",
     ),
-    "log-prob not the rollout's": (edit_meta(1, logprob=-9.5), "dump/meta.jsonl: row 0", "logprob is -9.5"),
-    "place behind the response": (edit_meta(1, pos=50), "dump/meta.jsonl: row 0", "the response has"),
+    "log-prob not the rollout's": (edit_meta(1, logprob=-9.5), "row 0", "logprob is -9.5"),
+    "place behind the response": (edit_meta(1, pos=50), "dump/meta.jsonl: prompt", "row 0 is of pos 50"),
     "fewer entropies than tokens": (of_rollouts(entropies=[]), "dump/rollouts.jsonl:2", "differ in length"),
     "more log-probs than tokens": (of_rollouts(logprobs=[-1.0] * 50), "dump/rollouts.jsonl:2", "differ in length"),
     "entropies of text": (of_rollouts(entropies=["0.1"]), "dump/rollouts.jsonl:2", "not a list of finite numbers"),
@@ -738,15 +697,15 @@ COMMANDS = {
     "plots without --base": (plot_exp12_intuitive.main, "--trained DUMP --output-dir TMP/o", "--base"),
     "plots without --trained": (plot_exp12_intuitive.main, "--base DUMP --output-dir TMP/o", "--trained"),
     "plots without --output-dir": (plot_exp12_intuitive.main, "--base DUMP --trained DUMP", "--output-dir"),
-    "exp1 into a file": (analyze_exp1_compression.main, "a=DUMP --output-dir TMP/file", "TMP/file: is a file"),
-    "exp2 into a file": (analyze_exp2_direction.main, "DUMP --output-dir TMP/file", "TMP/file: is a file"),
+    "exp1 into a file": (analyze_exp1_compression.main, "a=DUMP --output-dir TMP/file", "TMP/file: File exists"),
+    "exp2 into a file": (analyze_exp2_direction.main, "DUMP --output-dir TMP/file", "TMP/file: File exists"),
     "exp1 below a file": (analyze_exp1_compression.main, "a=DUMP --output-dir TMP/file/o", "Not a directory"),
     "exp2 below a file": (analyze_exp2_direction.main, "DUMP --output-dir TMP/file/o", "Not a directory"),
     "exp1 into /proc": (analyze_exp1_compression.main, "a=DUMP --output-dir /proc/nowhere", "/proc/nowhere"),
     "plots into a file": (
-        plot_exp12_intuitive.main, "--base DUMP --trained DUMP --output-dir TMP/file", "TMP/file: is a file",
+        plot_exp12_intuitive.main, "--base DUMP --trained DUMP --output-dir TMP/file", "TMP/file: File exists",
     ),
-    "merge into a file": (merge_grad_vector_shards.main, "TMP/file DUMP", "TMP/file: is a file"),
+    "merge into a file": (merge_grad_vector_shards.main, "TMP/file DUMP", "TMP/file: File exists"),
     "merge below a file": (merge_grad_vector_shards.main, "TMP/file/merged DUMP", "Not a directory"),
     "merge into /proc": (merge_grad_vector_shards.main, "/proc/nowhere DUMP", "/proc/nowhere"),
 }  # fmt: skip
@@ -798,9 +757,9 @@ SHARDS = {
     "rollouts changed": (
         lambda s: [flip_bit(s[1] / "rollouts.jsonl", 20, 1) or "merged", "s0", "s1"], "s1/rollouts.jsonl", "changed",
     ),
-    "the output": (lambda s: ["s0", "s0", "s1"], "TMP/s0: is one of the shards"),
-    "inside the output": (lambda s: [".", "s0", "s1"], "holds the shard TMP/s0"),
-    "around the output": (lambda s: ["s0/merged", "s0", "s1"], "s0/merged: holds the shard"),
+    "the output": (lambda s: ["s0", "s0", "s1"], "TMP/s0: is, or holds, or is in the shard"),
+    "inside the output": (lambda s: [".", "s0", "s1"], "holds, or is in the shard TMP/s0"),
+    "around the output": (lambda s: ["s0/merged", "s0", "s1"], "s0/merged: is, or holds, or is in the shard"),
     "the output forgotten": (
         lambda s: [edit_json(s[1] / "manifest.json", shard={"index": 0, "num_shards": 1}) or "s0", "s1"],
         "TMP/s0/manifest.json: is of a dump that is no merged one",
@@ -831,19 +790,13 @@ FILE = "TMP/rollouts.jsonl:2"
 UNSCORED = {"tail_mass": None, "token_texts": None}
 """As files of older versions were."""
 ROLLOUTS = {
-    "missing": (Path.unlink, "--rollouts TMP/rollouts.jsonl"),
-    "empty": (lambda file: os.truncate(file, 0), "rollouts.jsonl"),
+    "missing": (Path.unlink, "TMP/rollouts.jsonl", "No such file"),
     "torn": (lambda file: os.truncate(file, file.stat().st_size - 30), "rollouts.jsonl:4", "JSON"),
-    "not UTF-8": (lambda file: file.write_bytes(b'{"\xff"}\n'), "TMP/rollouts.jsonl", "not UTF-8"),
-    "not an object": (lambda file: file.write_text("7\n"), "TMP/rollouts.jsonl", "JSON"),
     "a key missing": (edit_rollout(response_ids=None), FILE),
     "ids of text": (edit_rollout(response_ids=["1"], entropies=[0.1], logprobs=[-1]), FILE, "response"),
-    "ids negative": (edit_rollout(response_ids=[-1], entropies=[0.1], logprobs=[-1]), FILE),
     "ids outside the vocabulary": (edit_rollout(response_ids=[260], entropies=[0.1], logprobs=[-1], **UNSCORED), "260"),
-    "prompt ids outside the vocabulary": (edit_rollout(prompt_ids=[999]), "999"),
     "no prompt": (edit_rollout(prompt_ids=[]), FILE, "prompt"),
     "prompt negative": (edit_rollout(prompt_idx=-1), FILE, "prompt_idx"),
-    "sample negative": (edit_rollout(sample_idx=-1), FILE, "sample_idx"),
     "a sample twice": (lambda file: file.write_text(file.read_text() * 2), "rollouts.jsonl", "twice"),
 }  # fmt: skip
 
@@ -914,13 +867,6 @@ def test_awkward_names_are_escaped_on_one_line(refuses, planted, tmp_path, reade
     dump.parent.mkdir()
     main, arguments = READERS[reader]
     assert ESCAPED_ODD_NAME in refuses(main, arguments(dump, planted), "not a finished dump")
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_names_that_are_not_utf8_are_refused(refuses, planted, tmp_path, reader):
-    dump = shutil.copytree(planted, tmp_path / os.fsdecode(b"d\xffmp"))
-    main, arguments = READERS[reader]
-    refuses(main, arguments(dump, planted), "not UTF-8")
 
 
 def test_texts_of_a_dump_never_reach_a_terminal_raw(run, tmp_path):

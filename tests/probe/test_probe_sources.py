@@ -101,9 +101,7 @@ def test_the_tokenizers_chat_template_renders_what_the_demo_has_rendered(tmp_pat
 
 def test_only_the_studys_problems_are_rendered_and_shards_agree(checkpoint_dir, tmp_path, monkeypatch):
     texts = []
-    monkeypatch.setattr(
-        "gradprobe.problems.chat.ChatTemplate.render", lambda self, messages, *_: texts.append(messages) or "1+2="
-    )
+    monkeypatch.setattr("gradprobe.problems.templates.in_chat", lambda messages, *_: texts.append(messages) or "1+2=")
     flags = ["--model-path", DEMO / "base", "--chat-template", "--problem-key", "meta.problem", "--num-prompts", 6]
     of_shards = []
     for shard in (0, 1):

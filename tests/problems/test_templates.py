@@ -27,15 +27,13 @@ def tokenizer():
     ("template", "says"),
     [
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
-        ("{% if %}", "refuses problem '0'"),
         ("{{ messages[5] }}", "makes nothing"),
-        ("{{ 'a' + 1 }}", "TypeError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     ],
 )
 def test_a_chat_template_at_fault_is_one_line(tokenizer, monkeypatch, template, says):
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(InputError, match="^`chat_template`: the tokenizer's refuses problem '0'") as error:
+    with pytest.raises(InputError, match="^`chat_template`: problem '0': the tokenizer's chat template") as error:
         render_prompts(load_problems(DATA / "plain.jsonl"), None, True, None, tokenizer)
     assert says in str(error.value)
 
@@ -83,10 +81,9 @@ def test_messages_go_through_the_chat_template(tokenizer):
         "<|im_start|>user\nWhat is 2+1? Answer in \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert all(problem.messages == () for problem in rendered.problems)
-    with pytest.raises(InputError, match=r"lists of chat messages \(problem '10'\); add `chat_template`"):
-        render_prompts(messages)
-    with pytest.raises(InputError, match="`prompt_template`: prompts of .* are lists of chat messages"):
-        render_prompts(messages, "{problem}", True, None, tokenizer)
+    for others in ((), ("{problem}", True, None, tokenizer)):
+        with pytest.raises(InputError, match=r"lists of chat messages \(problem '10'\); `chat_template` alone"):
+            render_prompts(messages, *others)
 
 
 def test_without_any_of_it_prompts_stay_as_they_are():
@@ -113,7 +110,9 @@ def test_a_chat_template_that_refuses_or_prints_the_date(checkpoint_dir):
     tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0].role == 'system' else 'ok' }}"
     problem_set = load_problems(DATA / "plain.jsonl")
     assert prompts_of(render_prompts(problem_set, None, True, None, tokenizer)) == ["ok", "ok"]
-    with pytest.raises(InputError, match="refuses problem '0' \\(TemplateError: no system role\\)"):
+    with pytest.raises(
+        InputError, match="problem '0': .* does not take its prompt \\(TemplateError: no system role\\)"
+    ):
         render_prompts(problem_set, None, True, "system", tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%Y') }}"
     assert "date" in render_prompts(problem_set, None, True, None, tokenizer).notes[0]

@@ -21,7 +21,6 @@ from scipy.stats import chisquare
 import probe_grad_vectors
 from gradprobe.common.errors import InputError
 from gradprobe.model.checkpoint import Checkpoint, load_checkpoint
-from gradprobe.rollouts import fetch
 from gradprobe.rollouts import server as completions
 from gradprobe.rollouts.sample import Sampling, StopText
 from gradprobe.rollouts.score import score_responses
@@ -286,7 +285,7 @@ class Playing(BaseHTTPRequestHandler):
 @pytest.fixture
 def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """One on a free port of 127.0.0.1, asked without waiting between."""
-    monkeypatch.setitem(fetch.RETRIES, "backoff_factor", 0.01)
+    monkeypatch.setitem(completions.RETRIES, "backoff_factor", 0.01)
     found = ThreadingHTTPServer(("127.0.0.1", 0), Playing)
     found.n_asked, found.keys = 0, set()
     thread = threading.Thread(target=found.serve_forever)
@@ -371,12 +370,7 @@ def test_the_key_is_sent_and_shown_nowhere(playing, checkpoint, tmp_path, capsys
     ("held", "flags", "says"),
     [
         (None, "--sampler openai --base-url http://127.0.0.1:9", "--api-key-env: no environment variable of that name"),
-        (" \n", "--sampler openai --base-url http://127.0.0.1:9", "--api-key-env: no environment variable of that"),
-        (
-            "a\r\nX: b",
-            "--sampler openai --base-url http://127.0.0.1:9",
-            "--api-key-env: what that environment variable",
-        ),
+        ("a\r\nX: b", "--sampler openai --base-url http://127.0.0.1:9", "--api-key-env: no environment variable of"),
         ("sesame", "", "--api-key-env says something of --base-url only"),
         ("sesame", f"--rollouts {DEMO}", "--api-key-env can't go with --rollouts"),
     ],
@@ -392,7 +386,7 @@ def test_a_key_that_is_none_is_refused_without_showing_it(tmp_path, capsys, monk
 
 
 def test_waiting_for_a_busy_server_is_bounded():
-    retry = urllib3.Retry(**fetch.RETRIES)
+    retry = urllib3.Retry(**completions.RETRIES)
     waits = []
     while not retry.is_exhausted():
         waits.append(retry.get_backoff_time())

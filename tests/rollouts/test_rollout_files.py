@@ -655,7 +655,7 @@ def test_a_dump_goes_alone_and_no_file_stands_twice(tmp_path):
     (dump / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match=r"rollouts.jsonl: is a dump's, and goes with no other; merge"):
         places.rollout_files([one, dump])
-    with pytest.raises(InputError, match="one.jsonl: stands there twice"):
+    with pytest.raises(InputError, match="one.jsonl and 1 more: a file is given twice"):
         places.rollout_files([one, dump / ".." / "one.jsonl"])
 
 
