@@ -9,7 +9,6 @@ a_i = ‖g_i‖² throughout. Where there is no number, functions return None.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -22,7 +21,6 @@ MATCHED_DRAWS = 20
 CANT_TELL = "can't tell"
 MIN_PROMPTS = 4
 """Fewer prompts have at most 3 ways to be halved: no interval."""
-PICKS_AT_ONCE_BYTES = 64 << 20
 
 Interval = tuple[float, float]
 
@@ -147,31 +145,18 @@ def half_sample_interval(sums: Sums, measure: Measure, draws: int = HALF_DRAWS, 
     return max(1.0, float(low)), float(high)
 
 
-def half_picks(n_prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """[some, n_prompts] 0 or 1, `draws` in all: halves without replacement; of an odd number, the smaller half."""
-    rng = np.random.default_rng(seed)
-    for part in _pick_slices(draws, n_prompts):
-        order = np.argsort(rng.random((part.stop - part.start, n_prompts)), axis=1)
-        yield (order < n_prompts // 2).astype(float)
-
-
-def without_each(n_prompts: int) -> Iterator[np.ndarray]:
-    """[some, n_prompts] 0 or 1: all but one prompt, each in turn."""
-    for part in _pick_slices(n_prompts, n_prompts):
-        yield 1 - np.eye(part.stop - part.start, n_prompts, k=part.start)
-
-
-def _pick_slices(draws: int, n_prompts: int) -> Iterator[slice]:
-    step = max(1, PICKS_AT_ONCE_BYTES // (8 * n_prompts))
-    return (slice(start, min(start + step, draws)) for start in range(0, draws, step))
+def half_picks(n_prompts: int, draws: int, seed: int) -> np.ndarray:
+    """[draws, n_prompts] 0 or 1: halves without replacement; of an odd number, the smaller half."""
+    order = np.argsort(np.random.default_rng(seed).random((draws, n_prompts)), axis=1)
+    return (order < n_prompts // 2).astype(float)
 
 
 def _logs_of(by_prompt: Sums, measure: Measure, draws: int, seed: int) -> list[np.ndarray]:
     """log `measure` of halves of the prompts, [draws], of all without each, [P], and of all, [1]. NaN: no number."""
     n_prompts = len(by_prompt.n)
-    picks = chain(half_picks(n_prompts, draws, seed), without_each(n_prompts), [np.ones((1, n_prompts))])
-    values = np.concatenate([measure(by_prompt, part) for part in picks])
-    return np.split(np.log(values), [draws, draws + n_prompts])
+    all_but_one = 1 - np.eye(n_prompts)
+    picks = np.concatenate([half_picks(n_prompts, draws, seed), all_but_one, np.ones((1, n_prompts))])
+    return np.split(np.log(measure(by_prompt, picks)), [draws, draws + n_prompts])
 
 
 def _deviation_range(halves: np.ndarray, without_one: np.ndarray) -> np.ndarray | None:

@@ -38,9 +38,9 @@ from .subspaces import (
     NULL_DRAWS,
     OVERLAP_SIZE,
     compare,
+    compare_parts,
     directions_of,
     shuffled_labels,
-    shuffled_null,
     split_half_ceiling,
 )
 
@@ -214,8 +214,10 @@ def measure_dump(
         measured.append(_measure_bucket(whole.part(label == index), settings))
         on_step()
     buckets, energies, sums, ceilings, directions = map(list, zip(*measured, strict=True))
-    labellings = shuffled_labels(label, whole.rollout, settings.null, settings.seed)
-    null = shuffled_null(whole, labellings, n_buckets, on_step)
+    null = []
+    for draw, labels in enumerate(shuffled_labels(label, whole.rollout, settings.null, settings.seed)):
+        null.append(compare_parts(whole, labels, n_buckets, draw))
+        on_step()
     numbers = {
         "per_bucket": {str(index): numbers for index, numbers in enumerate(buckets)},
         **_cross_numbers(compare(directions), ceilings, null, whole.dim),
@@ -280,21 +282,23 @@ def norm_by(surprisal: np.ndarray, squared_norms: np.ndarray) -> list[Numbers] |
     return found or None
 
 
-def _cross_numbers(cross: np.ndarray, ceilings: Sequence[np.ndarray], null: np.ndarray, dim: int) -> Numbers:
-    """Measures across buckets, [2, B, B], between halves of each, [draws, 2], and of shuffles, [draws, 2, B, B]."""
-    size = str(OVERLAP_SIZE)
+def _cross_numbers(cross: np.ndarray, ceilings: Sequence[np.ndarray], null: Sequence[np.ndarray], dim: int) -> Numbers:
+    """Measures across buckets, [2, B, B], between halves of each, [draws, 2], and of shuffles, [2, B, B] each."""
+    size, n_buckets = str(OVERLAP_SIZE), len(ceilings)
     cosines, overlaps = ([[_finite(value) for value in row] for row in values] for values in cross)
     halves = [[_drawn(of_measure) for of_measure in ceiling.T] for ceiling in ceilings]
-    shuffles = [[[_drawn(values) for values in row] for row in np.moveaxis(null, 0, -1)[measure]] for measure in (0, 1)]
+    drawn = np.reshape(null, (-1, *cross.shape))
+    shuffled = [
+        [[None if i == j else _drawn(drawn[:, measure, i, j]) for j in range(n_buckets)] for i in range(n_buckets)]
+        for measure in range(len(cross))
+    ]
     return {
         "cross_bucket_top1_cosine": cosines,
         "cross_bucket_ceiling": [cosine and cosine["mean"] for cosine, _ in halves],
         "cross_bucket_top1_repeats": [_repeats(cosine, dim) for cosine, _ in halves],
         "cross_bucket_overlap": {size: overlaps},
-        "cross_bucket_ceiling_detail": [
-            {"top1_cosine": cosine, "overlap": {size: overlap}} for cosine, overlap in halves
-        ],
-        "cross_bucket_null": {"top1_cosine": shuffles[0], "overlap": {size: shuffles[1]}},
+        "cross_bucket_ceiling_detail": [{"top1_cosine": one, "overlap": {size: other}} for one, other in halves],
+        "cross_bucket_null": {"top1_cosine": shuffled[0], "overlap": {size: shuffled[1]}},
     }
 
 

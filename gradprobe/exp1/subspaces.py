@@ -10,9 +10,9 @@ shuffled within rollouts). Halves hold half the rows, so the ceiling errs on the
 same prompts, two halves don't.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -105,23 +105,3 @@ def shuffled_labels(bucket: np.ndarray, rollout: np.ndarray, draws: int, seed: i
         shuffled = np.empty_like(bucket)
         shuffled[by_rollout] = bucket[np.lexsort((rng.random(len(bucket)), rollout))]
         yield shuffled
-
-
-def shuffled_null(
-    dump: Bucket, labellings: Iterable[np.ndarray], n_buckets: int, on_draw: Callable[[], Any] = lambda: None
-) -> np.ndarray:
-    """[draws, 2, B, B] each measure where buckets mean nothing, NaN for no number and on the diagonal.
-
-    Args:
-        dump: all gradients.
-        labellings: [n] each, of `shuffled_labels`.
-        n_buckets: B.
-        on_draw: called after each.
-    """
-    found = []
-    for draw, labels in enumerate(labellings):
-        values = compare_parts(dump, labels, n_buckets, draw)
-        values[:, range(n_buckets), range(n_buckets)] = np.nan
-        found.append(values)
-        on_draw()
-    return np.array(found).reshape(-1, MEASURES, n_buckets, n_buckets)

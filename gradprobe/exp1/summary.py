@@ -34,18 +34,16 @@ def top_bucket(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return list(numbers["per_bucket"].items())[-1]
 
 
-def span_sentence(numbers: Mapping[str, Any]) -> str:
-    """`20.3 [19.4, 21.3] directions, 6% of what random ones would span`, of the bucket of highest entropy."""
-    _, found = top_bucket(numbers)
-    if found[TRUSTED] is None:
-        return "no number: " + ("no gradients" if found["n"] == 0 else "all gradients are zero")
-    of_random = found[TRUSTED] / random_span(found["n"], numbers["row_dim"])
-    return f"{span(found)} directions, {share(of_random)} of what random ones would span"
-
-
 def span(bucket: Mapping[str, Any]) -> str:
-    """A bucket's unit-norm participation ratio: `20.3 [19.4, 21.3]`."""
+    """A bucket's unit-norm participation ratio, `20.3 [19.4, 21.3]`, or why it has none."""
+    if bucket[TRUSTED] is None:
+        return "no gradients" if bucket["n"] == 0 else "all gradients are zero"
     return with_interval(bucket[TRUSTED], bucket[f"{TRUSTED}_ci95"], 1)
+
+
+def share_of_random(numbers: Mapping[str, Any], bucket: Mapping[str, Any]) -> str:
+    """A bucket's unit-norm participation ratio over that of as many random directions: `6%`."""
+    return MISSING if bucket[TRUSTED] is None else share(bucket[TRUSTED] / random_span(bucket["n"], numbers["row_dim"]))
 
 
 def compared(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None, Mapping[str, Any]] | None:
@@ -84,6 +82,8 @@ def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
 
 
 def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
+    top, of_top = top_bucket(numbers)
+    of_random = share_of_random(numbers, of_top)
     halves, repeats = numbers["cross_bucket_ceiling"], numbers["cross_bucket_top1_repeats"]
     rows = [
         [
@@ -95,7 +95,7 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
             number(found["participation_ratio_isotropic"], 1),
             number(found["rank95"]),
             number(found["effective_rank"], 1),
-            f"{repeat or MISSING} ({number(half, 2)})",
+            MISSING if repeat is None else f"{repeat} ({number(half, 2)})",
         ]
         for (bucket, found), half, repeat in zip(numbers["per_bucket"].items(), halves, repeats, strict=True)
     ]
@@ -105,7 +105,7 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
         f"{tag}: how many directions the gradients of each entropy bucket span, in {numbers['row_dim']:,} dimensions",
         header,
         rows,
-        [f"bucket {top_bucket(numbers)[0]}, of highest entropy: {span_sentence(numbers)}"],
+        [f"bucket {top}, of highest entropy: unit-norm PR {span(of_top)}, {of_random} of random directions'"],
     )
 
 

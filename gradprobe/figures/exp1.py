@@ -19,7 +19,7 @@ from ..analysis.summaries import Summary
 from ..analysis.text import number, with_interval
 from ..exp1.compression import CANT_TELL
 from ..exp1.spectrum import cumulative_energy
-from ..exp1.summary import TRUSTED, compared, span, span_sentence, top_bucket, verdict_of, what_would_tell
+from ..exp1.summary import TRUSTED, compared, share_of_random, span, top_bucket, verdict_of, what_would_tell
 from .look import (
     MAX_NUMBERED_BUCKETS,
     NOTE_COLOUR,
@@ -131,7 +131,7 @@ def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Fi
     for subject, one, ax in zip(subjects, numbers, axes, strict=True):
         image = _heatmap(ax, one)
         ax.set_title(f"{panel_title(subject, subjects)}\n{_repeats_in_words(one)}", loc="left")
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure.get_layout_engine().set(h_pad=0.1, hspace=0.05)
     figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="|cos| of two leading directions")
     handles = [
         Patch(facecolor="none", edgecolor="black", linewidth=1.8, label="between halves of one bucket's prompts, mean"),
@@ -215,8 +215,10 @@ def _draw_spans(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers], i
             ax.bar(place, value, 0.75 / len(subjects), color=colour)
             if interval is not None:
                 ax.plot([place, place], interval, color="black", linewidth=1.4, solid_capstyle="butt", zorder=3)
-        said = span(top_bucket(one)[1]) if len(subjects) > 1 else span_sentence(one)
-        answers.append((f"{subject.label}: {said}", colour))
+        _, top = top_bucket(one)
+        answers.append((f"{subject.label}: {span(top)}", colour))
+        if len(subjects) == 1:
+            answers.append((f"{share_of_random(one, top)} of what random directions would span", None))
         found = compared(one)
         if not is_compared and found is not None:
             answers.append((_not_compared(subject, *found), None))
@@ -236,35 +238,34 @@ def _not_compared(subject: Subject, first: str, _: object, paired: Numbers) -> s
 
 def _draw_ratios(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
     """Further subjects' unit-norm participation ratios over the first's, in colour where the interval is off 1."""
-    colours, answers = series_colours(subjects), []
-    has_words = len(subjects) == 2 and _per_bucket(numbers) <= MAX_NUMBERED_BUCKETS
-    for i, (subject, one) in enumerate(zip(subjects[1:], numbers[1:], strict=True), 1):
-        first, ratios, paired = compared(one)
-        if ratios is None:
-            answers.append((_not_compared(subject, first, ratios, paired), None))
-            continue
-        places = bucket_places(len(ratios)) + dodge(i - 1, len(subjects) - 1)
+    further = list(zip(subjects, series_colours(subjects), map(compared, numbers), strict=True))[1:]
+    shown = [(subject, colour, found) for subject, colour, found in further if found[1] is not None]
+    answers: list[Answer] = []
+    for i, (subject, colour, (first, ratios, _)) in enumerate(shown):
+        places = bucket_places(len(ratios)) + dodge(i, len(shown))
         for place, ratio in zip(places, ratios.values(), strict=True):
-            is_told = ratio is not None and ratio["verdict"] != CANT_TELL
-            colour = colours[i] if is_told else UNDECIDED_COLOUR
+            of_ratio = UNDECIDED_COLOUR if verdict_of(ratio) == CANT_TELL else colour
+            ends = (1.0, 1.0) if ratio is None else ratio["ci95"] or (ratio["ratio"],) * 2
             if ratio is not None:
-                ends = ratio["ci95"] or (ratio["ratio"],) * 2
-                ax.plot([place, place], ends, color=colour, linewidth=3.0, solid_capstyle="butt")
-                ax.plot(place, ratio["ratio"], "o", color=colour, markersize=7)
-            if has_words:
-                top = 1.0 if ratio is None else ends[1]
-                words = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 10}
-                ax.annotate(verdict_of(ratio), (place, top), (0, 4), color=colour if is_told else NOTE_COLOUR, **words)
-        ratio = ratios[str(len(ratios) - 1)]
-        said = verdict_of(ratio)
-        if ratio is not None:
-            said = f"{with_interval(ratio['ratio'], ratio['ci95'], 3)}, {said}"
-        answers.append((f"{subject.tag} over {first}: {said}", colours[i] if said.endswith(("r",)) else None))
-        if len(subjects) == 2 and (told := what_would_tell(ratio)):
+                ax.plot([place, place], ends, color=of_ratio, linewidth=3.0, solid_capstyle="butt")
+                ax.plot(place, ratio["ratio"], "o", color=of_ratio, markersize=7)
+            if len(shown) == 1 and len(ratios) <= MAX_NUMBERED_BUCKETS:
+                at, offset = (ends[0], -14) if verdict_of(ratio) == "smaller" else (ends[1], 5)
+                ax.annotate(
+                    verdict_of(ratio), (place, at), (0, offset), textcoords="offset points", ha="center",
+                    color=NOTE_COLOUR, fontsize=10,
+                )  # fmt: skip
+        ratio = list(ratios.values())[-1]
+        value = "" if ratio is None else f"{with_interval(ratio['ratio'], ratio['ci95'], 3)}, "
+        is_told = ratio is not None and ratio["verdict"] != CANT_TELL
+        answers.append((f"{subject.tag} over {first}: {value}{verdict_of(ratio)}", colour if is_told else None))
+        if len(shown) == 1 and (told := what_would_tell(ratio)):
             answers.append((told, None))
+    answers += [(_not_compared(subject, *found), None) for subject, _, found in further if found[1] is None]
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, 0.9), max(high, 1.1) * (high / low) ** 0.12)
+    room = (high / low) ** 0.15  # for words
+    ax.set_ylim(min(low, 0.9) / room, max(high, 1.1) * room)
     ax.yaxis.set_major_locator(LogLocator(subs=RATIO_TICKS))
     ax.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -289,14 +290,17 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
             note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
             ax.set(xticks=[], yticks=[])
             continue
-        limits = np.transpose([_central_limits(values) for values in points.T])
+        tail = (1 - CENTRAL_SHARE) / 2
+        low, high = np.quantile(points, [tail, 1 - tail], axis=0, method="nearest")
+        margin = 0.06 * (high - low).max()
+        limits = low - margin, high + margin
         is_inside = np.all((limits[0] <= points) & (points <= limits[1]), axis=1)
         for bucket in reversed(range(n_buckets)):  # those of low buckets are short and lie in the middle: drawn last
             ax.scatter(
                 *points[is_inside & (buckets == bucket)].T, s=9, color=colours[bucket % n_buckets], alpha=0.7,
                 linewidths=0, rasterized=True,
             )  # fmt: skip
-        ax.set(xlim=limits[:, 0], ylim=limits[:, 1])
+        ax.set(xlim=[ends[0] for ends in limits], ylim=[ends[1] for ends in limits])
         ax.set_xlabel(f"PC1 ({explained[0]:.0%} of variance)")
         ax.set_ylabel(f"PC2 ({explained[1]:.0%})")
         ax.tick_params(labelsize=8)
@@ -307,16 +311,6 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
         for index in bucket_ticks(n_buckets)
     ]
     below.legend(handles=handles, loc="outside lower left", ncols=5, handletextpad=0.1, columnspacing=1.0)
-
-
-def _central_limits(values: np.ndarray) -> tuple[float, float]:
-    """An interval around the central 99% of `values`, with a margin; all of them if that is about as wide."""
-    tail = (1 - CENTRAL_SHARE) / 2
-    low, high = np.quantile(values, [tail, 1 - tail], method="nearest")
-    if values.max() - values.min() < 1.5 * (high - low):
-        low, high = values.min(), values.max()
-    margin = 0.06 * (high - low) or max(abs(low), 1e-12)
-    return float(low - margin), float(high + margin)
 
 
 def _energy_axes(ax: Axes, title: str | None, curves: Sequence[tuple[str, Any, Numbers, np.ndarray]]) -> None:
@@ -397,7 +391,7 @@ def _size_in_words(one: Numbers) -> str:
         if found["participation_ratio_ci95"] is not None:
             low, high = found["participation_ratio_ci95"]
             told[not low <= found["participation_ratio_isotropic"] <= high].append(int(bucket))
-    return f"directions count: {_listed(told[True])}\nPR may be that of norms alone: {_listed(told[False])}"
+    return f"PR is not of norms alone: {_listed(told[True])}\nPR may be of norms alone: {_listed(told[False])}"
 
 
 def _draw_counts(ax: Axes, one: Numbers) -> None:
