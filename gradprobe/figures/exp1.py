@@ -4,7 +4,7 @@ All are drawn from `exp1_summary.json`'s dictionary and the arrays beside it. Wh
 left, above the axes; what can't be told is grey.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ..analysis.summaries import Summary
 from ..analysis.text import number, with_interval
 from ..exp1.compression import CANT_TELL
-from ..exp1.spectrum import cumulative_energy
+from ..exp1.spectrum import cumulative_energy, rank_of_share
 from ..exp1.summary import TRUSTED, compared, share_of_random, span, top_bucket, verdict_of, what_would_tell
 from .look import (
     MAX_NUMBERED_BUCKETS,
@@ -29,6 +29,7 @@ from .look import (
     bucket_places,
     bucket_ticks,
     dodge,
+    grid,
     heading,
     new_figure,
     note,
@@ -48,7 +49,8 @@ NORMS = "exp1_norms.png"
 SHARE_MARKED = 0.95
 CENTRAL_SHARE = 0.99
 UNDECIDED_COLOUR = "#a8a8a8"
-RATIO_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+TICKS, NARROW_TICKS = (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+PLANE = ("points", "point_buckets", "explained")
 MAX_SCATTERS = 3
 MAX_ANSWERS = 6
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -99,12 +101,10 @@ def draw_cumulative_energy(subjects: list[Subject], numbers: Sequence[Numbers], 
     """Cumulative energy of every bucket, one axes per subject."""
     figure, axes = panels(len(subjects), width=6.0, height=5.2)
     for subject, one, ax in zip(subjects, numbers, axes, strict=True):
-        n_buckets = len(one["per_bucket"])
-        colours, curves = bucket_colours(n_buckets), []
-        for bucket, found in reversed(one["per_bucket"].items()):
-            energies = arrays[f"{subject.tag}.energies{bucket}"]
-            curves.append((_bucket_name(int(bucket), n_buckets), colours[int(bucket)], found, energies))
-        _energy_axes(ax, panel_title(subject, subjects), curves)
+        names = [_bucket_name(index, len(one["per_bucket"])) for index in range(len(one["per_bucket"]))]
+        energies = [arrays[f"{subject.tag}.energies{bucket}"] for bucket in one["per_bucket"]]
+        curves = list(zip(names, bucket_colours(len(names)), energies, strict=True))
+        _draw_energies(ax, panel_title(subject, subjects), curves[::-1])
     _ask(figure, "How many directions hold 95% of the energy, the squared norms, of a bucket?", subjects)
     return figure
 
@@ -113,11 +113,9 @@ def draw_cumulative_energy(subjects: list[Subject], numbers: Sequence[Numbers], 
 def draw_top_bucket_energy(subjects: list[Subject], numbers: Sequence[Numbers], arrays: Arrays) -> Figure:
     """The same of the bucket of highest entropy, all subjects in one axes."""
     figure = new_figure(8.0, 5.4 + 0.22 * len(subjects))
-    curves = []
-    for subject, one, colour in zip(subjects, numbers, series_colours(subjects), strict=True):
-        bucket, found = top_bucket(one)
-        curves.append((subject.label, colour, found, arrays[f"{subject.tag}.energies{bucket}"]))
-    _energy_axes(figure.subplots(), None, curves)
+    names = [subject.label for subject in subjects]
+    energies = [arrays[f"{s.tag}.energies{top_bucket(one)[0]}"] for s, one in zip(subjects, numbers, strict=True)]
+    _draw_energies(figure.subplots(), None, list(zip(names, series_colours(subjects), energies, strict=True)))
     _ask(figure, f"How many directions hold 95% of the energy of {top_bucket_name(subjects)}?", subjects)
     return figure
 
@@ -125,7 +123,7 @@ def draw_top_bucket_energy(subjects: list[Subject], numbers: Sequence[Numbers], 
 @styled
 def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """|cos| of buckets' leading directions, a heat map per subject; on the diagonals, halves of a bucket."""
-    n_buckets = max(len(one["per_bucket"]) for one in numbers)
+    n_buckets = _n_buckets(numbers)
     side = max(4.2, 0.7 * n_buckets + 1.4) if n_buckets <= MAX_NUMBERED_BUCKETS else 5.2
     figure, axes = panels(len(subjects), width=side + 0.8, height=side + 1.0)
     for subject, one, ax in zip(subjects, numbers, axes, strict=True):
@@ -149,10 +147,8 @@ def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     n_lines = -(-len(subjects) // n_abreast)
     figure = new_figure(13.0, 5.2 * n_lines + 5.2)
     above, below = figure.subfigures(2, 1, height_ratios=(5.2 * n_lines, 4.6))
-    upper = above.subplots(n_lines, n_abreast, squeeze=False, sharey=True).ravel()
-    for unused in upper[len(subjects) :]:
-        unused.set_axis_off()
-    for subject, one, ax in zip(subjects, numbers, upper, strict=False):
+    upper = grid(above, len(subjects), n_abreast)[:, 0]
+    for subject, one, ax in zip(subjects, numbers, upper, strict=True):
         _draw_counts(ax, one)
         ax.set_title(f"{panel_title(subject, subjects)}\n{_size_in_words(one)}", loc="left")
     handles = [
@@ -160,10 +156,10 @@ def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
         for name, (_, marker, colour) in COUNTS_SHOWN.items()
     ]
     above.legend(handles=handles, loc="outside lower left", ncols=4, handletextpad=0.2)
-    with_surprisal = [one["norm_by_surprisal"] is not None for one in numbers]
-    lower = below.subplots(1, 1 + any(with_surprisal), squeeze=False)[0]
+    has_surprisal = any(one["norm_by_surprisal"] for one in numbers)
+    lower = below.subplots(1, 1 + has_surprisal, squeeze=False)[0]
     _draw_norm_ranges(lower[0], subjects, numbers)
-    if any(with_surprisal):
+    if has_surprisal:
         _draw_norms_by_surprisal(lower[1], subjects, numbers)
     of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
     below.legend(handles=of_series, loc="outside lower left", ncols=min(4, len(subjects)), handlelength=1.2)
@@ -180,14 +176,15 @@ def _few(found: list[Any], most: int = MAX_ANSWERS) -> list[Any]:
     return found if len(found) <= most else [*found[: most - 1], found[-1]]
 
 
-def _answer(ax: Axes, title: str | None, answers: Iterable[Answer], ncols: int = 1) -> None:
-    """What was found, in words above the axes, at the left."""
+def _answer(ax: Axes, title: str | None, answers: list[Answer]) -> None:
+    """What was found, in words above the axes, at the left: at most 6 lines."""
+    answers = _few(answers)
     handles = [
         Line2D([], [], color="none" if colour is None else colour, linewidth=5, solid_capstyle="butt", label=text)
         for text, colour in answers
     ]
     legend = ax.legend(
-        handles=handles, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=ncols,
+        handles=handles, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0),
         borderaxespad=0.2, borderpad=0.2, handlelength=0.8, handletextpad=0.5, labelspacing=0.3,
     )  # fmt: skip
     for text, (_, colour) in zip(legend.get_texts(), answers, strict=True):
@@ -198,23 +195,29 @@ def _bucket_name(index: int, n_buckets: int) -> str:
     return f"bucket {index}" + ({0: ", lowest", n_buckets - 1: ", highest"}.get(index, "") if n_buckets > 1 else "")
 
 
-def _per_bucket(numbers: Sequence[Numbers]) -> int:
+def _n_buckets(numbers: Sequence[Numbers]) -> int:
     return max(len(one["per_bucket"]) for one in numbers)
+
+
+def _placed(subjects: list[Subject], numbers: Sequence[Numbers]) -> Iterator[tuple[float, Any, Numbers]]:
+    """Of every bucket of every subject where it stands, the subject's colour, and its numbers."""
+    for i, (colour, one) in enumerate(zip(series_colours(subjects), numbers, strict=True)):
+        places = bucket_places(len(one["per_bucket"])) + dodge(i, len(subjects))
+        yield from ((place, colour, found) for place, found in zip(places, one["per_bucket"].values(), strict=True))
 
 
 def _draw_spans(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers], is_compared: bool) -> None:
     """Bars of the unit-norm participation ratio with intervals, subjects beside each other in every bucket."""
+    for place, colour, found in _placed(subjects, numbers):
+        value, interval = found[TRUSTED], found[f"{TRUSTED}_ci95"]
+        if value is None:
+            _say_why(ax, place, found["n"], colour)
+            continue
+        ax.bar(place, value, 0.75 / len(subjects), color=colour)
+        if interval is not None:
+            ax.plot([place, place], interval, color="black", linewidth=1.4, solid_capstyle="butt", zorder=3)
     answers: list[Answer] = []
-    for i, (subject, colour, one) in enumerate(zip(subjects, series_colours(subjects), numbers, strict=True)):
-        places = bucket_places(len(one["per_bucket"])) + dodge(i, len(subjects))
-        for place, found in zip(places, one["per_bucket"].values(), strict=True):
-            value, interval = found[TRUSTED], found[f"{TRUSTED}_ci95"]
-            if value is None:
-                _say_why(ax, place, found["n"], colour)
-                continue
-            ax.bar(place, value, 0.75 / len(subjects), color=colour)
-            if interval is not None:
-                ax.plot([place, place], interval, color="black", linewidth=1.4, solid_capstyle="butt", zorder=3)
+    for subject, colour, one in zip(subjects, series_colours(subjects), numbers, strict=True):
         _, top = top_bucket(one)
         answers.append((f"{subject.label}: {span(top)}", colour))
         if len(subjects) == 1:
@@ -225,11 +228,11 @@ def _draw_spans(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers], i
     if not any(found[TRUSTED] is not None for one in numbers for found in one["per_bucket"].values()):
         ax.set_ylim(0, 1)
     ax.set_ylim(bottom=0)
-    bucket_axis(ax, _per_bucket(numbers))
+    bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("participation ratio of\nunit-norm gradients")
     if is_compared:
         ax.set_xlabel("")
-    _answer(ax, f"unit-norm PR [95%], {top_bucket_name(subjects)}", _few(answers))
+    _answer(ax, f"unit-norm PR [95%], {top_bucket_name(subjects)}", answers)
 
 
 def _not_compared(subject: Subject, first: str, _: object, paired: Numbers) -> str:
@@ -265,26 +268,22 @@ def _draw_ratios(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     room = (high / low) ** 0.15  # for words
-    ax.set_ylim(min(low, 0.9) / room, max(high, 1.1) * room)
-    ax.yaxis.set_major_locator(LogLocator(subs=RATIO_TICKS))
-    ax.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
-    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(min(low, 0.95) / room, max(high, 1.05) * room)
+    _log_axis(ax)
     ax.axhline(1.0, color="black", linewidth=1.0, zorder=1)
-    bucket_axis(ax, _per_bucket(numbers))
+    bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("ratio at equal n")
-    _answer(ax, f"its ratio at equal n; grey: {CANT_TELL}", _few(answers))
+    _answer(ax, f"its ratio at equal n; grey: {CANT_TELL}", answers)
 
 
 def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], arrays: Arrays) -> None:
     """2-D PCA; the view holds the central 99% along each axis, and the title says how many points lie outside."""
     axes = below.subplots(1, max(2, len(shown)), squeeze=False)[0]
-    n_buckets = len(shown[0][1]["per_bucket"])
-    colours = bucket_colours(n_buckets)
     for unused in axes[len(shown) :]:
         unused.set_axis_off()
     for (subject, one), ax in zip(shown, axes, strict=False):
-        names = (f"{subject.tag}.{name}" for name in ("points", "point_buckets", "explained"))
-        points, buckets, explained = map(arrays.get, names)
+        points, buckets, explained = (arrays[f"{subject.tag}.{name}"] for name in PLANE)
+        n_buckets = len(one["per_bucket"])
         ax.set_title(f"{subject.label}: 2-D PCA\n{len(points):,} of {one['n_positions']:,}", loc="left")
         if not explained[0] > 0:
             note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
@@ -292,54 +291,47 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
             continue
         tail = (1 - CENTRAL_SHARE) / 2
         low, high = np.quantile(points, [tail, 1 - tail], axis=0, method="nearest")
-        margin = 0.06 * (high - low).max()
-        limits = low - margin, high + margin
-        is_inside = np.all((limits[0] <= points) & (points <= limits[1]), axis=1)
+        margin = 0.06 * np.where(high > low, high - low, 1.0)
+        is_inside = np.all((low <= points) & (points <= high), axis=1)
         for bucket in reversed(range(n_buckets)):  # those of low buckets are short and lie in the middle: drawn last
-            ax.scatter(
-                *points[is_inside & (buckets == bucket)].T, s=9, color=colours[bucket % n_buckets], alpha=0.7,
-                linewidths=0, rasterized=True,
-            )  # fmt: skip
-        ax.set(xlim=[ends[0] for ends in limits], ylim=[ends[1] for ends in limits])
+            style = {"s": 9, "color": bucket_colours(n_buckets)[bucket], "alpha": 0.7, "linewidths": 0}
+            ax.scatter(*points[is_inside & (buckets == bucket)].T, **style, rasterized=True)
+        ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]))
+        ax.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
         ax.set_xlabel(f"PC1 ({explained[0]:.0%} of variance)")
         ax.set_ylabel(f"PC2 ({explained[1]:.0%})")
         ax.tick_params(labelsize=8)
         if not is_inside.all():
             ax.set_title(f"{ax.get_title('left')}, {np.sum(~is_inside):,} out of view", loc="left")
     handles = [
-        Line2D([], [], marker="o", linestyle="none", color=colours[index], label=_bucket_name(index, n_buckets))
-        for index in bucket_ticks(n_buckets)
+        Line2D([], [], marker="o", linestyle="none", color=colour, label=_bucket_name(index, n_buckets))
+        for index, colour in reversed(list(enumerate(bucket_colours(n_buckets))))
+        if index in bucket_ticks(n_buckets)
     ]
     below.legend(handles=handles, loc="outside lower left", ncols=5, handletextpad=0.1, columnspacing=1.0)
 
 
-def _energy_axes(ax: Axes, title: str | None, curves: Sequence[tuple[str, Any, Numbers, np.ndarray]]) -> None:
-    """Cumulative energy, the rank that holds 95% marked. `curves`: name, colour, bucket's numbers and energies."""
-    answers, longest = [], 1
-    for place, (name, colour, found, energies) in enumerate(curves):
-        cumulative, rank = cumulative_energy(energies), found["rank95"]
+def _draw_energies(ax: Axes, title: str | None, curves: Sequence[tuple[str, Any, np.ndarray]]) -> None:
+    """Cumulative energy, the rank that holds 95% marked. `curves`: name, colour, energies."""
+    answers: list[Answer] = []
+    for place, (name, colour, energies) in enumerate(curves):
+        cumulative, rank = cumulative_energy(energies), rank_of_share(energies, SHARE_MARKED)
         if cumulative is None:
-            answers.append((f"{name}: {'n = 0' if found['n'] == 0 else 'all gradients zero'}", None))
+            answers.append((f"{name}: no gradient other than zero", None))
             continue
-        longest = max(longest, len(energies))
-        counts = np.arange(1, len(energies) + 1)
-        ax.plot(counts, cumulative, color=colour, linewidth=1.8, zorder=3 - place / len(curves))
+        line = {"color": colour, "zorder": 3 - place / len(curves)}
+        ax.plot(np.arange(1, len(energies) + 1), cumulative, linewidth=1.8, **line)
         ax.plot(rank, cumulative[rank - 1], "o", color=colour, markersize=7, markeredgecolor="white", zorder=4)
         answers.append((f"{name}: {rank:,} of {len(energies):,}", colour))
-    _answer(ax, title, answers, ncols=-(-len(answers) // MAX_ANSWERS))
-    ax.set_ylim(0, 1.03)
+    _answer(ax, title, answers)
+    ax.set(xscale="log", xlim=(0.9, max(10.0, *(1.1 * len(energies) for _, _, energies in curves))), ylim=(0, 1.03))
+    ax.set(xlabel="number of directions (log scale)", ylabel="share of energy")
     ax.set_yticks([0.0, 0.2, 0.4, 0.6, 0.8, SHARE_MARKED])
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_ylabel("share of energy")
-    ax.set_xlabel("number of directions (log scale)")
-    ax.set_xscale("log")
-    ax.set_xlim(0.9, max(10.0, 1.1 * longest))
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.axhline(SHARE_MARKED, color=NOTE_COLOUR, linestyle="--", linewidth=1)
-    if longest == 1 and all(colour is None for _, colour in answers):
-        note(ax, "no gradient other than zero")
 
 
 def _heatmap(ax: Axes, one: Numbers) -> Any:
@@ -418,19 +410,17 @@ def _draw_counts(ax: Axes, one: Numbers) -> None:
 def _draw_norm_ranges(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
     """Per bucket and subject: median, quartiles and central 95% of the norms that are not 0, the largest above."""
     thickness = 8 if len(subjects) <= 3 else 24 / len(subjects)
-    for i, (colour, one) in enumerate(zip(series_colours(subjects), numbers, strict=True)):
-        places = bucket_places(len(one["per_bucket"])) + dodge(i, len(subjects))
-        for place, found in zip(places, one["per_bucket"].values(), strict=True):
-            if found["norm"] is None:
-                _say_why(ax, place, found["n"], colour)
-                continue
-            low, lower, median, upper, high = found["norm"]["quantiles"]
-            ax.plot([place, place], [low, high], color=colour, linewidth=1.6, solid_capstyle="butt")
-            ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
-            ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
-            ax.plot(place, found["norm"]["max"], "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
+    for place, colour, found in _placed(subjects, numbers):
+        if found["norm"] is None:
+            _say_why(ax, place, found["n"], colour)
+            continue
+        low, lower, median, upper, high = found["norm"]["quantiles"]
+        ax.plot([place, place], [low, high], color=colour, linewidth=1.6, solid_capstyle="butt")
+        ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
+        ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
+        ax.plot(place, found["norm"]["max"], "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
     _log_axis(ax, any(found["norm"] is not None for one in numbers for found in one["per_bucket"].values()))
-    bucket_axis(ax, _per_bucket(numbers))
+    bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("gradient norm (log scale)")
     ax.set_title("norms: median, quartiles, central 95%, largest", loc="left")
 
@@ -443,7 +433,7 @@ def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequenc
         low, median, high = np.reshape([group["quartiles"] for group in groups], (-1, 3)).T
         ax.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
         ax.plot(places, median, "o-", color=colour, linewidth=2.0, markersize=5)
-    _log_axis(ax, True)
+    _log_axis(ax)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
     ax.xaxis.set_minor_formatter(NullFormatter())
@@ -470,16 +460,15 @@ def _power_of_ten(value: float, _: int) -> str:
     return "10" + str(power).translate(SUPERSCRIPTS)
 
 
-def _log_axis(ax: Axes, has_numbers: bool) -> None:
+def _log_axis(ax: Axes, has_numbers: bool = True) -> None:
     if not has_numbers:
         note(ax, "no gradient other than zero")
         ax.tick_params(axis="y", which="both", left=False, labelleft=False)  # ticks themselves may be shared
         return
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    if high < 8 * low:
-        ax.yaxis.set_major_locator(MaxNLocator(5))
-    elif high < 1000 * low:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    if high < 1000 * low:
+        ax.yaxis.set_major_locator(LogLocator(subs=TICKS if high > 8 * low else NARROW_TICKS))
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
     ax.yaxis.set_minor_formatter(NullFormatter())
