@@ -59,6 +59,12 @@ def verdict_of(ratio: Mapping[str, Any] | None) -> str:
     return "no number" if ratio is None else ratio["verdict"]
 
 
+def ratio_in_words(ratio: Mapping[str, Any] | None) -> str:
+    """`1.069 [1.013, 1.126], larger`."""
+    value = "" if ratio is None else f"{with_interval(ratio['ratio'], ratio['ci95'], 3)}, "
+    return value + verdict_of(ratio)
+
+
 def what_would_tell(ratio: Mapping[str, Any] | None) -> str | None:
     """What it would take to decide an undecided ratio; None of others."""
     if ratio is None or ratio["verdict"] != CANT_TELL:

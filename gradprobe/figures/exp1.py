@@ -16,10 +16,19 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ..analysis.summaries import Summary
-from ..analysis.text import number, with_interval
+from ..analysis.text import MISSING, number
 from ..exp1.compression import CANT_TELL
 from ..exp1.spectrum import cumulative_energy, rank_of_share
-from ..exp1.summary import TRUSTED, compared, share_of_random, span, top_bucket, verdict_of, what_would_tell
+from ..exp1.summary import (
+    TRUSTED,
+    compared,
+    ratio_in_words,
+    share_of_random,
+    span,
+    top_bucket,
+    verdict_of,
+    what_would_tell,
+)
 from .look import (
     MAX_NUMBERED_BUCKETS,
     NOTE_COLOUR,
@@ -124,7 +133,7 @@ def draw_top_bucket_energy(subjects: list[Subject], numbers: Sequence[Numbers], 
 def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """|cos| of buckets' leading directions, a heat map per subject; on the diagonals, halves of a bucket."""
     n_buckets = _n_buckets(numbers)
-    side = max(4.2, 0.7 * n_buckets + 1.4) if n_buckets <= MAX_NUMBERED_BUCKETS else 5.2
+    side = 0.7 * n_buckets + 1.4 if 4 < n_buckets <= MAX_NUMBERED_BUCKETS else 5.2
     figure, axes = panels(len(subjects), width=side + 0.8, height=side + 1.0)
     for subject, one, ax in zip(subjects, numbers, axes, strict=True):
         image = _heatmap(ax, one)
@@ -179,13 +188,10 @@ def _few(found: list[Any], most: int = MAX_ANSWERS) -> list[Any]:
 def _answer(ax: Axes, title: str | None, answers: list[Answer]) -> None:
     """What was found, in words above the axes, at the left: at most 6 lines."""
     answers = _few(answers)
-    handles = [
-        Line2D([], [], color="none" if colour is None else colour, linewidth=5, solid_capstyle="butt", label=text)
-        for text, colour in answers
-    ]
+    handles = [Patch(color="none" if colour is None else colour, label=text) for text, colour in answers]
     legend = ax.legend(
-        handles=handles, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0),
-        borderaxespad=0.2, borderpad=0.2, handlelength=0.8, handletextpad=0.5, labelspacing=0.3,
+        handles=handles, title=title, alignment="left", loc="lower left", bbox_to_anchor=(0.0, 1.0), borderpad=0.2,
+        borderaxespad=0.2, handlelength=0.8, handleheight=0.5, handletextpad=0.5, labelspacing=0.3,
     )  # fmt: skip
     for text, (_, colour) in zip(legend.get_texts(), answers, strict=True):
         text.set_color(NOTE_COLOUR if colour is None else "black")
@@ -225,8 +231,6 @@ def _draw_spans(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers], i
         found = compared(one)
         if not is_compared and found is not None:
             answers.append((_not_compared(subject, *found), None))
-    if not any(found[TRUSTED] is not None for one in numbers for found in one["per_bucket"].values()):
-        ax.set_ylim(0, 1)
     ax.set_ylim(bottom=0)
     bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("participation ratio of\nunit-norm gradients")
@@ -248,20 +252,18 @@ def _draw_ratios(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) 
         places = bucket_places(len(ratios)) + dodge(i, len(shown))
         for place, ratio in zip(places, ratios.values(), strict=True):
             of_ratio = UNDECIDED_COLOUR if verdict_of(ratio) == CANT_TELL else colour
-            ends = (1.0, 1.0) if ratio is None else ratio["ci95"] or (ratio["ratio"],) * 2
-            if ratio is not None:
-                ax.plot([place, place], ends, color=of_ratio, linewidth=3.0, solid_capstyle="butt")
-                ax.plot(place, ratio["ratio"], "o", color=of_ratio, markersize=7)
+            if ratio is None:
+                continue
+            ends = ratio["ci95"] or (ratio["ratio"],) * 2
+            ax.plot([place, place], ends, color=of_ratio, linewidth=3.0, solid_capstyle="butt")
+            ax.plot(place, ratio["ratio"], "o", color=of_ratio, markersize=7)
             if len(shown) == 1 and len(ratios) <= MAX_NUMBERED_BUCKETS:
                 at, offset = (ends[0], -14) if verdict_of(ratio) == "smaller" else (ends[1], 5)
-                ax.annotate(
-                    verdict_of(ratio), (place, at), (0, offset), textcoords="offset points", ha="center",
-                    color=NOTE_COLOUR, fontsize=10,
-                )  # fmt: skip
-        ratio = list(ratios.values())[-1]
-        value = "" if ratio is None else f"{with_interval(ratio['ratio'], ratio['ci95'], 3)}, "
-        is_told = ratio is not None and ratio["verdict"] != CANT_TELL
-        answers.append((f"{subject.tag} over {first}: {value}{verdict_of(ratio)}", colour if is_told else None))
+                text = {"textcoords": "offset points", "ha": "center", "color": NOTE_COLOUR, "fontsize": 10}
+                ax.annotate(verdict_of(ratio), (place, at), (0, offset), **text)
+        *_, ratio = ratios.values()
+        is_told = verdict_of(ratio) in ("smaller", "larger")
+        answers.append((f"{subject.tag} over {first}: {ratio_in_words(ratio)}", colour if is_told else None))
         if len(shown) == 1 and (told := what_would_tell(ratio)):
             answers.append((told, None))
     answers += [(_not_compared(subject, *found), None) for subject, _, found in further if found[1] is None]
@@ -273,7 +275,7 @@ def _draw_ratios(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) 
     ax.axhline(1.0, color="black", linewidth=1.0, zorder=1)
     bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("ratio at equal n")
-    _answer(ax, f"its ratio at equal n; grey: {CANT_TELL}", answers)
+    _answer(ax, f"ratio of the two at equal n; grey: {CANT_TELL}", answers)
 
 
 def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], arrays: Arrays) -> None:
@@ -296,10 +298,9 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
         for bucket in reversed(range(n_buckets)):  # those of low buckets are short and lie in the middle: drawn last
             style = {"s": 9, "color": bucket_colours(n_buckets)[bucket], "alpha": 0.7, "linewidths": 0}
             ax.scatter(*points[is_inside & (buckets == bucket)].T, **style, rasterized=True)
-        ax.set(xlim=(low[0] - margin[0], high[0] + margin[0]))
-        ax.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
-        ax.set_xlabel(f"PC1 ({explained[0]:.0%} of variance)")
-        ax.set_ylabel(f"PC2 ({explained[1]:.0%})")
+        (left, bottom), (right, top) = low - margin, high + margin
+        ax.set(xlim=(left, right), ylim=(bottom, top))
+        ax.set(xlabel=f"PC1 ({explained[0]:.0%} of variance)", ylabel=f"PC2 ({explained[1]:.0%})")
         ax.tick_params(labelsize=8)
         if not is_inside.all():
             ax.set_title(f"{ax.get_title('left')}, {np.sum(~is_inside):,} out of view", loc="left")
@@ -348,14 +349,13 @@ def _heatmap(ax: Axes, one: Numbers) -> Any:
     if count <= MAX_NUMBERED_BUCKETS:
         for (i, j), value in np.ndenumerate(values):
             colour = NOTE_COLOUR if not is_told[i, j] else "black" if value > 0.45 else "white"
-            text = number(float(value) if np.isfinite(value) else None, 2)
+            text = f"{value:.2f}" if np.isfinite(value) else MISSING
             ax.text(j, i, text, ha="center", va="center", color=colour)
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    shown = bucket_ticks(count)
-    ax.set_xticks([count - 1 - index for index in shown], shown)
-    ax.set_yticks([count - 1 - index for index in shown], shown)
-    ax.tick_params(length=0)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks([count - 1 - index for index in bucket_ticks(count)], bucket_ticks(count))
+        axis.set_tick_params(length=0)
     ax.set_xlabel(f"bucket of entropy, {count - 1} the highest" if count > 1 else "bucket of entropy")
     return image
 
@@ -378,31 +378,29 @@ def _listed(buckets: Iterable[int]) -> str:
 
 def _size_in_words(one: Numbers) -> str:
     """In which buckets random directions with the same norms would give a PR outside the interval of the real one."""
-    told: dict[bool, list[int]] = {True: [], False: []}
-    for bucket, found in one["per_bucket"].items():
-        if found["participation_ratio_ci95"] is not None:
-            low, high = found["participation_ratio_ci95"]
-            told[not low <= found["participation_ratio_isotropic"] <= high].append(int(bucket))
-    return f"PR is not of norms alone: {_listed(told[True])}\nPR may be of norms alone: {_listed(told[False])}"
+    told = [
+        (int(bucket), bool(low <= found["participation_ratio_isotropic"] <= high))
+        for bucket, found in one["per_bucket"].items()
+        for low, high in [found["participation_ratio_ci95"] or (np.nan, np.nan)]
+        if low <= high
+    ]
+    inside, outside = (_listed(bucket for bucket, is_inside in told if is_inside is which) for which in (True, False))
+    return f"PR is not of norms alone: {outside}\nPR may be of norms alone: {inside}"
 
 
 def _draw_counts(ax: Axes, one: Numbers) -> None:
     """Per bucket PR, unit-norm PR, ESS and isotropic PR, with intervals, on one log axis."""
-    buckets = list(one["per_bucket"].values())
-    places = bucket_places(len(buckets))
+    buckets = one["per_bucket"].values()
     offsets = np.linspace(-0.27, 0.27, len(COUNTS_SHOWN))
-    for offset, (measure, marker, colour) in zip(offsets, COUNTS_SHOWN.values(), strict=True):
-        for place, found in zip(places + offset, buckets, strict=True):
-            if found[measure] is None:
-                continue
-            interval = found.get(f"{measure}_ci95")
-            if interval is not None:
-                ax.plot([place] * 2, interval, color=colour, linewidth=2.0, solid_capstyle="butt")
-            ax.plot(place, found[measure], marker, color=colour, markersize=7)
-    _log_axis(ax, any(found["participation_ratio"] is not None for found in buckets))
-    for place, found in zip(places, buckets, strict=True):
-        if found["participation_ratio"] is None and len(buckets) <= MAX_NUMBERED_BUCKETS:
+    for place, found in zip(bucket_places(len(buckets)), buckets, strict=True):
+        if found["participation_ratio"] is None:
             _say_why(ax, place, found["n"], NOTE_COLOUR)
+            continue
+        for at, (measure, marker, colour) in zip(place + offsets, COUNTS_SHOWN.values(), strict=True):
+            ends = found.get(f"{measure}_ci95") or (found[measure],) * 2
+            ax.plot([at, at], ends, color=colour, linewidth=2.0, solid_capstyle="butt")
+            ax.plot(at, found[measure], marker, color=colour, markersize=7)
+    _log_axis(ax)
     bucket_axis(ax, len(buckets))
     ax.set_ylabel("count (log scale), 95%")
 
@@ -419,7 +417,7 @@ def _draw_norm_ranges(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbe
         ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
         ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
         ax.plot(place, found["norm"]["max"], "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
-    _log_axis(ax, any(found["norm"] is not None for one in numbers for found in one["per_bucket"].values()))
+    _log_axis(ax)
     bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("gradient norm (log scale)")
     ax.set_title("norms: median, quartiles, central 95%, largest", loc="left")
@@ -437,17 +435,14 @@ def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequenc
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("surprisal −log π_t in nats (log scale)")
-    ax.set_ylabel("gradient norm (log scale)")
+    ax.set(xlabel="surprisal −log π_t in nats (log scale)", ylabel="gradient norm (log scale)")
     ax.set_title("norms by tenths of surprisal: median and quartiles", loc="left")
 
 
 def _say_why(ax: Axes, place: float, n: int, colour: str) -> None:
     """Why a bucket of `n` rows has no number."""
-    ax.text(
-        place, 0.03, "n = 0" if n == 0 else "all zero", transform=ax.get_xaxis_transform(), rotation=90, ha="center",
-        va="bottom", color=colour, fontsize=9,
-    )  # fmt: skip
+    why = "n = 0" if n == 0 else "all zero"
+    ax.text(place, 0.03, why, transform=ax.get_xaxis_transform(), rotation=90, ha="center", color=colour, fontsize=9)
 
 
 def _power_of_ten(value: float, _: int) -> str:
@@ -460,11 +455,7 @@ def _power_of_ten(value: float, _: int) -> str:
     return "10" + str(power).translate(SUPERSCRIPTS)
 
 
-def _log_axis(ax: Axes, has_numbers: bool = True) -> None:
-    if not has_numbers:
-        note(ax, "no gradient other than zero")
-        ax.tick_params(axis="y", which="both", left=False, labelleft=False)  # ticks themselves may be shared
-        return
+def _log_axis(ax: Axes) -> None:
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     if high < 1000 * low:
