@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from ..analysis.bucket import Bucket
+from ..analysis.bucket import ROUNDING, Bucket
 from ..dump.mapped import block_slices
 
 HALF_DRAWS = 2000
@@ -237,7 +237,7 @@ def compare_buckets(
     if deviations is None:
         return Ratio(float(np.exp(log_ratio)), None, n, len(shared), CANT_TELL)
     low, high = log_ratio + deviations
-    verdict = "smaller" if high < 0 else "larger" if low > 0 else CANT_TELL
+    verdict = "smaller" if high < -ROUNDING else "larger" if low > ROUNDING else CANT_TELL
     return Ratio(float(np.exp(log_ratio)), (float(np.exp(low)), float(np.exp(high))), n, len(shared), verdict)
 
 

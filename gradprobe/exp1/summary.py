@@ -71,8 +71,9 @@ def what_would_tell(ratio: Mapping[str, Any] | None) -> str | None:
         return None
     if ratio["ci95"] is None:
         return f"no interval from {ratio['n_prompts']} common prompts"
-    low, high = np.log(ratio["ci95"])
-    return prompts_to_tell(ratio["n_prompts"], float(abs(np.log(ratio["ratio"])) * 2 * NORMAL_95 / (high - low)))
+    value, low, high = np.log([ratio["ratio"], *ratio["ci95"]])
+    z = float(2 * NORMAL_95 * abs(value) / (high - low)) if high > low else None
+    return prompts_to_tell(ratio["n_prompts"], z)
 
 
 def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
