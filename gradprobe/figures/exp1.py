@@ -29,26 +29,8 @@ from ..exp1.summary import (
     verdict_of,
     what_would_tell,
 )
-from .look import (
-    MAX_NUMBERED_BUCKETS,
-    NOTE_COLOUR,
-    Subject,
-    bucket_axis,
-    bucket_colours,
-    bucket_places,
-    bucket_ticks,
-    dodge,
-    grid,
-    heading,
-    new_figure,
-    note,
-    panel_title,
-    panels,
-    series_colours,
-    styled,
-    subjects_of,
-    top_bucket_name,
-)
+from . import look
+from .look import Subject
 
 HEADLINE = "exp1_headline.png"
 TOP_BUCKET_ENERGY = "exp1_bin4_energy.png"
@@ -80,7 +62,7 @@ Answer = tuple[str, Any]
 
 def draw_exp1(summary: Summary, arrays: Arrays) -> dict[str, Figure]:
     """The figures of the analysis by file name."""
-    subjects, numbers = subjects_of(summary), list(summary.values())
+    subjects, numbers = look.subjects_of(summary), list(summary.values())
     return {
         HEADLINE: draw_headline(subjects, numbers, arrays),
         TOP_BUCKET_ENERGY: draw_top_bucket_energy(subjects, numbers, arrays),
@@ -90,12 +72,12 @@ def draw_exp1(summary: Summary, arrays: Arrays) -> dict[str, Figure]:
     }
 
 
-@styled
+@look.styled
 def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers], arrays: Arrays) -> Figure:
     """Unit-norm participation ratios per bucket, below them further tags over the first, below these the 2-D PCA."""
     is_compared = any(found is not None and found[1] is not None for found in map(compared, numbers))
     heights = [3.0 + 0.22 * len(_few(subjects)), *([2.6 + 0.22 * len(subjects)] if is_compared else []), 3.6]
-    figure = new_figure(10.0, sum(heights) + 0.8)
+    figure = look.new_figure(10.0, sum(heights) + 0.8)
     spans, *ratios, below = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_spans(spans.subplots(), subjects, numbers, is_compared)
     for part in ratios:
@@ -105,39 +87,39 @@ def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers], arrays: A
     return figure
 
 
-@styled
+@look.styled
 def draw_cumulative_energy(subjects: list[Subject], numbers: Sequence[Numbers], arrays: Arrays) -> Figure:
     """Cumulative energy of every bucket, one axes per subject."""
-    figure, axes = panels(len(subjects), width=6.0, height=5.2)
+    figure, axes = look.panels(len(subjects), width=6.0, height=5.2)
     for subject, one, ax in zip(subjects, numbers, axes, strict=True):
         names = [_bucket_name(index, len(one["per_bucket"])) for index in range(len(one["per_bucket"]))]
         energies = [arrays[f"{subject.tag}.energies{bucket}"] for bucket in one["per_bucket"]]
-        curves = list(zip(names, bucket_colours(len(names)), energies, strict=True))
-        _draw_energies(ax, panel_title(subject, subjects), curves[::-1])
+        curves = list(zip(names, look.bucket_colours(len(names)), energies, strict=True))
+        _draw_energies(ax, look.panel_title(subject, subjects), curves[::-1])
     _ask(figure, "How many directions hold 95% of the energy, the squared norms, of a bucket?", subjects)
     return figure
 
 
-@styled
+@look.styled
 def draw_top_bucket_energy(subjects: list[Subject], numbers: Sequence[Numbers], arrays: Arrays) -> Figure:
     """The same of the bucket of highest entropy, all subjects in one axes."""
-    figure = new_figure(8.0, 5.4 + 0.22 * len(subjects))
+    figure = look.new_figure(8.0, 5.4 + 0.22 * len(subjects))
     names = [subject.label for subject in subjects]
     energies = [arrays[f"{s.tag}.energies{top_bucket(one)[0]}"] for s, one in zip(subjects, numbers, strict=True)]
-    _draw_energies(figure.subplots(), None, list(zip(names, series_colours(subjects), energies, strict=True)))
-    _ask(figure, f"How many directions hold 95% of the energy of {top_bucket_name(subjects)}?", subjects)
+    _draw_energies(figure.subplots(), None, list(zip(names, look.series_colours(subjects), energies, strict=True)))
+    _ask(figure, f"How many directions hold 95% of the energy of {look.top_bucket_name(subjects)}?", subjects)
     return figure
 
 
-@styled
+@look.styled
 def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """|cos| of buckets' leading directions, a heat map per subject; on the diagonals, halves of a bucket."""
     n_buckets = _n_buckets(numbers)
-    side = 0.7 * n_buckets + 1.4 if 4 < n_buckets <= MAX_NUMBERED_BUCKETS else 5.2
-    figure, axes = panels(len(subjects), width=side + 0.8, height=side + 1.0)
+    side = 0.7 * n_buckets + 1.4 if 4 < n_buckets <= look.MAX_NUMBERED_BUCKETS else 5.2
+    figure, axes = look.panels(len(subjects), width=side + 0.8, height=side + 1.0)
     for subject, one, ax in zip(subjects, numbers, axes, strict=True):
         image = _heatmap(ax, one)
-        ax.set_title(f"{panel_title(subject, subjects)}\n{_repeats_in_words(one)}", loc="left")
+        ax.set_title(f"{look.panel_title(subject, subjects)}\n{_repeats_in_words(one)}", loc="left")
     figure.get_layout_engine().set(h_pad=0.1, hspace=0.05)
     figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="|cos| of two leading directions")
     handles = [
@@ -149,17 +131,17 @@ def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Fi
     return figure
 
 
-@styled
+@look.styled
 def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """Per subject, PR beside what norms alone do to it; below, gradient norms per bucket and against surprisal."""
     n_abreast = min(2, len(subjects))
     n_lines = -(-len(subjects) // n_abreast)
-    figure = new_figure(13.0, 5.2 * n_lines + 5.2)
+    figure = look.new_figure(13.0, 5.2 * n_lines + 5.2)
     above, below = figure.subfigures(2, 1, height_ratios=(5.2 * n_lines, 4.6))
-    upper = grid(above, len(subjects), n_abreast)[:, 0]
+    upper = look.grid(above, len(subjects), n_abreast)[:, 0]
     for subject, one, ax in zip(subjects, numbers, upper, strict=True):
         _draw_counts(ax, one)
-        ax.set_title(f"{panel_title(subject, subjects)}\n{_size_in_words(one)}", loc="left")
+        ax.set_title(f"{look.panel_title(subject, subjects)}\n{_size_in_words(one)}", loc="left")
     handles = [
         Line2D([], [], marker=marker, linestyle="none", color=colour, label=name)
         for name, (_, marker, colour) in COUNTS_SHOWN.items()
@@ -170,14 +152,14 @@ def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     _draw_norm_ranges(lower[0], subjects, numbers)
     if has_surprisal:
         _draw_norms_by_surprisal(lower[1], subjects, numbers)
-    of_series = [Patch(color=c, label=s.label) for c, s in zip(series_colours(subjects), subjects, strict=True)]
+    of_series = [Patch(color=c, label=s.label) for c, s in zip(look.series_colours(subjects), subjects, strict=True)]
     below.legend(handles=of_series, loc="outside lower left", ncols=min(4, len(subjects)), handlelength=1.2)
     _ask(figure, "Is it direction or size?", subjects)
     return figure
 
 
 def _ask(figure: Figure, question: str, subjects: list[Subject]) -> None:
-    figure.suptitle(heading(question, subjects), x=0.01, ha="left")
+    figure.suptitle(look.heading(question, subjects), x=0.01, ha="left")
 
 
 def _few(found: list[Any], most: int = MAX_ANSWERS) -> list[Any]:
@@ -194,7 +176,7 @@ def _answer(ax: Axes, title: str | None, answers: list[Answer]) -> None:
         borderaxespad=0.2, handlelength=0.8, handleheight=0.5, handletextpad=0.5, labelspacing=0.3,
     )  # fmt: skip
     for text, (_, colour) in zip(legend.get_texts(), answers, strict=True):
-        text.set_color(NOTE_COLOUR if colour is None else "black")
+        text.set_color(look.NOTE_COLOUR if colour is None else "black")
 
 
 def _bucket_name(index: int, n_buckets: int) -> str:
@@ -207,8 +189,8 @@ def _n_buckets(numbers: Sequence[Numbers]) -> int:
 
 def _placed(subjects: list[Subject], numbers: Sequence[Numbers]) -> Iterator[tuple[float, Any, Numbers]]:
     """Of every bucket of every subject where it stands, the subject's colour, and its numbers."""
-    for i, (colour, one) in enumerate(zip(series_colours(subjects), numbers, strict=True)):
-        places = bucket_places(len(one["per_bucket"])) + dodge(i, len(subjects))
+    for i, (colour, one) in enumerate(zip(look.series_colours(subjects), numbers, strict=True)):
+        places = look.bucket_places(len(one["per_bucket"])) + look.dodge(i, len(subjects))
         yield from ((place, colour, found) for place, found in zip(places, one["per_bucket"].values(), strict=True))
 
 
@@ -223,33 +205,32 @@ def _draw_spans(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers], i
         if interval is not None:
             ax.plot([place, place], interval, color="black", linewidth=1.4, solid_capstyle="butt", zorder=3)
     answers: list[Answer] = []
-    for subject, colour, one in zip(subjects, series_colours(subjects), numbers, strict=True):
+    for subject, colour, one in zip(subjects, look.series_colours(subjects), numbers, strict=True):
         _, top = top_bucket(one)
         answers.append((f"{subject.label}: {span(top)}", colour))
         if len(subjects) == 1:
             answers.append((f"{share_of_random(one, top)} of what random directions would span", None))
-        found = compared(one)
-        if not is_compared and found is not None:
-            answers.append((_not_compared(subject, *found), None))
+        if not is_compared and compared(one) is not None:
+            answers.append((_not_compared(subject, compared(one)), None))
     ax.set_ylim(bottom=0)
-    bucket_axis(ax, _n_buckets(numbers))
+    look.bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("participation ratio of\nunit-norm gradients")
     if is_compared:
         ax.set_xlabel("")
-    _answer(ax, f"unit-norm PR [95%], {top_bucket_name(subjects)}", answers)
+    _answer(ax, f"unit-norm PR [95%], {look.top_bucket_name(subjects)}", answers)
 
 
-def _not_compared(subject: Subject, first: str, _: object, paired: Numbers) -> str:
-    return f"{subject.tag} is not compared with {first}: {paired['reason']}"
+def _not_compared(subject: Subject, found: tuple[str, Any, Numbers]) -> str:
+    return f"{subject.tag} is not compared with {found[0]}: {found[2]['reason']}"
 
 
 def _draw_ratios(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
     """Further subjects' unit-norm participation ratios over the first's, in colour where the interval is off 1."""
-    further = list(zip(subjects, series_colours(subjects), map(compared, numbers), strict=True))[1:]
+    further = list(zip(subjects, look.series_colours(subjects), map(compared, numbers), strict=True))[1:]
     shown = [(subject, colour, found) for subject, colour, found in further if found[1] is not None]
     answers: list[Answer] = []
     for i, (subject, colour, (first, ratios, _)) in enumerate(shown):
-        places = bucket_places(len(ratios)) + dodge(i, len(shown))
+        places = look.bucket_places(len(ratios)) + look.dodge(i, len(shown))
         for place, ratio in zip(places, ratios.values(), strict=True):
             of_ratio = UNDECIDED_COLOUR if verdict_of(ratio) == CANT_TELL else colour
             if ratio is None:
@@ -257,23 +238,23 @@ def _draw_ratios(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) 
             ends = ratio["ci95"] or (ratio["ratio"],) * 2
             ax.plot([place, place], ends, color=of_ratio, linewidth=3.0, solid_capstyle="butt")
             ax.plot(place, ratio["ratio"], "o", color=of_ratio, markersize=7)
-            if len(shown) == 1 and len(ratios) <= MAX_NUMBERED_BUCKETS:
+            if len(shown) == 1 and len(ratios) <= look.MAX_NUMBERED_BUCKETS:
                 at, offset = (ends[0], -14) if verdict_of(ratio) == "smaller" else (ends[1], 5)
-                text = {"textcoords": "offset points", "ha": "center", "color": NOTE_COLOUR, "fontsize": 10}
+                text = {"textcoords": "offset points", "ha": "center", "color": look.NOTE_COLOUR, "fontsize": 10}
                 ax.annotate(verdict_of(ratio), (place, at), (0, offset), **text)
         *_, ratio = ratios.values()
         is_told = verdict_of(ratio) in ("smaller", "larger")
         answers.append((f"{subject.tag} over {first}: {ratio_in_words(ratio)}", colour if is_told else None))
         if len(shown) == 1 and (told := what_would_tell(ratio)):
             answers.append((told, None))
-    answers += [(_not_compared(subject, *found), None) for subject, _, found in further if found[1] is None]
+    answers += [(_not_compared(subject, found), None) for subject, _, found in further if found[1] is None]
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     room = (high / low) ** 0.15  # for words
     ax.set_ylim(min(low, 0.95) / room, max(high, 1.05) * room)
     _log_axis(ax)
     ax.axhline(1.0, color="black", linewidth=1.0, zorder=1)
-    bucket_axis(ax, _n_buckets(numbers))
+    look.bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("ratio at equal n")
     _answer(ax, f"ratio of the two at equal n; grey: {CANT_TELL}", answers)
 
@@ -288,7 +269,7 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
         n_buckets = len(one["per_bucket"])
         ax.set_title(f"{subject.label}: 2-D PCA\n{len(points):,} of {one['n_positions']:,}", loc="left")
         if not explained[0] > 0:
-            note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
+            look.note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
             ax.set(xticks=[], yticks=[])
             continue
         tail = (1 - CENTRAL_SHARE) / 2
@@ -296,7 +277,7 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
         margin = 0.06 * np.where(high > low, high - low, 1.0)
         is_inside = np.all((low <= points) & (points <= high), axis=1)
         for bucket in reversed(range(n_buckets)):  # those of low buckets are short and lie in the middle: drawn last
-            style = {"s": 9, "color": bucket_colours(n_buckets)[bucket], "alpha": 0.7, "linewidths": 0}
+            style = {"s": 9, "color": look.bucket_colours(n_buckets)[bucket], "alpha": 0.7, "linewidths": 0}
             ax.scatter(*points[is_inside & (buckets == bucket)].T, **style, rasterized=True)
         (left, bottom), (right, top) = low - margin, high + margin
         ax.set(xlim=(left, right), ylim=(bottom, top))
@@ -306,8 +287,8 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
             ax.set_title(f"{ax.get_title('left')}, {np.sum(~is_inside):,} out of view", loc="left")
     handles = [
         Line2D([], [], marker="o", linestyle="none", color=colour, label=_bucket_name(index, n_buckets))
-        for index, colour in reversed(list(enumerate(bucket_colours(n_buckets))))
-        if index in bucket_ticks(n_buckets)
+        for index, colour in reversed(list(enumerate(look.bucket_colours(n_buckets))))
+        if index in look.bucket_ticks(n_buckets)
     ]
     below.legend(handles=handles, loc="outside lower left", ncols=5, handletextpad=0.1, columnspacing=1.0)
 
@@ -332,11 +313,11 @@ def _draw_energies(ax: Axes, title: str | None, curves: Sequence[tuple[str, Any,
     ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.axhline(SHARE_MARKED, color=NOTE_COLOUR, linestyle="--", linewidth=1)
+    ax.axhline(SHARE_MARKED, color=look.NOTE_COLOUR, linestyle="--", linewidth=1)
 
 
 def _heatmap(ax: Axes, one: Numbers) -> Any:
-    """Cells in the order of `bucket_places`; in colour where both directions repeat. Returns the image."""
+    """Cells in the order of `look.bucket_places`; in colour where both directions repeat. Returns the image."""
     values = np.array(one["cross_bucket_top1_cosine"], float)[::-1, ::-1]  # None becomes NaN
     repeats = np.array([repeat == "yes" for repeat in one["cross_bucket_top1_repeats"]])[::-1]
     count = len(values)
@@ -346,15 +327,15 @@ def _heatmap(ax: Axes, one: Numbers) -> Any:
         ax.add_patch(Rectangle((index - 0.45, index - 0.45), 0.9, 0.9, fill=False, edgecolor="black", linewidth=1.4))
     colour_map = matplotlib.colormaps["cividis"].with_extremes(bad="#eeeeee")
     image = ax.imshow(np.ma.masked_where(~is_told, values), cmap=colour_map, vmin=0.0, vmax=1.0)
-    if count <= MAX_NUMBERED_BUCKETS:
+    if count <= look.MAX_NUMBERED_BUCKETS:
         for (i, j), value in np.ndenumerate(values):
-            colour = NOTE_COLOUR if not is_told[i, j] else "black" if value > 0.45 else "white"
+            colour = look.NOTE_COLOUR if not is_told[i, j] else "black" if value > 0.45 else "white"
             text = f"{value:.2f}" if np.isfinite(value) else MISSING
             ax.text(j, i, text, ha="center", va="center", color=colour)
     ax.grid(False)
     ax.spines[:].set_visible(False)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks([count - 1 - index for index in bucket_ticks(count)], bucket_ticks(count))
+        axis.set_ticks([count - 1 - index for index in look.bucket_ticks(count)], look.bucket_ticks(count))
         axis.set_tick_params(length=0)
     ax.set_xlabel(f"bucket of entropy, {count - 1} the highest" if count > 1 else "bucket of entropy")
     return image
@@ -373,7 +354,7 @@ def _repeats_in_words(one: Numbers) -> str:
 def _listed(buckets: Iterable[int]) -> str:
     """Highest first; their number where they are many."""
     found = sorted(buckets, reverse=True)
-    return f"{len(found)} of them" if len(found) > MAX_NUMBERED_BUCKETS else ", ".join(map(str, found)) or "none"
+    return f"{len(found)} of them" if len(found) > look.MAX_NUMBERED_BUCKETS else ", ".join(map(str, found)) or "none"
 
 
 def _size_in_words(one: Numbers) -> str:
@@ -392,16 +373,16 @@ def _draw_counts(ax: Axes, one: Numbers) -> None:
     """Per bucket PR, unit-norm PR, ESS and isotropic PR, with intervals, on one log axis."""
     buckets = one["per_bucket"].values()
     offsets = np.linspace(-0.27, 0.27, len(COUNTS_SHOWN))
-    for place, found in zip(bucket_places(len(buckets)), buckets, strict=True):
+    for place, found in zip(look.bucket_places(len(buckets)), buckets, strict=True):
         if found["participation_ratio"] is None:
-            _say_why(ax, place, found["n"], NOTE_COLOUR)
+            _say_why(ax, place, found["n"], look.NOTE_COLOUR)
             continue
         for at, (measure, marker, colour) in zip(place + offsets, COUNTS_SHOWN.values(), strict=True):
             ends = found.get(f"{measure}_ci95") or (found[measure],) * 2
             ax.plot([at, at], ends, color=colour, linewidth=2.0, solid_capstyle="butt")
             ax.plot(at, found[measure], marker, color=colour, markersize=7)
     _log_axis(ax)
-    bucket_axis(ax, len(buckets))
+    look.bucket_axis(ax, len(buckets))
     ax.set_ylabel("count (log scale), 95%")
 
 
@@ -418,14 +399,14 @@ def _draw_norm_ranges(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbe
         ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
         ax.plot(place, found["norm"]["max"], "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
     _log_axis(ax)
-    bucket_axis(ax, _n_buckets(numbers))
+    look.bucket_axis(ax, _n_buckets(numbers))
     ax.set_ylabel("gradient norm (log scale)")
     ax.set_title("norms: median, quartiles, central 95%, largest", loc="left")
 
 
 def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
     """Medians and quartiles of the norm over equally many positions each, against their median −log π_t."""
-    for colour, one in zip(series_colours(subjects), numbers, strict=True):
+    for colour, one in zip(look.series_colours(subjects), numbers, strict=True):
         groups = one["norm_by_surprisal"] or []
         places = [group["surprisal"] for group in groups]
         low, median, high = np.reshape([group["quartiles"] for group in groups], (-1, 3)).T
