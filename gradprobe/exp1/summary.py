@@ -42,8 +42,8 @@ def span(bucket: Mapping[str, Any]) -> str:
 
 
 def share_of_random(numbers: Mapping[str, Any], bucket: Mapping[str, Any]) -> str:
-    """A bucket's unit-norm participation ratio over that of as many random directions: `6%`."""
-    return MISSING if bucket[TRUSTED] is None else share(bucket[TRUSTED] / random_span(bucket["n"], numbers["row_dim"]))
+    """A bucket's unit-norm participation ratio, which it has, over that of as many random directions: `6%`."""
+    return share(bucket[TRUSTED] / random_span(bucket["n"], numbers["row_dim"]))
 
 
 def compared(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None, Mapping[str, Any]] | None:
@@ -90,7 +90,9 @@ def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
 
 def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
     top, of_top = top_bucket(numbers)
-    of_random = share_of_random(numbers, of_top)
+    note = f"bucket {top}, of highest entropy: {span(of_top)}"
+    if of_top[TRUSTED] is not None:
+        note += f" directions, {share_of_random(numbers, of_top)} of what random ones would span"
     halves, repeats = numbers["cross_bucket_ceiling"], numbers["cross_bucket_top1_repeats"]
     rows = [
         [
@@ -112,7 +114,7 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
         f"{tag}: how many directions the gradients of each entropy bucket span, in {numbers['row_dim']:,} dimensions",
         header,
         rows,
-        [f"bucket {top}, of highest entropy: unit-norm PR {span(of_top)}, {of_random} of random directions'"],
+        [note],
     )
 
 

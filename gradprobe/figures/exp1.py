@@ -208,7 +208,7 @@ def _draw_spans(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers], i
     for subject, colour, one in zip(subjects, look.series_colours(subjects), numbers, strict=True):
         _, top = top_bucket(one)
         answers.append((f"{subject.label}: {span(top)}", colour))
-        if len(subjects) == 1:
+        if len(subjects) == 1 and top[TRUSTED] is not None:
             answers.append((f"{share_of_random(one, top)} of what random directions would span", None))
         if not is_compared and compared(one) is not None:
             answers.append((_not_compared(subject, compared(one)), None))
@@ -267,7 +267,8 @@ def _draw_scatters(below: SubFigure, shown: Sequence[tuple[Subject, Numbers]], a
     for (subject, one), ax in zip(shown, axes, strict=False):
         points, buckets, explained = (arrays[f"{subject.tag}.{name}"] for name in PLANE)
         n_buckets = len(one["per_bucket"])
-        ax.set_title(f"{subject.label}: 2-D PCA\n{len(points):,} of {one['n_positions']:,}", loc="left")
+        name = look.shortened(subject.tag, look.MAX_TAG_LENGTH)
+        ax.set_title(f"{name}: 2-D PCA\n{len(points):,} of {one['n_positions']:,}", loc="left")
         if not explained[0] > 0:
             look.note(ax, "no gradients" if len(points) == 0 else "nothing varies among the gradients")
             ax.set(xticks=[], yticks=[])
