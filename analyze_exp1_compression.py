@@ -3,8 +3,9 @@
 
 Reads one dump per tag and takes participation ratios, ranks and leading directions of each bucket's gradients (not
 centred, float64) with their intervals, ceilings and nulls; docs/methods.md says what each means. The first tag is
-what the others are compared with. Writes `exp1_summary.json`, `exp1_arrays.npz` (what the headline figures need
-beside it), `exp1_cumulative_energy.png`, `exp1_cross_bucket_cosine.png` and `exp1_norms.png`; the tables go to stdout.
+what the others are compared with. Writes `exp1_summary.json`, `exp1_arrays.npz` (spectra and principal components, for
+figures of your own), `exp1_headline.png`, `exp1_bin4_energy.png`, `exp1_cumulative_energy.png`,
+`exp1_cross_bucket_cosine.png` and `exp1_norms.png`; the tables go to stdout.
 Reads the gradients block by block: memory is a few matrices of d × d numbers, or of a bucket's rows if these are fewer.
 
 The study's dumps, results in out/exp12/exp12_figures:
@@ -17,19 +18,19 @@ Two small dumps that come with the tests (a few seconds):
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gradprobe.analysis.bucket import DEVICES, device_for
 from gradprobe.analysis.differences import say_differences
-from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
-from gradprobe.analysis.summaries import sealed, seals_of
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
-from gradprobe.common.files import make_directory, write_json
-from gradprobe.exp1.measure import measure_dumps, refusal, replication_of, sample_rollouts
-from gradprobe.exp1.summary import SUMMARY, comparison_of, comparison_report, report, summary_of
-from gradprobe.figures.exp1 import draw_analysis
-from gradprobe.figures.inputs import EXP1_ARRAYS, compression_of, write_compression
-from gradprobe.figures.look import add_format_flag, drawn_from, save
+from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
+from gradprobe.analysis.summaries import Summary, write_results
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
+from gradprobe.common.files import make_directory
+from gradprobe.exp1.measure import measure_dumps, refusal, sample_rollouts
+from gradprobe.exp1.summary import SUMMARY, tables_of, write_arrays
+from gradprobe.figures.exp1 import draw_exp1
+from gradprobe.figures.look import add_format_flag, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -47,42 +48,36 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def analyse(
+    paths: Mapping[str, Path], output_dir: Path, device: str = "cpu", formats: Sequence[str] = ("png",)
+) -> tuple[Summary, list[str]]:
+    """Read the dumps, compute every number, write arrays, figures and the summary.
+
+    Returns:
+        The summary, and the names of all files.
+    """
+    dumps = {tag: list(map(sample_rollouts, targets)) for tag, targets in open_dumps(paths, refusal).items()}
+    make_directory(output_dir)  # what can't be written to is told before minutes of work
+    warn(dumps)
+    differences = say_differences(dumps)
+
+    found = measure_dumps(dumps, device=device)
+    summary = about_study(found.numbers, dumps, {tag: differences[tag] + found.warnings[tag] for tag in dumps})
+
+    def write_others() -> list[str]:
+        return [write_arrays(output_dir, found.arrays), *save(draw_exp1(summary, found.arrays), output_dir, formats)]
+
+    return summary, write_results(output_dir, SUMMARY, summary, write_others)
+
+
 @script_main
 def main(argv: list[str] | None = None) -> int:
-    """Read the dumps, compute every number, then write the summary, the figures and the tables."""
+    """Analyse the dumps and print the tables."""
     args = parse_args(argv)
-    device = device_for(args.device)
-    paths = parse_tagged_dumps(args.dumps)
-    targets = {tag: list(map(sample_rollouts, found)) for tag, found in open_dumps(paths, refusal).items()}
+    device, paths = device_for(args.device), parse_tagged_dumps(args.dumps)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
-    make_directory(output_dir)
-    warn(targets)
-    differences = say_differences(targets)
-
-    dumps, fingerprints = first_targets(targets), fingerprints_of(targets)
-    results, compared = measure_dumps(dumps, device=device)
-    summary = {tag: summary_of(dump, results[tag], fingerprints[tag]) for tag, dump in dumps.items()}
-    for tag, of_tag in targets.items():
-        if len(of_tag) > 1:
-            summary[tag]["replication"] = replication_of(of_tag, summary[tag]["per_bucket"], device)
-    first_tag = next(iter(dumps))
-    for tag, found in compared.items():
-        summary[tag] |= comparison_of(first_tag, found)
-        differences[tag] += [found.warning] if found.warning else []
-    summary = sealed({tag: numbers | {"differences": differences[tag]} for tag, numbers in summary.items()})
-    drawn = draw_analysis(dumps, results)
-
-    for_figures = {tag: compression_of(dump, results[tag], device) for tag, dump in dumps.items()}
-    write_compression(output_dir / EXP1_ARRAYS, for_figures, fingerprints, seals_of(summary))
-    write_json(output_dir / SUMMARY, summary)
-    written = [SUMMARY, EXP1_ARRAYS]
-    for name, figure in drawn.items():
-        written += save(figure, output_dir / name, drawn_from(SUMMARY, summary), args.figure_format)
-    for tag, numbers in summary.items():
-        print(report(tag, numbers, results[tag]), end="\n\n")
-    for tag, found in compared.items():
-        print(comparison_report(first_tag, tag, found), end="\n\n")
-    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
+    summary, written = analyse(paths, output_dir, device, args.figure_format)
+    print_results([table for tag, one in summary.items() for table in tables_of(tag, one)], output_dir, written)
     return 0
 
 

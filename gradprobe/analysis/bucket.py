@@ -21,7 +21,6 @@ from ..dump.format import Dump
 from ..dump.mapped import SelectedRows, block_slices, read_rows
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -59,13 +58,6 @@ def to_device(array: np.ndarray, device: str) -> "Tensor":
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-
-def torch_dtype(dtype: type) -> "torch.dtype":
-    """What torch calls one of numpy's number types."""
-    import torch
-
-    return torch.float32 if dtype is np.float32 else torch.float64
 
 
 def rollout_codes(prompt: np.ndarray, sample_idx: np.ndarray) -> np.ndarray:
@@ -151,16 +143,6 @@ class Bucket:
         parts = [(block @ directions).cpu().numpy() for block in self.blocks()]
         return np.concatenate([np.zeros((0, directions.shape[1])), *parts])
 
-    def energies_along(self, directions: "Tensor") -> np.ndarray:
-        """[k] ‖X v‖² of each direction. `directions`: [d, k], float32 if X V may be."""
-        if self.has_gram and not self.is_wide:
-            directions = directions.double()
-            return (directions * (self.gram @ directions)).sum(dim=0).cpu().numpy()
-        total = self._zeros(directions.shape[1])
-        for block in self.blocks(np.float32 if directions.dtype.itemsize == 4 else np.float64):
-            total += (block @ directions).double().square_().sum(dim=0)
-        return total.cpu().numpy()
-
     @cached_property
     def squared_norms(self) -> np.ndarray:
         """[n] float64 ‖g‖²."""
@@ -182,26 +164,18 @@ class Bucket:
     def gram(self) -> "Tensor":
         """X Xᵀ, [n, n], or Xᵀ X, [d, d], whichever is smaller (the latter if n = d); n >= 1."""
         whole = self._whole
-        if whole is not None and whole.has_gram:
-            if whole.is_wide:
-                return _crossing(whole.gram, np.flatnonzero(self._kept))
-            if not self.is_wide and 2 * self.n > whole.n:
-                others = whole.part(~self._kept).columns()
-                if 2 * others.trace() <= whole.gram.trace():  # else rounding of what goes could outweigh what stays
-                    return whole.gram - others
+        if whole is not None and whole.has_gram and whole.is_wide:
+            return _crossing(whole.gram, np.flatnonzero(self._kept))
+        size = min(self.n, self.dim)
+        squared = _Squared(self._zeros(size, size))
         if not self.is_wide:
-            return self.columns()
-        held, squared = read_rows(self.grads, self.rows, None), _Squared(self._zeros(self.n, self.n))
+            for block in self.blocks():
+                squared.add(block)
+            return squared.total()
+        held = read_rows(self.grads, self.rows, None)
         for columns in block_slices(self.dim, 8 * self.n):
             part = to_device(held[:, columns].astype(np.float64), self.device)
             squared.add((part if self._mean is None else part - self._mean[columns]).T)
-        return squared.total()
-
-    def columns(self) -> "Tensor":
-        """[d, d] Xᵀ X."""
-        squared = _Squared(self._zeros(self.dim, self.dim))
-        for block in self.blocks():
-            squared.add(block)
         return squared.total()
 
     def _zeros(self, *shape: int) -> "Tensor":
@@ -224,11 +198,8 @@ class Bucket:
             found[:, part] = (own @ self._read(second[part]).T).cpu().numpy()
         return found
 
-    def energies(self, dtype: type = np.float64) -> np.ndarray:
-        """[min(n, d)] squared singular values of X, descending; those below 0, which only rounding makes, are 0.
-
-        In float32 (`dtype`) the decomposition costs half; each is then rounded by about 1e-7 of the largest.
-        """
+    def energies(self) -> np.ndarray:
+        """[min(n, d)] squared singular values of X, descending; those below 0, which only rounding makes, are 0."""
         if self.n == 0:
             return np.zeros(0)
         import torch
@@ -236,7 +207,7 @@ class Bucket:
         scale = self.gram.trace()  # eigenvalues of tiny gradients would underflow
         if not scale > 0:
             return np.zeros(len(self.gram))
-        shares = torch.linalg.eigvalsh((self.gram / scale).to(torch_dtype(dtype))).double()
+        shares = torch.linalg.eigvalsh(self.gram / scale)
         return (shares * scale).flip(0).clamp(min=0.0).cpu().numpy()
 
     def leading_directions(

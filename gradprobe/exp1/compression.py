@@ -7,24 +7,20 @@ once per bucket (`Sums`), and every interval and subsample costs no more than a 
 a_i = ‖g_i‖² throughout. Where there is no number, functions return None.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from ..analysis.bucket import Bucket
+from ..analysis.bucket import ROUNDING, Bucket
 from ..dump.mapped import block_slices
-from .spectrum import Spectrum, rank_of_share
 
 HALF_DRAWS = 2000
 MATCHED_DRAWS = 20
-LARGE_GRAM = 1024
-"""Of larger Gram matrices subsamples are decomposed in float32: the rank of 95% moves by 1 at most."""
+CANT_TELL = "can't tell"
 MIN_PROMPTS = 4
 """Fewer prompts have at most 3 ways to be halved: no interval."""
-PICKS_AT_ONCE_BYTES = 64 << 20
 
 Interval = tuple[float, float]
 
@@ -53,24 +49,13 @@ class Sums:
     prompt: np.ndarray
     dim: int
 
-    def by_prompt(self) -> "Sums":
-        """The same sums over prompts, in ascending order."""
-        prompts, code = np.unique(self.prompt, return_inverse=True)
-
-        def total(values: np.ndarray) -> np.ndarray:
-            return np.bincount(code, values, minlength=len(prompts))
-
-        member = np.eye(len(prompts))[code]  # [m, prompts]
-        return Sums(
-            total(self.n),
-            total(self.n_nonzero),
-            total(self.energy),
-            total(self.energy_squares),
-            member.T @ self.dots @ member,
-            member.T @ self.unit_dots @ member,
-            prompts,
-            self.dim,
-        )
+    def by_prompt(self, among: np.ndarray | None = None) -> "Sums":
+        """The same sums over prompts, in ascending order; over those of `among`, if given, alone."""
+        prompts = np.unique(self.prompt if among is None else among)
+        member = (self.prompt[:, None] == prompts).astype(float)  # [m, prompts]
+        dots, unit_dots = (member.T @ of_pairs @ member for of_pairs in (self.dots, self.unit_dots))
+        totals = (member.T @ values for values in (self.n, self.n_nonzero, self.energy, self.energy_squares))
+        return Sums(*totals, dots, unit_dots, prompts, self.dim)
 
     def participation_ratios(self, picks: np.ndarray) -> np.ndarray:
         """[draws] (Σa)² / Σ (g_i · g_j)² of the picked clusters. `picks`: [draws, m] 0 or 1. NaN: no number."""
@@ -135,10 +120,7 @@ def half_sample_interval(sums: Sums, measure: Measure, draws: int = HALF_DRAWS, 
     with replacement would repeat gradients, which lowers participation ratio and rank (Politis, Romano & Wolf 1999;
     Shao & Wu 1989).
 
-    On planted data with effects of prompts and rollouts (8 to 64 prompts, 200 to 400 draws) it covers 90 to 97% for
-    the unit-norm participation ratio whatever the norms; for the raw one 87 to 95% where norms spread by up to e^±0.5
-    and 85 to 89% where they spread by e^±1 both between rows and between prompts; for ESS 80 to 90%. Where a few
-    gradients hold the energy, no resampling can know which did not come up.
+    docs/methods.md says how often it covers, measured on planted data.
 
     Args:
         sums: by rollout or prompt.
@@ -150,92 +132,46 @@ def half_sample_interval(sums: Sums, measure: Measure, draws: int = HALF_DRAWS, 
         (lo, hi); None with fewer than 4 prompts, or where the whole or any half has no number.
     """
     by_prompt = sums.by_prompt()
+    if len(by_prompt.n) < MIN_PROMPTS:
+        return None
+    halves, without_one, (whole,) = _logs_of(by_prompt, measure, draws, seed)
+    deviations = _deviation_range(halves, without_one - whole)
+    if deviations is None:
+        return None
+    low, high = np.exp(whole + deviations)
+    return max(1.0, float(low)), float(high)
+
+
+def half_picks(n_prompts: int, draws: int, seed: int) -> np.ndarray:
+    """[draws, n_prompts] 0 or 1: halves without replacement; of an odd number, the smaller half."""
+    order = np.argsort(np.random.default_rng(seed).random((draws, n_prompts)), axis=1)
+    return (order < n_prompts // 2).astype(float)
+
+
+def _logs_of(by_prompt: Sums, measure: Measure, draws: int, seed: int) -> list[np.ndarray]:
+    """log `measure` of halves of the prompts, [draws], of all without each, [P], and of all, [1]. NaN: no number."""
     n_prompts = len(by_prompt.n)
-    if n_prompts < MIN_PROMPTS:
-        return None
-    whole = _finite_log(measure(by_prompt, np.ones((1, n_prompts))))
-    halves = _finite_log(_in_parts(by_prompt, measure, half_picks(n_prompts, draws, seed)))
-    if len(whole) == 0 or len(halves) < draws:
-        return None
-    without_one = _finite_log(_in_parts(by_prompt, measure, without_each(n_prompts)))
-    low, high = _deviation_range(halves, without_one - whole[0], n_prompts)
-    return max(1.0, float(np.exp(whole[0] + low))), float(np.exp(whole[0] + high))
+    all_but_one = 1 - np.eye(n_prompts)
+    picks = np.concatenate([half_picks(n_prompts, draws, seed), all_but_one, np.ones((1, n_prompts))])
+    return np.split(np.log(measure(by_prompt, picks)), [draws, draws + n_prompts])
 
 
-def half_picks(n_prompts: int, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """[some, n_prompts] 0 or 1, `draws` in all: halves without replacement; of an odd number, the smaller half."""
-    rng = np.random.default_rng(seed)
-    for part in _pick_slices(draws, n_prompts):
-        order = np.argsort(rng.random((part.stop - part.start, n_prompts)), axis=1)
-        yield (order < n_prompts // 2).astype(float)
-
-
-def without_each(n_prompts: int) -> Iterator[np.ndarray]:
-    """[some, n_prompts] 0 or 1: all but one prompt, each in turn."""
-    for part in _pick_slices(n_prompts, n_prompts):
-        yield 1 - np.eye(part.stop - part.start, n_prompts, k=part.start)
-
-
-def _pick_slices(draws: int, n_prompts: int) -> Iterator[slice]:
-    step = max(1, PICKS_AT_ONCE_BYTES // (8 * n_prompts))
-    return (slice(start, min(start + step, draws)) for start in range(0, draws, step))
-
-
-def _in_parts(sums: Sums, measure: Measure, picks: Iterable[np.ndarray]) -> np.ndarray:
-    """`measure` of all picks, a part of them at a time."""
-    return np.concatenate([np.zeros(0), *(measure(sums, part) for part in picks)])
-
-
-def _deviation_range(halves: np.ndarray, without_one: np.ndarray, n_prompts: int) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of the halves' deviations from their mean, at the scale of the whole.
+def _deviation_range(halves: np.ndarray, without_one: np.ndarray) -> np.ndarray | None:
+    """[2] the 2.5 and 97.5 percentiles of the halves' deviations from their mean, at the scale of the whole.
 
     Widened by Student's t over the normal quantile, since percentiles of resampling know nothing of how poorly few
     prompts tell their own spread; and to hold what each single prompt's absence does (`without_one`, relative to the
     whole). The latter is without effect unless one prompt's gradients outweigh the rest: then the whole lies at the
-    edge of what the halves show, and nothing around it would be an interval.
+    edge of what the halves show, and nothing around it would be an interval. None where a half has no number.
     """
+    if not np.isfinite(halves).all():
+        return None
+    n_prompts = len(without_one)
     n_picked = n_prompts // 2
     scale = np.sqrt(n_picked / (n_prompts - n_picked)) * stdtrit(n_prompts - 1, 0.975) / ndtri(0.975)
     low, high = scale * np.quantile(halves - halves.mean(), [0.025, 0.975])
-    return min(low, without_one.min(initial=0.0)), max(high, without_one.max(initial=0.0))
-
-
-def _values_at(by_prompt: Sums, prompts: np.ndarray, picks: Iterable[np.ndarray], measure: Measure) -> np.ndarray:
-    """[draws] `measure` of picked `prompts`, [p], some of those of `by_prompt`. `picks`: parts, [some, p] 0 or 1."""
-    places = np.searchsorted(by_prompt.prompt, prompts)
-
-    def placed(part: np.ndarray) -> np.ndarray:
-        at = np.zeros((len(part), len(by_prompt.prompt)))
-        at[:, places] = part
-        return at
-
-    return _in_parts(by_prompt, measure, map(placed, picks))
-
-
-def _finite_log(values: np.ndarray) -> np.ndarray:
-    return np.log(values[np.isfinite(values)])
-
-
-@dataclass(frozen=True)
-class DrawnNumber:
-    """A number over subsamples: its mean, the 2.5 and 97.5 percentiles, and how many were drawn.
-
-    The interval is the spread of the subsamples of these gradients, not what other prompts would have given.
-    """
-
-    mean: float
-    ci95: Interval
-    draws: int
-
-
-@dataclass(frozen=True)
-class MatchedN:
-    """A bucket cut down to `n` gradients, whole rollouts at a time. `None`: no number."""
-
-    n: int
-    participation_ratio: DrawnNumber | None
-    participation_ratio_unit_norm: DrawnNumber | None
-    rank95: DrawnNumber | None
+    without_one = without_one[np.isfinite(without_one)]
+    return np.array([min(low, without_one.min(initial=0.0)), max(high, without_one.max(initial=0.0))])
 
 
 @dataclass(frozen=True)
@@ -269,8 +205,7 @@ def compare_buckets(
     """Is the second bucket more compressed than the first? At equal n, and over the same halves of shared prompts.
 
     Two buckets of one dump share their prompts, and so do two models' dumps: taking the same prompts from both
-    removes from the ratio what both owe to the prompts. On planted pairs (16 and 32 prompts, 300 draws each) the
-    interval covers 92 to 96%, and 89% for the raw participation ratio where norms spread by e^±1.
+    removes from the ratio what both owe to the prompts.
 
     Args:
         first, second: sums per rollout, in which equal `prompt` numbers mean the same prompt.
@@ -284,27 +219,21 @@ def compare_buckets(
         None where either has no number.
     """
     n = int(min(first.n.sum(), second.n.sum()))
-    logs = [_finite_log(measure(sums, matched_picks(sums.n, n, draws, seed))) for sums in (first, second)]
+    matched = [np.log(measure(sums, matched_picks(sums.n, n, draws, seed))) for sums in (first, second)]
+    logs = [values[np.isfinite(values)] for values in matched]
     if min(map(len, logs)) == 0:
         return None
     log_ratio = logs[1].mean() - logs[0].mean()
     shared = np.intersect1d(first.prompt, second.prompt)
-    no_interval = Ratio(float(np.exp(log_ratio)), None, n, len(shared), "can't tell")
-    if len(shared) < MIN_PROMPTS:
-        return no_interval
-    values = []
-    for sums in (first, second):
-        picks = chain(half_picks(len(shared), half_draws, seed), without_each(len(shared)), [np.ones((1, len(shared)))])
-        values.append(_values_at(sums.by_prompt(), shared, picks, measure))
-    logs_of_ratio = np.full(len(values[0]), np.nan)
-    known = np.isfinite(values[0]) & np.isfinite(values[1])
-    logs_of_ratio[known] = np.log(values[1][known] / values[0][known])
-    halves, without_one, whole = np.split(logs_of_ratio, [half_draws, half_draws + len(shared)])
-    if not (np.isfinite(halves).all() and np.isfinite(whole).all()):
-        return no_interval
-    without_one = without_one[np.isfinite(without_one)] - whole[0]
-    low, high = log_ratio + np.array(_deviation_range(halves, without_one, len(shared)))
-    verdict = "smaller" if high < 0 else "larger" if low > 0 else "can't tell"
+    deviations = None
+    if len(shared) >= MIN_PROMPTS:
+        of_both = (_logs_of(sums.by_prompt(shared), measure, half_draws, seed) for sums in (first, second))
+        halves, without_one, whole = (b - a for a, b in zip(*of_both, strict=True))
+        deviations = _deviation_range(halves, without_one - whole)
+    if deviations is None:
+        return Ratio(float(np.exp(log_ratio)), None, n, len(shared), CANT_TELL)
+    low, high = log_ratio + deviations
+    verdict = "smaller" if high < -ROUNDING else "larger" if low > ROUNDING else CANT_TELL
     return Ratio(float(np.exp(log_ratio)), (float(np.exp(low)), float(np.exp(high))), n, len(shared), verdict)
 
 
@@ -328,44 +257,6 @@ def matched_picks(n_of_rollout: np.ndarray, n: int, draws: int, seed: int) -> np
                 pick[candidate] = 1
                 room -= sizes[candidate]
     return picks
-
-
-def matched_n(
-    bucket: Bucket, sums: Sums, whole: Spectrum, n: int, draws: int = MATCHED_DRAWS,
-    rank_draws: int = MATCHED_DRAWS, seed: int = 0,
-) -> MatchedN:  # fmt: skip
-    """A bucket's numbers at `n` gradients, so that buckets and runs of different sizes can be compared.
-
-    Args:
-        bucket: the gradients.
-        sums, whole: its sums and its spectrum, which is taken instead of a draw where there are no more than `n`.
-        n: the smallest bucket of all dumps that are compared.
-        draws: how many subsamples for the participation ratio.
-        rank_draws: how many of them for the rank, which needs a decomposition each.
-        seed: of the draws.
-    """
-    picks = matched_picks(sums.n, n, draws, seed)
-    codes = np.unique(bucket.rollout)
-    dtype = np.float32 if min(n, bucket.dim) > LARGE_GRAM else np.float64
-    ranks = []
-    for pick in picks[:rank_draws]:
-        is_kept = np.isin(bucket.rollout, codes[pick > 0])
-        ranks.append(whole.rank(0.95) if pick.all() else rank_of_share(bucket.part(is_kept).energies(dtype), 0.95))
-    return MatchedN(
-        n,
-        drawn_number(sums.participation_ratios(picks)),
-        drawn_number(sums.unit_norm_participation_ratios(picks)),
-        drawn_number(np.array([np.nan if rank is None else rank for rank in ranks])),
-    )
-
-
-def drawn_number(values: np.ndarray) -> DrawnNumber | None:
-    """Mean and 95% range of the draws that have a number; None if none has. `values`: [draws], NaN for no number."""
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return DrawnNumber(float(values.mean()), (float(low), float(high)), len(values))
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -1,50 +1,17 @@
 """Numbers on a spectrum: how many directions a set of gradients spans.
 
-"Energy" is a squared singular value of the gradients X, [n, d] (uncentred, as in the study). Where there is no number
-(no gradients, or all of them zero), functions return None.
+"Energy" is a squared singular value of the gradients X, [n, d] (uncentred, as in the study); `energies` are [r]
+float64, descending, those of `Bucket.energies`. Where there is no number (no gradients, or all of them zero),
+functions return None.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..analysis.bucket import ROUNDING
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """The spectrum of n gradients.
-
-    Attributes:
-        n: how many.
-        energies: [min(n, d)] float64, squared singular values, descending.
-    """
-
-    n: int
-    energies: np.ndarray
-
-    @property
-    def participation_ratio(self) -> float | None:
-        """See `participation_ratio`."""
-        return participation_ratio(self.energies)
-
-    @property
-    def top1_energy_frac(self) -> float | None:
-        """See `top1_energy_frac`."""
-        return top1_energy_frac(self.energies)
-
-    @property
-    def effective_rank(self) -> float | None:
-        """See `effective_rank`."""
-        return effective_rank(self.energies)
-
-    def rank(self, share: float) -> int | None:
-        """See `rank_of_share`."""
-        return rank_of_share(self.energies, share)
-
-
 def participation_ratio(energies: np.ndarray) -> float | None:
-    """(Σσ²)² / Σσ⁴: k if k directions share the energy equally. `energies`: [r] squared singular values."""
+    """(Σσ²)² / Σσ⁴: k if k directions share the energy equally."""
     total = energies.sum()
     if not total > 0:
         return None
@@ -53,13 +20,13 @@ def participation_ratio(energies: np.ndarray) -> float | None:
 
 
 def top1_energy_frac(energies: np.ndarray) -> float | None:
-    """σ₁² / Σσ². `energies`: [r] squared singular values, descending."""
+    """σ₁² / Σσ²."""
     total = energies.sum()
     return float(energies[0] / total) if total > 0 else None
 
 
 def effective_rank(energies: np.ndarray) -> float | None:
-    """exp(-Σ p ln p) with p = σ/Σσ (Roy & Vetterli 2007). `energies`: [r] squared singular values.
+    """exp(-Σ p ln p) with p = σ/Σσ (Roy & Vetterli 2007).
 
     A σ below 1e-7 of the largest can't be told from the rounding of a Gram matrix, and counts as 0: σ is the root of
     an eigenvalue whose error is about 1e-16 of the largest, and thousands of such roots would add up.
@@ -73,13 +40,13 @@ def effective_rank(energies: np.ndarray) -> float | None:
 
 
 def cumulative_energy(energies: np.ndarray) -> np.ndarray | None:
-    """[r] share of all energy that the first 1, 2, ... r directions hold. `energies`: [r], descending."""
+    """[r] share of all energy that the first 1, 2, ... r directions hold."""
     total = energies.sum()
     return np.cumsum(energies) / total if total > 0 else None
 
 
 def rank_of_share(energies: np.ndarray, share: float) -> int | None:
-    """The fewest directions that hold `share` of all energy. `energies`: [r] squared singular values, descending."""
+    """The fewest directions that hold `share` of all energy."""
     cumulative = cumulative_energy(energies)
     if cumulative is None:
         return None

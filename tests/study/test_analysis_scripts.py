@@ -156,7 +156,7 @@ def test_degenerate_dumps_give_nulls_and_figures(tmp_path: Path, capsys: pytest.
     buckets = exp1["base"]["per_bucket"]
     assert [buckets[str(index)]["n"] for index in range(5)] == [0, 1, 12, 0, 6]
     for index in "03":
-        assert {value for key, value in buckets[index].items() if key not in ("n", "matched_n")} == {None}
+        assert {value for key, value in buckets[index].items() if key != "n"} == {None}
     assert buckets["1"]["participation_ratio"] == pytest.approx(1.0)
     cosines = exp1["base"]["cross_bucket_top1_cosine"]
     assert [row[3] for row in cosines] == cosines[3] == [None] * 5
@@ -357,19 +357,6 @@ def test_no_figure_repeats_the_histogram(tmp_path: Path):
     (ax,) = headline.axes
     assert ax.get_ylabel() == "cos(correct, incorrect)"
     assert "control by tokens" in ax.get_xlabel()
-
-
-def test_low_buckets_are_drawn_last_and_closer_where_they_are_a_dot(tmp_path: Path):
-    rng, bucket = np.random.default_rng(0), np.arange(400) % 4
-    grads = rng.standard_normal((400, 6)) * np.array([1e-4, 1e-3, 0.1, 1.0])[bucket, None]
-    dump = load_dump(planted.write_dump(tmp_path / "dump", grads, bucket, bins=4))
-    found = compression_of(dump, measure_dumps({None: dump}, Exp1Settings(ceiling=0, null=0))[0][None])
-    figure = figures_compression.draw_compression_headline(subjects_of({None: dump}), [found], [])
-    scatter = next(ax for ax in figure.axes if ax.get_xlabel().startswith("PC1"))
-    assert np.all(np.diff([c.get_zorder() for c in scatter.collections]) > 0)  # the highest bucket first
-    (inset,) = scatter.child_axes
-    assert np.diff(inset.get_xlim())[0] < 0.01 * np.diff(scatter.get_xlim())[0]
-    assert "closer" in inset.texts[0].get_text()
 
 
 def test_a_rollout_that_is_both_correct_and_incorrect_is_bad_input(tmp_path: Path, capsys):
