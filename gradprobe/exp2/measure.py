@@ -18,11 +18,9 @@ from .direction import (
     Cancellation,
     Directions,
     alignment,
-    cancellation,
+    cancellations,
     compare_groups,
     half_split_cosines_by_rollout,
-    judged_by_tails,
-    known,
     rare_tokens,
     rollout_grams,
 )
@@ -45,10 +43,6 @@ class Exp2Settings:
     permutations: int = 9999
     seed: int = 0
 
-    def to_dict(self) -> dict[str, int]:
-        """What the summary says."""
-        return {"bootstrap": self.bootstrap, "permutations": self.permutations}
-
 
 @dataclass(frozen=True)
 class BucketDirections:
@@ -56,40 +50,31 @@ class BucketDirections:
 
     Attributes:
         directions: the original's measures, token-weighted cosines and the half-split of tokens.
-        control_by_rollout: half-split cosines by rollout; None where a mean is the zero vector.
+        control_by_rollout: half-split cosines by rollout; NaN where a mean is the zero vector.
         alignment: noise-corrected cosine, its interval, test and verdict.
-        cancellation: of advantages ±1.
-        cancellation_group_normalised: of GRPO's advantages.
+        cancellation, cancellation_group_normalised: of advantages ±1, and of GRPO's.
         n_rare: see `direction.rare_tokens`.
-        settings: the draws behind the intervals and p-values.
         on_policy: of all response tokens of this bucket, picked or not; None where the rollouts are not at hand.
         rho_over_sums: see `analysis.opposition`; None of single tokens.
         reference: -1 where theory fixes ρ, else None.
     """
 
     directions: Directions
-    control_by_rollout: tuple[float | None, ...]
+    control_by_rollout: np.ndarray
     alignment: Alignment
     cancellation: Cancellation
     cancellation_group_normalised: Cancellation
     n_rare: float | None
-    settings: Exp2Settings
     on_policy: OnPolicy | None = None
     rho_over_sums: Estimate | None = None
     reference: float | None = None
 
-    @property
-    def control_by_rollout_cosines(self) -> np.ndarray:
-        """[k] float64, every half-split cosine by rollout there is."""
-        return known(self.control_by_rollout)
+
+DEFAULTS = Exp2Settings()
 
 
 def directions_of_bucket(
-    bucket: Bucket,
-    correct: np.ndarray,
-    n_prompts: int,
-    settings: Exp2Settings | None = None,
-    tail_mass: np.ndarray | None = None,
+    bucket: Bucket, correct: np.ndarray, settings: Exp2Settings = DEFAULTS, tail_mass: np.ndarray | None = None
 ) -> BucketDirections:
     """All of Exp 2 on some tokens; the same arguments give the same numbers.
 
@@ -99,57 +84,49 @@ def directions_of_bucket(
     Args:
         bucket: the tokens looked at (those of one entropy bucket).
         correct: [n] bool, whether each one's rollout was correct.
-        n_prompts: prompts in the dump.
-        settings: None for the defaults.
+        settings: how many draws.
         tail_mass: [n] 1 - max π at each one's token, or their sum; None: not known.
 
     Raises:
         ValueError: a rollout has both correct and incorrect tokens.
     """
-    settings = settings or Exp2Settings()
-    seed, n_permutations = settings.seed, settings.permutations
     grams = rollout_grams(bucket, correct)
     n_rare = rare_tokens(grams, tail_mass, bucket, correct)
-    found = alignment(
-        grams, np.random.default_rng([seed, 2]), n_bootstrap=settings.bootstrap, n_permutations=n_permutations
-    )
+    splits, of_rho, of_labels = (np.random.default_rng([settings.seed, stream]) for stream in (1, 2, 3))
+    n = settings.permutations
+    signs, normalised = cancellations(grams, of_labels, n_rare, n_permutations=n)
     return BucketDirections(
-        directions=compare_groups(bucket, correct, n_prompts, seed),
-        control_by_rollout=half_split_cosines_by_rollout(grams, np.random.default_rng([seed, 1])),
-        alignment=judged_by_tails(found, n_rare),
-        cancellation=cancellation(grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations),
-        cancellation_group_normalised=cancellation(
-            grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations, group_normalised=True
-        ),
+        directions=compare_groups(bucket, correct, settings.seed),
+        control_by_rollout=half_split_cosines_by_rollout(grams, splits),
+        alignment=alignment(grams, of_rho, n_rare, n_bootstrap=settings.bootstrap, n_permutations=n),
+        cancellation=signs,
+        cancellation_group_normalised=normalised,
         n_rare=n_rare,
-        settings=settings,
     )
 
 
 def bucket_directions(
-    dump: Dump, index: int, settings: Exp2Settings | None = None, device: str = "cpu"
+    dump: Dump, index: int, settings: Exp2Settings = DEFAULTS, device: str = "cpu"
 ) -> BucketDirections:
     """What Exp 2 takes from the gradients of one bucket."""
     bucket = bucket_of(dump, index, device)
     tails = None if dump.tail_masses is None else dump.tail_masses[bucket.rows]
-    return directions_of_bucket(bucket, dump.correct[bucket.rows], len(dump.prompt_keys), settings, tails)
+    return directions_of_bucket(bucket, dump.correct[bucket.rows], settings, tails)
 
 
 def directions_of_dump(
-    dump: Dump, settings: Exp2Settings | None = None, device: str = "cpu", on_bucket: Callable[[], Any] = int
+    dump: Dump, settings: Exp2Settings = DEFAULTS, device: str = "cpu", on_bucket: Callable[[], Any] = int
 ) -> list[BucketDirections]:
     """All of Exp 2 of one dump, bucket by bucket. `on_bucket` is called after each."""
-    found = []
-    for index in range(dump.bins):
-        found.append(bucket_directions(dump, index, settings, device))
-        on_bucket()
     tests = on_policy_by_bucket(dump)
     sums = sampled_rho_over_sums(dump) if dump.is_pooled else [None] * dump.bins
     reference = reference_of(dump)
-    return [
-        replace(one, on_policy=test, rho_over_sums=rho, reference=reference)
-        for one, test, rho in zip(found, tests, sums, strict=True)
-    ]
+    found = []
+    for index, (test, rho) in enumerate(zip(tests, sums, strict=True)):
+        of_bucket = bucket_directions(dump, index, settings, device)
+        found.append(replace(of_bucket, on_policy=test, rho_over_sums=rho, reference=reference))
+        on_bucket()
+    return found
 
 
 def sampled_rho_over_sums(dump: Dump) -> list[Estimate]:
@@ -169,7 +146,7 @@ def reference_of(dump: Dump) -> float | None:
 
 
 def measure_dumps(
-    dumps: Mapping[Tag, list[Dump]], settings: Exp2Settings | None = None, device: str = "cpu"
+    dumps: Mapping[Tag, list[Dump]], device: str = "cpu"
 ) -> tuple[dict[Tag, list[BucketDirections]], dict[Tag, list[BucketDirections]]]:
     """Of each tag, every bucket of its first target, and the bucket of highest entropy of its others."""
     found: dict[Tag, list[BucketDirections]] = {}
@@ -177,12 +154,12 @@ def measure_dumps(
     total = sum(targets[0].bins + len(targets) - 1 for targets in dumps.values())
     with progress_bar("Exp 2", total, "buckets") as bar:
 
-        def measured(dump: Dump, index: int) -> BucketDirections:
-            result = bucket_directions(dump, index, settings, device)
+        def top_of(dump: Dump) -> BucketDirections:
+            result = bucket_directions(dump, dump.bins - 1, device=device)
             bar.update()
             return result
 
         for tag, (first, *others) in dumps.items():
-            found[tag] = directions_of_dump(first, settings, device, bar.update)
-            top_of_others[tag] = [measured(dump, dump.bins - 1) for dump in others]
+            found[tag] = directions_of_dump(first, device=device, on_bucket=bar.update)
+            top_of_others[tag] = list(map(top_of, others))
     return found, top_of_others
