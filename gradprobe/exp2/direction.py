@@ -1,12 +1,10 @@
 """Exp 2's mathematics: do correct and incorrect rollouts of a prompt push the weights the same way?
 
-+1 means that they would cancel under GRPO's advantages of ±1, 0 that they are orthogonal. All of it runs in float64;
-gradients may be a memory map, of which one prompt is read at a time. Where there is no number (nothing to average, a
-mean that is the zero vector), arrays hold NaN and everything else None.
-
-The original's cosine shrinks towards 0 with noise, whatever the truth is. What answers the question is `cancellations`,
-which looks at the update itself, and `alignment`, the cosine with the noise removed. The unit of chance is the rollout:
-tokens of one rollout are not independent.
++1 means that they would cancel under GRPO's advantages of ±1, 0 that they are orthogonal. The original's cosine shrinks
+towards 0 with noise, whatever the truth is. What answers the question is `cancellations`, which looks at the update
+itself, and `alignment`, the cosine with the noise removed. The unit of chance is the rollout: tokens of one rollout are
+not independent. All of it runs in float64, of one prompt's gradients at a time. Where there is no number (nothing to
+average, a mean that is the zero vector), arrays hold NaN and everything else None.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -131,8 +129,7 @@ class Alignment:
             direction (rho = 1) obey it.
         min_detectable: the |rho| found with 80% power at the 5% level; None where ci95 is.
         signal_correct, signal_incorrect: see `Signal`; None without usable prompts.
-        verdict: "aligned", "opposed", "orthogonal", "underpowered", or "unsampled", whatever the interval, where fewer
-            than 30 rare tokens were to be expected behind a mean gradient.
+        verdict: "aligned", "opposed", "orthogonal", "underpowered", or "unsampled", whatever the interval.
         reason: why a verdict tells nothing, and what would; None where it does.
     """
 
@@ -237,13 +234,10 @@ def rollout_grams(bucket: Bucket, correct: np.ndarray) -> RolloutGrams:
 
 
 def half_split_cosines_by_rollout(grams: RolloutGrams, rng: np.random.Generator) -> np.ndarray:
-    """The control with rollouts kept whole: the tokens of a rollout share a direction that is not the prompt's.
+    """[m] the control with rollouts kept whole: tokens of a rollout share a direction that is not the prompt's.
 
-    One random split per prompt and kind with at least 2 rollouts, and the cosine of the halves' mean gradients, every
-    token weighed alike, as in the original's split of tokens; of an odd number, the second half has one more.
-
-    Returns:
-        [m] by prompt, correct before incorrect; NaN where a half's mean is the zero vector.
+    One random split per prompt and kind with at least 2 rollouts, by prompt, correct before incorrect; every token is
+    weighed alike, as in the original's split of tokens. NaN where a half's mean is the zero vector.
     """
     kinds = np.stack([grams.correct, grams.incorrect], axis=1)  # [P, 2, R]
     sizes = kinds.sum(axis=2)
@@ -256,7 +250,7 @@ def half_split_cosines_by_rollout(grams: RolloutGrams, rng: np.random.Generator)
 def alignment(
     grams: RolloutGrams,
     rng: np.random.Generator,
-    n_rare: float | None = None,
+    is_unsampled: bool = False,
     *,
     n_bootstrap: int = 4000,
     n_permutations: int = 9999,
@@ -275,12 +269,12 @@ def alignment(
     `min_detectable` is 2.8 bootstrap standard errors, each half the central 68.3% of rho over prompts drawn with
     replacement, so that a few draws with a denominator near 0 don't decide it. The p-value permutes correctness over
     the rollouts of a prompt; statistic: the mean over prompts of the token-weighted cosine, 0 where a mean is the zero
-    vector. It is twice the smaller tail, with the +1 correction (Phipson & Smyth 2010). `n_rare`: see `rare_tokens`.
+    vector. It is twice the smaller tail, with the +1 correction (Phipson & Smyth 2010).
     """
     grams = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND)
     n_prompts = len(grams.prompts)
     if n_prompts == 0:
-        return Alignment(0, None, None, None, None, None, None, *_judged(0, NO_ESTIMATE, {}, None))
+        return Alignment(0, None, None, None, None, None, None, *_judged(0, NO_ESTIMATE, {}, False))
     bootstrap_rng, permutation_rng = rng.spawn(2)
     products = prompt_products(grams)
     signals = {kind: _signal(products[:, column]) for column, kind in enumerate(("correct", "incorrect"), start=1)}
@@ -288,14 +282,14 @@ def alignment(
     null = permutation_null(grams, permutation_rng, n_permutations, _label_cosines)
     p_value = _two_sided_p(_label_cosines(grams, grams.correct[:, None]).mean(), null)
     detectable = rho.ci95 and POWER_FACTOR * _bootstrap_error(products, bootstrap_rng, n_bootstrap)
-    verdict, reason = _judged(n_prompts, rho, signals, n_rare)
+    verdict, reason = _judged(n_prompts, rho, signals, is_unsampled)
     return Alignment(n_prompts, rho.value, rho.ci95, p_value, detectable, *signals.values(), verdict, reason)
 
 
 def cancellations(
-    grams: RolloutGrams, rng: np.random.Generator, n_rare: float | None = None, *, n_permutations: int = 9999
+    grams: RolloutGrams, rng: np.random.Generator, is_unsampled: bool = False, *, n_permutations: int = 9999
 ) -> tuple[Cancellation, Cancellation]:
-    """How much of the update a prompt's rollouts leave, once each is weighed by its advantage.
+    """How much of the update a prompt's rollouts leave, each weighed by its advantage: ±1, and group-normalised.
 
         C = ‖Σ_r A_r g_r‖² / Σ_r ‖A_r g_r‖²
 
@@ -303,9 +297,6 @@ def cancellations(
     ±1, or (reward - mean) / std over the prompt's rollouts in the bucket (GRPO, Shao et al. 2024); scale cancels. The
     ratio is the mean of C over the prompts with a rollout of each kind (elsewhere GRPO has no advantage), and not a
     ratio of sums, which a prompt whose gradients are huge would decide. p is that of `alignment`.
-
-    Returns:
-        With advantages of ±1, and with group-normalised ones; of the same permutations.
     """
     grams = grams.with_rollouts_of_each_kind(1)
     if len(grams.prompts) == 0:
@@ -313,18 +304,18 @@ def cancellations(
         return nothing, nothing
     ratios = _cancellation_ratios(grams, grams.correct[:, None]).mean(axis=0)[0]
     null = permutation_null(grams, rng, n_permutations, _cancellation_ratios)
-    signs, normalised = (_cancellation(len(grams.prompts), float(ratios[i]), null[:, i], n_rare) for i in (0, 1))
+    signs, normalised = (_cancellation(len(grams.prompts), float(ratios[i]), null[:, i], is_unsampled) for i in (0, 1))
     return signs, normalised
 
 
-def _cancellation(n_prompts: int, ratio: float, null: np.ndarray, n_rare: float | None) -> Cancellation:
+def _cancellation(n_prompts: int, ratio: float, null: np.ndarray, is_unsampled: bool) -> Cancellation:
     """`null`: [draws] of the ratio."""
     if len(null) == 0:
         return Cancellation(n_prompts, ratio, None, None, None, CANT_TELL, "no permutations")
     mean, p_value = float(null.mean()), _two_sided_p(ratio, null)
     low, high = np.quantile(null, CENTRAL)
     verdict, reason = ADD_UP if ratio > mean else CANCEL, None
-    if _is_unsampled(n_rare):
+    if is_unsampled:
         verdict, reason = UNSAMPLED, UNSAMPLED_REASON
     elif p_value is None or p_value >= LEVEL:
         error = float(null.std())
@@ -344,14 +335,16 @@ def prompt_products(grams: RolloutGrams) -> np.ndarray:
     return np.stack([forms[1] / pairs[0], forms[0] / pairs[1], forms[2] / pairs[2]], axis=1)
 
 
-LabelStatistic = Callable[[RolloutGrams, np.ndarray], np.ndarray]
-"""Takes the Grams and labels, [P, draws, R] bool, and gives every prompt's value or values, [P, draws, ...]."""
-
-
 def permutation_null(
-    grams: RolloutGrams, rng: np.random.Generator, n_permutations: int, statistic: LabelStatistic
+    grams: RolloutGrams,
+    rng: np.random.Generator,
+    n_permutations: int,
+    statistic: Callable[[RolloutGrams, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """[n_permutations, ...] the prompts' mean `statistic`, correctness permuted over the rollouts of each prompt."""
+    """[n_permutations, ...] the prompts' mean `statistic`, correctness permuted over the rollouts of each prompt.
+
+    `statistic` takes labels, [P, draws, R] bool, and gives every prompt's value or values, [P, draws, ...].
+    """
     at_once = int(np.clip(LABEL_BYTES // (8 * max(1, grams.correct.size)), 1, DRAWS_AT_ONCE))
     draws = [
         statistic(grams, _permuted_labels(grams, min(at_once, n_permutations - start), rng)).mean(axis=0)
@@ -433,25 +426,9 @@ def _two_sided_p(observed: float, null: np.ndarray) -> float | None:
     return float(min(1.0, 2 * (1 + min(tails)) / (1 + len(null))))
 
 
-def rare_tokens(grams: RolloutGrams, tail_mass: np.ndarray | None, bucket: Bucket, correct: np.ndarray) -> float | None:
-    """The rare tokens to be expected behind the less sampled of the two mean gradients that ρ compares.
-
-    A token drawn where the likeliest word has 1 - ε is rare with chance ε, and has a gradient some 1/ε times as long as
-    the others': Σ ε counts those to be expected. Only prompts with 2 rollouts of each kind have a part in ρ; None
-    without any. `tail_mass`: [n] ε of each gradient, a sum where tokens are pooled; None: not known.
-    """
-    usable = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND).prompts
-    if tail_mass is None or len(usable) == 0:
-        return None
-    has_part = np.isin(bucket.prompt, usable)
-    return float(min(tail_mass[has_part & kind].sum() for kind in (correct, ~correct)))
-
-
-def _judged(
-    n_prompts: int, rho: Estimate, signals: Mapping[str, Signal], n_rare: float | None
-) -> tuple[str, str | None]:
+def _judged(n_prompts: int, rho: Estimate, signals: Mapping[str, Signal], is_unsampled: bool) -> tuple[str, str | None]:
     """The verdict on rho; and where that tells nothing, what is missing, and how many prompts would have it."""
-    if _is_unsampled(n_rare):
+    if is_unsampled:
         return UNSAMPLED, UNSAMPLED_REASON
     usable = f"{counted(n_prompts, 'prompt')} with {MIN_ROLLOUTS_OF_EACH_KIND} rollouts of each kind"
     if n_prompts < 2:
@@ -471,7 +448,3 @@ def _judged(
     z = away * 2 * quantile_of(np.empty(1 + n_prompts)) / (high - low)
     why = f"the interval of rho reaches beyond ±{ORTHOGONAL_WITHIN} and holds 0"
     return UNDERPOWERED, f"{why}; {usable}; {prompts_to_tell(n_prompts, z)}"
-
-
-def _is_unsampled(n_rare: float | None) -> bool:
-    return n_rare is not None and n_rare < MIN_RARE_TOKENS

@@ -14,14 +14,15 @@ from ..common.console import progress_bar
 from ..dump.format import Dump
 from ..dump.on_policy import MIN_RARE_TOKENS, ON_POLICY, OnPolicy, is_chosen_by_prefix
 from .direction import (
+    MIN_ROLLOUTS_OF_EACH_KIND,
     Alignment,
     Cancellation,
     Directions,
+    RolloutGrams,
     alignment,
     cancellations,
     compare_groups,
     half_split_cosines_by_rollout,
-    rare_tokens,
     rollout_grams,
 )
 
@@ -53,7 +54,7 @@ class BucketDirections:
         control_by_rollout: half-split cosines by rollout; NaN where a mean is the zero vector.
         alignment: noise-corrected cosine, its interval, test and verdict.
         cancellation, cancellation_group_normalised: of advantages ±1, and of GRPO's.
-        n_rare: see `direction.rare_tokens`.
+        n_rare: see `rare_tokens`; where it is below 30, verdicts on ρ and C are "unsampled".
         on_policy: of all response tokens of this bucket, picked or not; None where the rollouts are not at hand.
         rho_over_sums: see `analysis.opposition`; None of single tokens.
         reference: -1 where theory fixes ρ, else None.
@@ -78,8 +79,7 @@ def directions_of_bucket(
 ) -> BucketDirections:
     """All of Exp 2 on some tokens; the same arguments give the same numbers.
 
-    The gradients are read twice, one prompt at a time: for the original's measures and for the rollouts' Gram
-    matrices. Each number draws from a random stream of its own, so none hangs on the number of draws of another.
+    Each number draws from a random stream of its own, so none hangs on the number of draws of another.
 
     Args:
         bucket: the tokens looked at (those of one entropy bucket).
@@ -92,17 +92,30 @@ def directions_of_bucket(
     """
     grams = rollout_grams(bucket, correct)
     n_rare = rare_tokens(grams, tail_mass, bucket, correct)
+    is_unsampled = n_rare is not None and n_rare < MIN_RARE_TOKENS
     splits, of_rho, of_labels = (np.random.default_rng([settings.seed, stream]) for stream in (1, 2, 3))
     n = settings.permutations
-    signs, normalised = cancellations(grams, of_labels, n_rare, n_permutations=n)
     return BucketDirections(
-        directions=compare_groups(bucket, correct, settings.seed),
-        control_by_rollout=half_split_cosines_by_rollout(grams, splits),
-        alignment=alignment(grams, of_rho, n_rare, n_bootstrap=settings.bootstrap, n_permutations=n),
-        cancellation=signs,
-        cancellation_group_normalised=normalised,
-        n_rare=n_rare,
+        compare_groups(bucket, correct, settings.seed),
+        half_split_cosines_by_rollout(grams, splits),
+        alignment(grams, of_rho, is_unsampled, n_bootstrap=settings.bootstrap, n_permutations=n),
+        *cancellations(grams, of_labels, is_unsampled, n_permutations=n),
+        n_rare,
     )
+
+
+def rare_tokens(grams: RolloutGrams, tail_mass: np.ndarray | None, bucket: Bucket, correct: np.ndarray) -> float | None:
+    """The rare tokens to be expected behind the less sampled of the two mean gradients that ρ compares.
+
+    A token drawn where the likeliest word has 1 - ε is rare with chance ε, and has a gradient some 1/ε times as long as
+    the others': Σ ε counts those to be expected. Only prompts with 2 rollouts of each kind have a part in ρ; None
+    without any. `tail_mass`: [n] ε of each gradient, a sum where tokens are pooled; None: not known.
+    """
+    usable = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND).prompts
+    if tail_mass is None or len(usable) == 0:
+        return None
+    has_part = np.isin(bucket.prompt, usable)
+    return float(min(tail_mass[has_part & kind].sum() for kind in (correct, ~correct)))
 
 
 def bucket_directions(
@@ -150,16 +163,12 @@ def measure_dumps(
 ) -> tuple[dict[Tag, list[BucketDirections]], dict[Tag, list[BucketDirections]]]:
     """Of each tag, every bucket of its first target, and the bucket of highest entropy of its others."""
     found: dict[Tag, list[BucketDirections]] = {}
-    top_of_others: dict[Tag, list[BucketDirections]] = {}
+    tops: dict[Tag, list[BucketDirections]] = {}
     total = sum(targets[0].bins + len(targets) - 1 for targets in dumps.values())
     with progress_bar("Exp 2", total, "buckets") as bar:
-
-        def top_of(dump: Dump) -> BucketDirections:
-            result = bucket_directions(dump, dump.bins - 1, device=device)
-            bar.update()
-            return result
-
         for tag, (first, *others) in dumps.items():
-            found[tag] = directions_of_dump(first, device=device, on_bucket=bar.update)
-            top_of_others[tag] = list(map(top_of, others))
-    return found, top_of_others
+            found[tag], tops[tag] = directions_of_dump(first, device=device, on_bucket=bar.update), []
+            for dump in others:
+                tops[tag].append(bucket_directions(dump, dump.bins - 1, device=device))
+                bar.update()
+    return found, tops

@@ -67,16 +67,11 @@ def _per_prompt(dump: Dump, found: Directions) -> list[dict[str, Any]]:
 
 def measures_of(found: BucketDirections) -> dict[str, Any]:
     """The numbers of one bucket; no NaN in it."""
-    cosines = _known(found.directions.cosines)
+    cosines = found.directions.cosines
     return {
-        "n_prompts_usable": len(found.directions.cosines),
-        "n_prompts_zero_mean": len(found.directions.cosines) - len(cosines),
-        "correct_vs_incorrect": {
-            **_middle(cosines),
-            "std": float(np.std(cosines)) if len(cosines) else None,
-            "frac_positive": float(np.mean(cosines > 0)) if len(cosines) else None,
-            "frac_gt_0p5": float(np.mean(cosines > 0.5)) if len(cosines) else None,
-        },
+        "n_prompts_usable": len(cosines),
+        "n_prompts_zero_mean": int(np.isnan(cosines).sum()),
+        "correct_vs_incorrect": summarise(cosines),
         "control_within_group": _control(found.directions.control),
         "control_within_group_by_rollout": _control(found.control_by_rollout),
         "alignment": asdict(found.alignment),
@@ -91,74 +86,76 @@ def measures_of(found: BucketDirections) -> dict[str, Any]:
     }
 
 
-def _known(values: np.ndarray) -> np.ndarray:
-    return values[~np.isnan(values)]
-
-
-def _middle(values: np.ndarray) -> dict[str, float | None]:
-    is_some = len(values) > 0
+def summarise(cosines: np.ndarray) -> dict[str, float | None]:
+    """Numbers on [n] cosines, those that are NaN left out; `std` is that of the population (divides by n)."""
+    cosines = cosines[~np.isnan(cosines)]
+    if len(cosines) == 0:
+        return dict.fromkeys(("mean", "median", "std", "frac_positive", "frac_gt_0p5"))
     return {
-        "mean": float(np.mean(values)) if is_some else None,
-        "median": float(np.median(values)) if is_some else None,
+        "mean": float(np.mean(cosines)),
+        "median": float(np.median(cosines)),
+        "std": float(np.std(cosines)),
+        "frac_positive": float(np.mean(cosines > 0)),
+        "frac_gt_0p5": float(np.mean(cosines > 0.5)),
     }
 
 
 def _control(halves: np.ndarray) -> dict[str, Any]:
-    """Of half-split cosines; `band`: their central 95%, `n_zero_mean`: of those without a cosine."""
-    cosines = _known(halves)
-    band = np.quantile(cosines, CENTRAL).tolist() if len(cosines) else None
-    return {**_middle(cosines), "n": len(cosines), "n_zero_mean": len(halves) - len(cosines), "band": band}
+    """Of half-split cosines; `band`: their central 95%."""
+    numbers, n_zero_mean = summarise(halves), int(np.isnan(halves).sum())
+    n = len(halves) - n_zero_mean
+    band = np.nanquantile(halves, CENTRAL).tolist() if n else None
+    return {"mean": numbers["mean"], "median": numbers["median"], "n": n, "n_zero_mean": n_zero_mean, "band": band}
 
 
 def tables_of(tag: str | None, numbers: Mapping[str, Any]) -> list[Table]:
-    """One tag's tables: whether updates cancel, per bucket, and what the cosines are; over targets, where several."""
-    name = tag or numbers["run_dir"]
-    buckets: Mapping[str, Any] = numbers["by_bucket"]
+    """One tag's tables: whether updates cancel, per bucket, and what the cosines are; over targets, where several.
+
+    A bucket without a number has no row.
+    """
+    name, buckets = tag or numbers["run_dir"], numbers["by_bucket"]
     answers = ["bucket", "prompts", "C", "null [95%]", "p", "verdict of C", "rho [95%]", "verdict of rho", "theory"]
-    cosines = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "log π + H (z)"]
-    cosines += ["C, group-normalised", "null [95%]", "p"]
-    tables = [
-        Table(
-            f"{name}: do updates of correct and incorrect rollouts cancel?",
-            [*answers, "rare tokens"],
-            [
-                [
-                    bucket,
-                    number(found["cancellation"]["n_prompts"]),
-                    *_cancellation_cells(found["cancellation"]),
-                    found["cancellation"]["verdict"],
-                    with_interval(found["alignment"]["rho"], found["alignment"]["ci95"]),
-                    found["alignment"]["verdict"],
-                    number(found["reference"], 0),
-                    number(found["n_rare"], 1),
-                ]
-                for bucket, found in buckets.items()
-            ],
-            notes=untold(buckets),
-        ),
-        Table(
-            f"{name}: cosines of correct and incorrect gradients",
-            [*cosines, *["rho over sums [95%]"] * (numbers["rho_over_sums"] is not None)],
-            [
-                [
-                    bucket,
-                    number(found["n_prompts_usable"]),
-                    number(found["correct_vs_incorrect"]["mean"]),
-                    number(found["control_within_group"]["mean"]),
-                    number(found["control_within_group_by_rollout"]["mean"]),
-                    _excess(found["on_policy"]),
-                    *_cancellation_cells(found["cancellation"]["group_normalised"]),
-                    *[estimate(one) for one in (found["rho_over_sums"],) if one is not None],
-                ]
-                for bucket, found in buckets.items()
-            ],
-            notes=_left_out(numbers),
-        ),
-    ]
+    header = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "log π + H (z)"]
+    header += ["C, group-normalised", "null [95%]", "p"]
+    header += [] if numbers["rho_over_sums"] is None else ["rho over sums [95%]"]
+    rows = [[bucket, *_answer_cells(one)] for bucket, one in buckets.items() if one["cancellation"]["n_prompts"] > 0]
+    cosine_rows = [[bucket, *_cosine_cells(one)] for bucket, one in buckets.items() if _has_cosine(one)]
+    asked = f"{name}: do updates of correct and incorrect rollouts cancel?"
+    tables = [Table(asked, [*answers, "rare tokens"], rows, notes=untold(buckets))]
+    if cosine_rows:
+        caption = f"{name}: cosines of correct and incorrect gradients"
+        tables.append(Table(caption, header, cosine_rows, notes=_left_out(numbers)))
     if "replication" in numbers:
         spreads = {one.replace("_", " "): numbers["replication"][one] for one in REPLICATED}
         tables.append(replication_table(name, spreads))
     return tables
+
+
+def _has_cosine(found: Mapping[str, Any]) -> bool:
+    return found["n_prompts_usable"] + found["control_within_group"]["n"] > 0
+
+
+def _answer_cells(found: Mapping[str, Any]) -> list[str]:
+    c, rho = found["cancellation"], found["alignment"]
+    about_rho = [with_interval(rho["rho"], rho["ci95"]), rho["verdict"], number(found["reference"], 0)]
+    return [number(c["n_prompts"]), *_cells_of_c(c), c["verdict"], *about_rho, number(found["n_rare"], 1)]
+
+
+def _cosine_cells(found: Mapping[str, Any]) -> list[str]:
+    parts = ("correct_vs_incorrect", "control_within_group", "control_within_group_by_rollout")
+    test, over_sums = found["on_policy"], found["rho_over_sums"]
+    return [
+        number(found["n_prompts_usable"]),
+        *(number(found[part]["mean"]) for part in parts),
+        number(None) if test is None else f"{number(test['mean'])} ({number(test['z'], 1)})",
+        *_cells_of_c(found["cancellation"]["group_normalised"]),
+        *([] if over_sums is None else [estimate(over_sums)]),
+    ]
+
+
+def _cells_of_c(found: Mapping[str, Any]) -> list[str]:
+    null = with_interval(found["null_mean"], found["null_ci95"])
+    return [number(found["ratio"], 2), null, number(found["p_value"], 4)]
 
 
 def untold(buckets: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -183,16 +180,6 @@ def named_buckets(numbers: Sequence[int]) -> str:
             runs.append([index])
     shown = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
     return f"bucket{'s' * (len(numbers) > 1)} {', '.join(shown)}"
-
-
-def _cancellation_cells(found: Mapping[str, Any]) -> list[str]:
-    null = with_interval(found["null_mean"], found["null_ci95"])
-    return [number(found["ratio"], 2), null, number(found["p_value"], 4)]
-
-
-def _excess(found: Mapping[str, Any] | None) -> str:
-    """`-0.002 (-0.4)`: mean and z of log π + H."""
-    return number(None) if found is None else f"{number(found['mean'])} ({number(found['z'], 1)})"
 
 
 def _left_out(numbers: Mapping[str, Any]) -> list[str]:

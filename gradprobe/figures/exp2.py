@@ -31,7 +31,6 @@ from .look import (
     series_colours,
     styled,
     subjects_of,
-    text_figure,
     top_bucket_name,
 )
 
@@ -46,7 +45,7 @@ CHARS_PER_INCH = 15.5
 ORTHOGONAL_COLOUR, CHANCE_COLOUR = "#eaf3ea", "#cfcfcf"
 FURTHEST_END, LEAST_VIEW = 1.5, 1.1
 N_BINS = 20
-REFERENCE_WORDS = "−1: theory, on-policy"
+REFERENCE_WORDS = "theory,\non-policy"
 
 Numbers = Mapping[str, Any]
 """One tag's part of `exp2_summary.json`."""
@@ -69,12 +68,9 @@ def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure
     figure, axes = _with_answers(asked, subjects, 2, 5 * len(subjects))
     colours = series_colours(subjects)
     for (answers, ax), measure, said in zip(axes, ("cancellation", "alignment"), (_c_said, _rho_said), strict=True):
+        found = [one[measure] for one in numbers]
         ax.set_yticks([])
         ax.grid(axis="y", visible=False)
-        is_some_told = any(is_told(one[measure]) for one in numbers)
-        ax.xaxis.set_visible(is_some_told)
-        for side in ("bottom", "left"):
-            ax.spines[side].set_visible(is_some_told)
         for place, (subject, one, colour) in enumerate(zip(subjects, numbers, colours, strict=True)):
             told = is_told(one[measure])
             _answer(answers, place, panel_title(subject, subjects), said(one), colour, told)
@@ -86,12 +82,14 @@ def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure
                 draw_rho(ax, place, one[measure], colour, "x")
         for of_row in (answers, ax):
             of_row.set_ylim(len(subjects) - 0.5, -0.5)
-    axes[0, 1].set_xlabel("they cancel  ←  C  →  they add up\ngrey: 95% of C with advantages dealt out at random")
-    if any(is_told(one["alignment"]) for one in numbers):
-        draw_reference(axes[1, 1], [one["reference"] for one in numbers], "x")
-    limit = rho_limit([one["alignment"] for one in numbers])
-    axes[1, 1].set_xlim(-limit, limit)
-    axes[1, 1].set_xlabel("opposed  ←  ρ, the cosine with noise removed, 95% interval  →  aligned")
+        if not any(map(is_told, found)):
+            ax.set_axis_off()
+        elif measure == "cancellation":
+            ax.set_xlabel("they cancel  ←  C  →  they add up\ngrey: 95% of C with advantages dealt out at random")
+        else:
+            draw_reference(ax, [one["reference"] for one in numbers], "x")
+            ax.set_xlim(-rho_limit(found), rho_limit(found))
+            ax.set_xlabel("opposed  ←  ρ, the cosine with noise removed, 95% interval  →  aligned")
     return figure
 
 
@@ -108,10 +106,9 @@ def draw_alignment(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figur
     found = [[bucket["alignment"] for bucket in one["by_bucket"].values()] for one in numbers]
     lines = [f"{panel_title(s, subjects)}: {_untold(one)}" for s, one in zip(subjects, found, strict=True)]
     told = [one for of_tag in found for one in of_tag if is_told(one)]
-    if not told:
-        return text_figure(heading(asked, subjects), [line for one in lines for line in textwrap.wrap(one, 110)])
-    figure, axes = _with_answers(asked, subjects, 1, max(20, 5 * len(subjects)))
+    figure, axes = _with_answers(asked, subjects, 1, max(20 if told else 5, 5 * len(subjects)))
     answers, ax = axes[0]
+    ax.set_visible(bool(told))
     answers.set_ylim(len(subjects) - 0.5, -0.5)
     bucket_axis(ax, max(map(len, found)), numbers[0]["bucket_by"])
     draw_reference(ax, [one["reference"] for one in numbers], "y")
@@ -188,12 +185,12 @@ def draw_reference(ax: Axes, references: Sequence[float | None], axis: str) -> N
     across(0.0, color="black", linewidth=1.0, zorder=1.5)
     for value in sorted({reference for reference in references if reference is not None}):
         across(value, color="black", linewidth=1.3, linestyle=(0, (5, 3)), zorder=1.6)
-        words = REFERENCE_WORDS if None not in references else f"{REFERENCE_WORDS} (not of all)"
-        at, frame, side = (value, 1.0), ("data", "axes fraction"), "left"
+        words = REFERENCE_WORDS if None not in references else f"{REFERENCE_WORDS}\nof some"
+        at, frame, style = (value, 1.0), ("data", "axes fraction"), {"va": "bottom", "ha": "center"}
         if axis == "y":
-            at, frame, side = at[::-1], frame[::-1], "right"
-        ax.annotate(words, at, (0, 2), xycoords=frame, textcoords="offset points", ha=side, va="bottom", fontsize=9,
-                    color=NOTE_COLOUR)  # fmt: skip
+            at, frame, style = at[::-1], frame[::-1], {"va": "center", "ha": "left"}
+        ax.annotate(words, at, (2, 2), xycoords=frame, textcoords="offset points", fontsize=9, color=NOTE_COLOUR,
+                    **style)  # fmt: skip
 
 
 def _with_answers(question: str, subjects: list[Subject], n_rows: int, n_lines: int) -> tuple[Figure, np.ndarray]:
