@@ -193,7 +193,7 @@ def original_columns(row: Row) -> list[str]:
     draws = row.draws
     cosines = mean_of([summarise(draw.directions.cosines)["mean"] for draw in draws])
     tokens = mean_of([summarise(draw.directions.control)["mean"] for draw in draws])
-    rollouts = mean_of([summarise(draw.control_by_rollout).mean for draw in draws])
+    rollouts = mean_of([summarise(draw.control_by_rollout)["mean"] for draw in draws])
     return [number(value, 3, signed=True) for value in (cosines, tokens, rollouts)]
 
 

@@ -15,7 +15,17 @@ from matplotlib.ticker import PercentFormatter
 
 from ..analysis.summaries import Summary
 from ..analysis.text import CANT_TELL, counted, number, share, with_interval
-from ..exp2.direction import ADD_UP, ALIGNED, CANCEL, LEVEL, OPPOSED, ORTHOGONAL, ORTHOGONAL_WITHIN, UNSAMPLED
+from ..exp2.direction import (
+    ADD_UP,
+    ALIGNED,
+    CANCEL,
+    LEVEL,
+    MIN_TOKENS_OF_EACH_KIND,
+    OPPOSED,
+    ORTHOGONAL,
+    ORTHOGONAL_WITHIN,
+    UNSAMPLED,
+)
 from ..exp2.summary import named_buckets
 from .look import (
     CONTROL_COLOUR,
@@ -26,7 +36,6 @@ from .look import (
     dodge,
     heading,
     new_figure,
-    note,
     panel_title,
     series_colours,
     styled,
@@ -45,7 +54,6 @@ CHARS_PER_INCH = 15.5
 ORTHOGONAL_COLOUR, CHANCE_COLOUR = "#eaf3ea", "#cfcfcf"
 FURTHEST_END, LEAST_VIEW = 1.5, 1.1
 N_BINS = 20
-REFERENCE_WORDS = "theory,\non-policy"
 
 Numbers = Mapping[str, Any]
 """One tag's part of `exp2_summary.json`."""
@@ -134,14 +142,14 @@ def draw_histogram(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figur
     figure, axes = _with_answers(asked, subjects, len(subjects), 9)
     edges = np.linspace(-1.0, 1.0, N_BINS + 1)
     for (answers, ax), subject, one, colour in zip(axes, subjects, numbers, series_colours(subjects), strict=True):
-        _answer(answers, 0.0, panel_title(subject, subjects), _cosines_said(one), colour)
-        answers.set_ylim(0.5, -0.5)
         found = [prompt["cos_correct_vs_incorrect"] for prompt in one["per_prompt"]]
         cosines = [cosine for cosine in found if cosine is not None]
-        if cosines:
-            ax.stairs(np.histogram(cosines, edges)[0] / len(cosines), edges, fill=True, color=colour, alpha=0.85)
-        else:
-            note(ax, "no prompt has a mean gradient of both kinds")
+        _answer(answers, 0.0, panel_title(subject, subjects), _cosines_said(one), colour, len(cosines) > 0)
+        answers.set_ylim(0.5, -0.5)
+        if not cosines:
+            ax.set_axis_off()
+            continue
+        ax.stairs(np.histogram(cosines, edges)[0] / len(cosines), edges, fill=True, color=colour, alpha=0.85)
         if one["control_within_group"]["band"]:
             ax.axvspan(*one["control_within_group"]["band"], color=CHANCE_COLOUR, linewidth=0, zorder=0.5)
         for end in one["control_within_group_by_rollout"]["band"] or ():
@@ -151,10 +159,10 @@ def draw_histogram(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figur
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_ylabel("share of prompts")
-    axes[-1, 1].set_xlabel(
-        "opposed  ←  cosine of a prompt's correct and incorrect gradients  →  aligned\n"
-        "95% of the controls, halves of one kind: of its tokens grey, of its rollouts dashed"
-    )
+        ax.set_xlabel(
+            "opposed  ←  cosine of a prompt's correct and incorrect gradients  →  aligned\n"
+            "95% of the controls, halves of one kind: of its tokens grey, of its rollouts dashed"
+        )
     return figure
 
 
@@ -185,23 +193,17 @@ def draw_reference(ax: Axes, references: Sequence[float | None], axis: str) -> N
     across(0.0, color="black", linewidth=1.0, zorder=1.5)
     for value in sorted({reference for reference in references if reference is not None}):
         across(value, color="black", linewidth=1.3, linestyle=(0, (5, 3)), zorder=1.6)
-        words = REFERENCE_WORDS if None not in references else f"{REFERENCE_WORDS}\nof some"
+        words = "theory, on-policy" if None not in references else "theory, on-policy, of some"
         at, frame, style = (value, 1.0), ("data", "axes fraction"), {"va": "bottom", "ha": "center"}
         if axis == "y":
+            words = words.replace(", ", ",\n")
             at, frame, style = at[::-1], frame[::-1], {"va": "center", "ha": "left"}
-        ax.annotate(words, at, (2, 2), xycoords=frame, textcoords="offset points", fontsize=9, color=NOTE_COLOUR,
-                    **style)  # fmt: skip
+        style |= {"fontsize": 9, "color": NOTE_COLOUR}
+        ax.annotate(words, at, (2, 2), xycoords=frame, textcoords="offset points", **style)
 
 
 def _with_answers(question: str, subjects: list[Subject], n_rows: int, n_lines: int) -> tuple[Figure, np.ndarray]:
-    """[n_rows, 2] axes: at the left words, for as many places as each row has, beside what they rest on.
-
-    Args:
-        question: the title.
-        subjects: who is asked about.
-        n_rows: of axes, each with a place for every subject, or one for each of them.
-        n_lines: of text, how high a row is.
-    """
+    """[n_rows, 2] axes: at the left words, beside what they rest on; a row is as high as `n_lines` of text."""
     figure = new_figure(WIDTH, n_rows * (n_lines * LINE_HEIGHT + TITLE_HEIGHT) + TITLE_HEIGHT)
     axes = figure.subplots(n_rows, 2, squeeze=False, width_ratios=WIDTH_RATIOS)
     for ax in axes[:, 0]:
@@ -252,7 +254,8 @@ def _cosines_said(one: Numbers) -> list[str]:
     """The mean with the controls', and whether labels that mean nothing would give such cosines."""
     found, p_value = one["correct_vs_incorrect"], one["alignment"]["p_value"]
     if found["mean"] is None:
-        return ["no cosine", counted(one["n_prompts_usable"], "usable prompt")]
+        n = counted(one["n_prompts_usable"], "prompt")
+        return ["no cosine", f"{n} with {MIN_TOKENS_OF_EACH_KIND} tokens of each kind"]
     lines = [
         f"mean cosine {number(found['mean'], 2)}",
         f"{counted(one['n_prompts_usable'], 'prompt')}, {share(found['frac_positive'])} above 0",
@@ -265,13 +268,14 @@ def _cosines_said(one: Numbers) -> list[str]:
 
 
 def _untold(of_tag: Sequence[Numbers]) -> str:
-    """`buckets 0 to 2 unsampled, ...; buckets 3 to 4 underpowered, ...`: why, of the highest bucket of each."""
+    """`buckets 3, 4 underpowered (...); buckets 0 to 2 unsampled (...)`: where reasons differ, the highest bucket's."""
     named: dict[str, list[int]] = {}
     for bucket, found in enumerate(of_tag):
         if not is_told(found):
             named.setdefault(found["verdict"], []).append(bucket)
     said = []
     for verdict, buckets in reversed(named.items()):
-        which = f"bucket {buckets[-1]}: " if len(buckets) > 1 and verdict != UNSAMPLED else ""
-        said.append(f"{named_buckets(buckets)} {verdict} ({which}{of_tag[buckets[-1]]['reason']})")
+        reasons = [of_tag[bucket]["reason"] for bucket in buckets]
+        which = f"bucket {buckets[-1]}: " if len(set(reasons)) > 1 else ""
+        said.append(f"{named_buckets(buckets)} {verdict} ({which}{reasons[-1]})")
     return "; ".join(said) or "told in every bucket"
