@@ -144,12 +144,12 @@ def directions_of_dump(
 
 def sampled_rho_over_sums(dump: Dump) -> list[Estimate]:
     """ρ over sums of each bucket of a pooled dump; none where fewer than 30 rare tokens were to be expected."""
-    found = list(rho_over_sums(pooled_of(dump)).by_bucket)
-    for index in range(dump.bins) if dump.rare is not None else ():
-        own = dump.bin == index
-        n_rare = min(dump.rare[own & kind].sum() for kind in (dump.correct, ~dump.correct))
-        found[index] = NO_ESTIMATE if n_rare < MIN_RARE_TOKENS else found[index]
-    return found
+    found = rho_over_sums(pooled_of(dump)).by_bucket
+    if dump.rare is None:
+        return list(found)
+    kinds = (dump.correct, ~dump.correct)
+    n_rare = np.minimum(*(np.bincount(dump.bin[kind], dump.rare[kind], dump.bins) for kind in kinds))
+    return [rho if rare >= MIN_RARE_TOKENS else NO_ESTIMATE for rho, rare in zip(found, n_rare, strict=True)]
 
 
 def reference_of(dump: Dump) -> float | None:

@@ -159,6 +159,7 @@ def draw_histogram(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figur
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_ylabel("share of prompts")
+    for ax in [ax for ax in axes[:, 1] if ax.axison][-1:]:
         ax.set_xlabel(
             "opposed  ←  cosine of a prompt's correct and incorrect gradients  →  aligned\n"
             "95% of the controls, halves of one kind: of its tokens grey, of its rollouts dashed"
