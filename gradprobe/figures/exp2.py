@@ -48,7 +48,7 @@ ALIGNMENT = "exp2_alignment.png"
 HISTOGRAM = "exp2_direction_cosine_hist.png"
 TOLD = (ADD_UP, CANCEL, ALIGNED, OPPOSED, ORTHOGONAL)
 WIDTH, WIDTH_RATIOS = 11.0, (1.0, 2.0)
-LINE_HEIGHT, TITLE_HEIGHT = 0.19, 0.75
+LINE_HEIGHT, TITLE_HEIGHT = 0.19, 0.8
 CHARS_PER_INCH = 15.5
 """Of grey text, 9 points high."""
 ORTHOGONAL_COLOUR, CHANCE_COLOUR = "#eaf3ea", "#cfcfcf"
@@ -72,7 +72,7 @@ def draw_exp2(summary: Summary) -> dict[str, Figure]:
 @styled
 def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """C against chance in the bucket of highest entropy, and under it ρ against what theory fixes: a line per tag."""
-    asked = f"Would correct and incorrect updates cancel?\n{top_bucket_name(subjects)}"
+    asked = f"Would updates of correct and\nincorrect rollouts cancel?\n{top_bucket_name(subjects)}"
     figure, axes = _with_answers(asked, subjects, 2, 5 * len(subjects))
     colours = series_colours(subjects)
     for (answers, ax), measure, said in zip(axes, ("cancellation", "alignment"), (_c_said, _rho_said), strict=True):
@@ -110,7 +110,7 @@ def _draw_c(ax: Axes, place: float, found: Numbers, colour: str) -> None:
 @styled
 def draw_alignment(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """ρ with its interval in the buckets where it is told, and a line per tag about the others."""
-    asked = "Do correct and incorrect rollouts share a direction?"
+    asked = "Do correct and incorrect rollouts\nshare a direction?"
     found = [[bucket["alignment"] for bucket in one["by_bucket"].values()] for one in numbers]
     lines = [f"{panel_title(s, subjects)}: {_untold(one)}" for s, one in zip(subjects, found, strict=True)]
     told = [one for of_tag in found for one in of_tag if is_told(one)]
@@ -138,7 +138,7 @@ def draw_alignment(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figur
 @styled
 def draw_histogram(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     """The prompts' cosines in the bucket of highest entropy over the bands of both controls, a panel per tag."""
-    asked = f"Do correct and incorrect gradients point the same way?\n{top_bucket_name(subjects)}"
+    asked = f"Do correct and incorrect gradients\npoint the same way?\n{top_bucket_name(subjects)}"
     figure, axes = _with_answers(asked, subjects, len(subjects), 9)
     edges = np.linspace(-1.0, 1.0, N_BINS + 1)
     for (answers, ax), subject, one, colour in zip(axes, subjects, numbers, series_colours(subjects), strict=True):
