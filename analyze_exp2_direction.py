@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Exp 2: do correct and incorrect rollouts of a prompt push the weights the same way?
 
-+1: they would cancel under advantages of ±1; 0: orthogonal. Per entropy bucket: the cosine between the mean gradients
-of both kinds (prompts with at least 2 tokens of each), with controls by halves of the tokens and of the rollouts of
-one prompt and kind; rho, that cosine with the noise removed, with its interval, test and verdict; and whether the
-update cancels. Writes `exp2_summary.json`, `exp2_arrays.npz` (of tagged dumps: what the headline figures need beside
-it), `exp2_alignment.png` (rho in every bucket) and `exp2_direction_cosine_hist.png` (cosines in the bucket of highest
-entropy); tables go to stdout. Reads the gradients of one prompt at a time.
++1: they would cancel under advantages of ±1; 0: orthogonal. Per entropy bucket: whether the update cancels, against
+advantages dealt out at random; the cosine between the mean gradients of both kinds (prompts with at least 2 tokens of
+each), with controls by halves of the tokens and of the rollouts of one prompt and kind; and rho, that cosine with the
+noise removed, with its interval and verdict. Writes `exp2_summary.json`, `exp2_headline.png`, `exp2_alignment.png` (rho
+in every bucket) and `exp2_direction_cosine_hist.png` (cosines in the bucket of highest entropy); tables go to stdout.
+Reads the gradients of one prompt at a time.
 
 The study's dumps, results in out/exp12/exp12_figures:
     python analyze_exp2_direction.py base=out/exp12/exp12_base trained=out/exp12/exp12_trained
@@ -17,19 +17,19 @@ One dump (the summary is then not keyed by tag); this one comes with the tests (
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gradprobe.analysis.bucket import DEVICES, device_for
 from gradprobe.analysis.differences import say_differences
-from gradprobe.analysis.inputs import default_output_dir, fingerprints_of, first_targets, open_dumps, warn
-from gradprobe.analysis.summaries import sealed, seals_of
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, printable, script_main
-from gradprobe.common.files import make_directory, write_json
+from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
+from gradprobe.analysis.summaries import Summary, write_results
+from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
+from gradprobe.common.files import make_directory
 from gradprobe.exp2.measure import measure_dumps
-from gradprobe.exp2.summary import SUMMARY, report, summary_over_targets
-from gradprobe.figures.exp2 import draw_analysis
-from gradprobe.figures.inputs import EXP2_ARRAYS, write_directions
-from gradprobe.figures.look import add_format_flag, drawn_from, save
+from gradprobe.exp2.summary import SUMMARY, numbers_of, tables_of
+from gradprobe.figures.exp2 import draw_exp2
+from gradprobe.figures.look import add_format_flag, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,41 +51,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @script_main
 def main(argv: list[str] | None = None) -> int:
-    """Read the dumps, compare the groups of every prompt, then write the summary, the figure and the table."""
+    """Read the dumps, compare the groups of every prompt, write the summary and the figures, print the tables."""
     args = parse_args(argv)
     device = device_for(args.device)
     paths = parse_tagged_dumps(args.dumps, allow_untagged=True)
-    dumps = open_dumps(paths)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
-    make_directory(output_dir)
+    summary, written = analyse(paths, output_dir, device, args.figure_format)
+    print_results([table for tag, one in summary.items() for table in tables_of(tag, one)], output_dir, written)
+    return 0
+
+
+def analyse(
+    paths: Mapping[str | None, Path], output_dir: Path, device: str = "cpu", formats: Sequence[str] = ("png",)
+) -> tuple[Summary, list[str]]:
+    """All of Exp 2 of these dumps, by tag; an untagged one alone under None.
+
+    Returns:
+        The summary, and the names of the files written to `output_dir`, which is made if needed.
+    """
+    dumps = open_dumps(paths)
+    make_directory(output_dir)  # before minutes of work
     warn(dumps)
     differences = say_differences(dumps)
-
-    results, top_of_others = measure_dumps(dumps, device=device)
-    fingerprints = fingerprints_of(dumps)
-    summary = sealed(
-        {
-            tag: {
-                **summary_over_targets(targets, results[tag], top_of_others[tag]),
-                "differences": differences[tag],
-                "manifest_sha256": fingerprints[tag],
-            }
-            for tag, targets in dumps.items()
-        }
-    )
-    drawn = draw_analysis(first_targets(dumps), list(results.values()))
-
-    written = [SUMMARY]
-    if None not in dumps:
-        of_top = {tag: found[-1] for tag, found in results.items()}
-        write_directions(output_dir / EXP2_ARRAYS, of_top, fingerprints, seals_of(summary))
-        written.append(EXP2_ARRAYS)
-    write_json(output_dir / SUMMARY, summary.get(None, summary))
-    for name, figure in drawn.items():
-        written += save(figure, output_dir / name, drawn_from(SUMMARY, summary), args.figure_format)
-    print(report(summary), end="\n\n")
-    print("\n".join(printable(f"wrote {output_dir / name}") for name in written))
-    return 0
+    results, top_of_others = measure_dumps(dumps, device)
+    numbers = {tag: numbers_of(targets, results[tag], top_of_others[tag]) for tag, targets in dumps.items()}
+    summary = about_study(numbers, dumps, differences)
+    return summary, write_results(output_dir, SUMMARY, summary, lambda: save(draw_exp2(summary), output_dir, formats))
 
 
 if __name__ == "__main__":

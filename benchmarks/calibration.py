@@ -49,9 +49,9 @@ from gradprobe.exp2.direction import (  # noqa: E402
     OPPOSED,
     ORTHOGONAL,
     UNDERPOWERED,
-    summarise,
 )
 from gradprobe.exp2.measure import BucketDirections, Exp2Settings, directions_of_bucket  # noqa: E402
+from gradprobe.exp2.summary import summarise  # noqa: E402
 from gradprobe.library import participation_ratio  # noqa: E402
 
 VERDICTS = (ALIGNED, ORTHOGONAL, OPPOSED, UNDERPOWERED)
@@ -156,7 +156,7 @@ def draw_row(task: tuple[int, int, Planted, int, int, int]) -> BucketDirections:
     rollout = rollout_codes(tokens.prompt, tokens.sample_idx)
     bucket = Bucket(tokens.grads, np.arange(len(tokens.grads)), tokens.prompt, rollout)
     settings = Exp2Settings(n_bootstrap, n_permutations, seed=draw)
-    return directions_of_bucket(bucket, tokens.correct, planted.n_prompts, settings)
+    return directions_of_bucket(bucket, tokens.correct, settings)
 
 
 def coverage_sections() -> dict[str, list[Planted]]:
@@ -191,9 +191,9 @@ def null_rows() -> list[Planted]:
 def original_columns(row: Row) -> list[str]:
     """Mean over draws of the original's mean cosine and token-split control, and of the split by rollout."""
     draws = row.draws
-    cosines = mean_of([summarise(draw.directions.cosines).mean for draw in draws])
-    tokens = mean_of([summarise(draw.directions.control_cosines).mean for draw in draws])
-    rollouts = mean_of([summarise(draw.control_by_rollout_cosines).mean for draw in draws])
+    cosines = mean_of([summarise(draw.directions.cosines)["mean"] for draw in draws])
+    tokens = mean_of([summarise(draw.directions.control)["mean"] for draw in draws])
+    rollouts = mean_of([summarise(draw.control_by_rollout)["mean"] for draw in draws])
     return [number(value, 3, signed=True) for value in (cosines, tokens, rollouts)]
 
 

@@ -96,8 +96,8 @@ def alignment(loaded: dump.Dump, bucket: int | None = None, *, seed: int = 0) ->
         seed: of bootstrap and permutations.
 
     Returns:
-        `rho`, `ci95`, `p_value`, `min_detectable`, `n_prompts` and `verdict` (aligned, opposed, orthogonal,
-        underpowered), as in `exp2_summary.json`; see `direction.alignment` for the formulas.
+        `rho`, `ci95`, `p_value`, `min_detectable`, `n_prompts`, `verdict` (aligned, opposed, orthogonal, underpowered,
+        unsampled) and its `reason`, as in `exp2_summary.json`; see `direction.alignment` for the formulas.
     """
     index = loaded.bins - 1 if bucket is None else bucket
     return bucket_directions(loaded, index, Exp2Settings(seed=seed)).alignment

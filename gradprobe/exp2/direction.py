@@ -1,21 +1,33 @@
 """Exp 2's mathematics: do correct and incorrect rollouts of a prompt push the weights the same way?
 
-+1 means that they would cancel under GRPO's advantages of ±1, 0 that they are orthogonal. All of it runs in
-float64; gradients may be a memory map, of which one prompt is read at a time. Where there is no number (nothing to
-average, a mean that is the zero vector), functions return None.
-
-The original's cosine shrinks towards 0 with noise, whatever the truth is. What answers the question is `alignment`,
-with the noise removed, an interval and a verdict; `cancellation` looks at the update itself. `measure` gives all of it.
-The unit of chance is the rollout: tokens of one rollout are not independent.
++1 means that they would cancel under GRPO's advantages of ±1, 0 that they are orthogonal. The original's cosine shrinks
+towards 0 with noise, whatever the truth is. What answers the question is `cancellations`, which looks at the update
+itself, and `alignment`, the cosine with the noise removed. The unit of chance is the rollout: tokens of one rollout are
+not independent. All of it runs in float64, of one prompt's gradients at a time. Where there is no number (nothing to
+average, a mean that is the zero vector), arrays hold NaN and everything else None.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr
 
 from ..analysis.bucket import Bucket, to_device
+from ..analysis.jackknife import (
+    NO_ESTIMATE,
+    POWER_FACTOR,
+    Estimate,
+    Interval,
+    above_zero,
+    cosine_of,
+    interval_of,
+    prompts_to_tell,
+    quantile_of,
+    stack_of_means,
+    z_of,
+)
+from ..analysis.text import CANT_TELL, counted, number
 from ..dump.mapped import read_rows
 from ..dump.on_policy import MIN_RARE_TOKENS
 
@@ -23,78 +35,42 @@ MIN_TOKENS_OF_EACH_KIND = 2
 MIN_TOKENS_TO_SPLIT = 4
 MIN_ROLLOUTS_OF_EACH_KIND = 2
 ALIGNED, OPPOSED, ORTHOGONAL, UNDERPOWERED = "aligned", "opposed", "orthogonal", "underpowered"
+ADD_UP, CANCEL = "they add up", "they cancel"
 UNSAMPLED = "unsampled"
 ORTHOGONAL_WITHIN = 0.25
-POWER_FACTOR = 2.8
-"""Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""
+UNSAMPLED_REASON = f"fewer than {MIN_RARE_TOKENS} rare tokens to be expected, and what did not come up may decide"
+LEVEL = 0.05
+CENTRAL = (0.025, 0.975)
 DRAWS_AT_ONCE = 500
 LABEL_BYTES = 64 << 20
 ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
-class PromptDirection:
-    """One usable prompt: at least 2 tokens of correct rollouts and 2 of incorrect ones.
-
-    Attributes:
-        prompt: the prompt's number.
-        n_correct_tokens: tokens of correct rollouts.
-        n_incorrect_tokens: tokens of incorrect rollouts.
-        cosine: of the two kinds' mean gradients; None where a mean is the zero vector.
-    """
-
-    prompt: int
-    n_correct_tokens: int
-    n_incorrect_tokens: int
-    cosine: float | None
-
-
-@dataclass(frozen=True)
 class Directions:
-    """Exp 2 on one set of tokens.
+    """The original's cosines: k usable prompts, with 2 tokens of each kind, and m halved groups.
 
     Attributes:
-        n_prompts: prompts in the dump, usable or not.
-        per_prompt: the usable ones, by ascending number.
-        control: the half-split cosines, by prompt, correct before incorrect; None where a mean is the zero vector.
+        prompt: [k] the usable prompts' numbers, ascending.
+        n_tokens: [k, 2] tokens of correct and of incorrect rollouts.
+        cosines: [k] of the two kinds' mean gradients; NaN where a mean is the zero vector.
+        control: [m] of halves, by prompt, correct before incorrect; NaN likewise.
     """
 
-    n_prompts: int
-    per_prompt: tuple[PromptDirection, ...]
-    control: tuple[float | None, ...]
-
-    @property
-    def cosines(self) -> np.ndarray:
-        """[k] float64, the cosine of every usable prompt that has one."""
-        return known([prompt.cosine for prompt in self.per_prompt])
-
-    @property
-    def control_cosines(self) -> np.ndarray:
-        """[k] float64, every half-split cosine there is."""
-        return known(self.control)
-
-
-@dataclass(frozen=True)
-class CosineSummary:
-    """Numbers on n cosines; None where n is 0. `std` is that of the population (divides by n)."""
-
-    n: int
-    mean: float | None
-    median: float | None
-    std: float | None
-    frac_positive: float | None
-    frac_gt_0p5: float | None
+    prompt: np.ndarray
+    n_tokens: np.ndarray
+    cosines: np.ndarray
+    control: np.ndarray
 
 
 @dataclass(frozen=True)
 class RolloutGrams:
-    """What Exp 2 needs of the gradients beyond the token split: P small Gram matrices, read in one pass.
+    """What Exp 2 needs of the gradients beyond the token split: of P prompts with tokens, the rollouts' Gram matrices.
 
-    Prompts without a token are left out; a prompt with fewer rollouts than
-    the longest is padded with rollouts of 0 tokens, whose Gram entries are 0.
+    A prompt with fewer rollouts than the longest is padded with rollouts of 0 tokens, whose Gram entries are 0.
 
     Attributes:
-        prompts: [P] numbers of the prompts that have tokens, ascending.
+        prompts: [P] their numbers, ascending.
         gram: [P, R, R] float64, dot products of the rollouts' token-sum gradients Σ_t g_t.
         n_tokens: [P, R] int64, tokens of each rollout; 0 marks padding.
         correct: [P, R] bool; False at padding.
@@ -124,10 +100,7 @@ class RolloutGrams:
     def with_rollouts_of_each_kind(self, minimum: int) -> "RolloutGrams":
         """The prompts with at least `minimum` correct and as many incorrect rollouts, and a gradient that is not 0."""
         fewest = np.minimum(self.correct.sum(axis=1), self.incorrect.sum(axis=1))
-        return self.only((fewest >= minimum) & (np.trace(self.gram, axis1=1, axis2=2) > 0))
-
-    def only(self, keep: np.ndarray) -> "RolloutGrams":
-        """Some of the prompts. `keep`: [P] bool, or their places."""
+        keep = (fewest >= minimum) & (np.trace(self.gram, axis1=1, axis2=2) > 0)
         return RolloutGrams(self.prompts[keep], self.gram[keep], self.n_tokens[keep], self.correct[keep])
 
 
@@ -135,21 +108,14 @@ class RolloutGrams:
 class Signal:
     """Is there a direction that the rollouts of one kind share?
 
-    Attributes:
-        total: Σ_p S_p, S_p the mean dot product of the mean gradients of two different rollouts. Its expectation is
-            the squared length of what the rollouts share: noise adds nothing. Units of a squared gradient.
-        ci95: Student's t interval over prompts; None with fewer than 2 prompts.
-        above_zero: whether ci95 lies above 0.
+    `value` is the mean over prompts of S, the mean dot product of the mean gradients of two different rollouts: the
+    squared length of what they share, to which noise adds nothing. `ci95` and `z` are over prompts, None of one alone.
     """
 
-    total: float
-    ci95: tuple[float, float] | None
+    value: float
+    ci95: Interval | None
+    z: float | None
     above_zero: bool
-
-    def z(self, n_prompts: int) -> float | None:
-        """`total` in standard errors over that many prompts; None without an interval, or of one without width."""
-        margin = 0.0 if self.ci95 is None else self.ci95[1] - self.total
-        return self.total / margin * float(stdtrit(n_prompts - 1, 0.975)) if margin > 0 else None
 
 
 @dataclass(frozen=True)
@@ -158,94 +124,72 @@ class Alignment:
 
     Attributes:
         n_prompts: usable prompts, with at least 2 rollouts of each kind; all numbers are about these.
-        rho: noise-corrected cosine. Sampling error can carry it beyond ±1; it is not clipped, nor is ci95. None
-            where Σ S is not positive.
-        ci95: 95% interval of rho; None where one of the signals is not above 0 (no finite interval exists then).
-        p_value: of the null that a prompt's rollouts are exchangeable, correct or not. This is not the null rho = 0:
-            rollouts that all share one direction (rho = 1) obey it. None without usable prompts.
+        rho, ci95: the cosine and its 95% interval, not clipped to ±1; None unless both signals are above 0.
+        p_value: of rollouts exchangeable, correct or not. This is not the null rho = 0: rollouts that all share one
+            direction (rho = 1) obey it.
         min_detectable: the |rho| found with 80% power at the 5% level; None where ci95 is.
         signal_correct, signal_incorrect: see `Signal`; None without usable prompts.
-        verdict: "aligned", "opposed", "orthogonal" or "underpowered"; "unsampled" see `judged_by_tails`.
+        verdict: "aligned", "opposed", "orthogonal", "underpowered", or "unsampled", whatever the interval.
+        reason: why a verdict tells nothing, and what would; None where it does.
     """
 
     n_prompts: int
     rho: float | None
-    ci95: tuple[float, float] | None
+    ci95: Interval | None
     p_value: float | None
     min_detectable: float | None
     signal_correct: Signal | None
     signal_incorrect: Signal | None
     verdict: str
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class Cancellation:
-    """Do the advantage-weighted gradients of a prompt's rollouts cancel? See `cancellation`; None without prompts.
+    """Do the advantage-weighted gradients of a prompt's rollouts cancel? See `cancellations`; None without prompts.
 
     Attributes:
         n_prompts: prompts with at least 1 rollout of each kind.
-        ratio: the mean over prompts of C. 1 is the value of mutually orthogonal rollouts, below 1 they cancel. Against
-            the null: below it, correctness makes them cancel more than the same advantages dealt out at random.
-        null_mean, null_ci95: mean and central 95% of the ratio with advantages permuted within each prompt.
-        p_value: two-sided, of that null.
+        ratio: the mean over prompts of C. 1 is the value of mutually orthogonal rollouts.
+        null_mean, null_ci95, p_value: of advantages permuted within each prompt; central 95%, two-sided.
+        verdict: "they add up" (above the null, p < 0.05), "they cancel" (below it), "can't tell" or "unsampled".
+        reason: as of `Alignment`.
     """
 
     n_prompts: int
     ratio: float | None
     null_mean: float | None
-    null_ci95: tuple[float, float] | None
+    null_ci95: Interval | None
     p_value: float | None
+    verdict: str
+    reason: str | None
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> float | None:
-    """⟨a, b⟩ / (‖a‖ ‖b‖) of two [d] vectors; None where one is the zero vector."""
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """⟨a, b⟩ / (‖a‖ ‖b‖) of two [d] vectors; NaN where one is the zero vector."""
     norms = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(np.clip(a @ b / norms, -1.0, 1.0)) if norms > 0 else None
+    return float(np.clip(a @ b / norms, -1.0, 1.0)) if norms > 0 else np.nan
 
 
-def known(values: list[float | None] | tuple[float | None, ...]) -> np.ndarray:
-    """[k] float64: the values that are not None."""
-    return np.array([value for value in values if value is not None], dtype=np.float64)
-
-
-def summarise(cosines: np.ndarray) -> CosineSummary:
-    """Mean, median, spread and shares of [n] cosines."""
-    if len(cosines) == 0:
-        return CosineSummary(0, None, None, None, None, None)
-    return CosineSummary(
-        n=len(cosines),
-        mean=float(np.mean(cosines)),
-        median=float(np.median(cosines)),
-        std=float(np.std(cosines)),
-        frac_positive=float(np.mean(cosines > 0)),
-        frac_gt_0p5=float(np.mean(cosines > 0.5)),
-    )
-
-
-def compare_groups(bucket: Bucket, correct: np.ndarray, n_prompts: int, seed: int = 0) -> Directions:
+def compare_groups(bucket: Bucket, correct: np.ndarray, seed: int = 0) -> Directions:
     """Cosine of the mean gradients of correct and incorrect tokens per prompt, with the half-split control.
 
-    Means weigh every token alike, whatever rollout it is of. The control is the noise floor: a random split of the
-    tokens of one prompt and one kind, at least 4 of them, in two halves, and the cosine of the halves' means. It is
-    taken on every prompt, also where only one kind occurs.
-
-    Args:
-        bucket: the tokens looked at.
-        correct: [n] bool, whether each one's rollout was correct.
-        n_prompts: prompts in the dump.
-        seed: of the control's splits.
+    Means weigh every token alike, whatever rollout it is of. The control is the noise floor: the tokens of one prompt
+    and one kind, at least 4 of them, also where only one kind occurs, split in two halves by `seed`, and the cosine of
+    the halves' means. `correct`: [n] bool, whether each token's rollout was.
     """
     rng = np.random.default_rng(seed)
-    per_prompt: list[PromptDirection] = []
-    control: list[float | None] = []
+    usable: list[tuple[int, int, int, float]] = []
+    control: list[float] = []
     for code, members in _places_by_prompt(bucket.prompt):
         gradients = read_rows(bucket.grads, bucket.rows[members])
         kinds = (gradients[correct[members]], gradients[~correct[members]])
-        if min(len(kind) for kind in kinds) >= MIN_TOKENS_OF_EACH_KIND:
-            across = cosine(kinds[0].mean(axis=0), kinds[1].mean(axis=0))
-            per_prompt.append(PromptDirection(code, len(kinds[0]), len(kinds[1]), across))
+        sizes = len(kinds[0]), len(kinds[1])
+        if min(sizes) >= MIN_TOKENS_OF_EACH_KIND:
+            usable.append((code, *sizes, cosine(kinds[0].mean(axis=0), kinds[1].mean(axis=0))))
         control.extend(half_split_cosine(kind, rng) for kind in kinds if len(kind) >= MIN_TOKENS_TO_SPLIT)
-    return Directions(n_prompts, tuple(per_prompt), tuple(control))
+    found = np.array(usable, np.float64).reshape(-1, 4)
+    return Directions(found[:, 0].astype(int), found[:, 1:3].astype(int), found[:, 3], np.array(control, np.float64))
 
 
 def _places_by_prompt(prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -255,7 +199,7 @@ def _places_by_prompt(prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     return zip(codes.tolist(), np.split(order, starts[1:]), strict=False)  # split gives a part where there is none
 
 
-def half_split_cosine(gradients: np.ndarray, rng: np.random.Generator) -> float | None:
+def half_split_cosine(gradients: np.ndarray, rng: np.random.Generator) -> float:
     """Cosine between the means of two random halves of [n, d] gradients; of an odd n, the second has one more."""
     order = rng.permutation(len(gradients))
     half = len(gradients) // 2
@@ -265,9 +209,7 @@ def half_split_cosine(gradients: np.ndarray, rng: np.random.Generator) -> float 
 def rollout_grams(bucket: Bucket, correct: np.ndarray) -> RolloutGrams:
     """Read the gradients once, a prompt at a time, and keep the Gram matrices of its rollouts' token sums.
 
-    Args:
-        bucket: the tokens looked at. A prompt's rollouts stand in ascending order of their numbers.
-        correct: [n] bool, whether each one's rollout was correct.
+    A prompt's rollouts stand in the order of their numbers. `correct`: [n] bool, whether each token's rollout was.
 
     Raises:
         ValueError: a rollout has both correct and incorrect tokens.
@@ -291,28 +233,27 @@ def rollout_grams(bucket: Bucket, correct: np.ndarray) -> RolloutGrams:
     return grams
 
 
-def half_split_cosines_by_rollout(grams: RolloutGrams, rng: np.random.Generator) -> tuple[float | None, ...]:
-    """The control with rollouts kept whole: the tokens of a rollout share a direction that is not the prompt's.
+def half_split_cosines_by_rollout(grams: RolloutGrams, rng: np.random.Generator) -> np.ndarray:
+    """[m] the control with rollouts kept whole: tokens of a rollout share a direction that is not the prompt's.
 
-    One random split per prompt and kind with at least 2 rollouts, and the cosine of the halves' mean gradients, every
-    token weighed alike, as in the original's split of tokens; of an odd number, the second half has one more.
-
-    Returns:
-        By prompt, correct before incorrect; None where a half's mean is the zero vector.
+    One random split per prompt and kind with at least 2 rollouts, by prompt, correct before incorrect; every token is
+    weighed alike, as in the original's split of tokens. NaN where a half's mean is the zero vector.
     """
     kinds = np.stack([grams.correct, grams.incorrect], axis=1)  # [P, 2, R]
     sizes = kinds.sum(axis=2)
     order = np.where(kinds, rng.random(kinds.shape), 2.0).argsort(axis=2).argsort(axis=2)  # others come last
     first = order < (sizes // 2)[:, :, None]
-    cosines, defined = _cosines(_group_forms(grams.gram, first, kinds & ~first))
-    split = sizes >= MIN_ROLLOUTS_OF_EACH_KIND
-    return tuple(
-        float(value) if known_value else None for value, known_value in zip(cosines[split], defined[split], strict=True)
-    )
+    cosines = _cosines(_group_forms(grams.gram, first, kinds & ~first))
+    return cosines[sizes >= MIN_ROLLOUTS_OF_EACH_KIND]
 
 
 def alignment(
-    grams: RolloutGrams, rng: np.random.Generator, *, n_bootstrap: int = 4000, n_permutations: int = 9999
+    grams: RolloutGrams,
+    rng: np.random.Generator,
+    is_unsampled: bool = False,
+    *,
+    n_bootstrap: int = 4000,
+    n_permutations: int = 9999,
 ) -> Alignment:
     """The cosine between what correct and what incorrect rollouts share, with the attenuation by noise removed.
 
@@ -322,77 +263,65 @@ def alignment(
         rho = Σ_p ⟨m_c, m_i⟩ / sqrt(Σ_p S_c · Σ_p S_i)
 
     (Spearman's 1904 correction for attenuation). No product holds a rollout's noise twice, so each sum is unbiased.
+    The interval is Fieller's over prompts (`jackknife.cosine_of`): with few prompts, or few that outweigh the rest, it
+    covered 93 to 98% in trials in which bootstraps and the delta method fell to 80 to 90% (docs/calibration.md).
 
-    The interval is Fieller's (1954) for the ratio, over prompts, with Student's t quantile and the denominator
-    linearised in its two sums. Where a few prompts outweigh the rest, or where there are few, it covered 93 to 98% in
-    trials in which percentile, BCa and studentised bootstrap and the delta method fell to between 80 and 90%; elsewhere
-    all were alike (its coverage: docs/calibration.md). It is finite whenever both signals are above 0 at the 95%
-    level; elsewhere no finite interval exists and none is given. Neither rho nor the interval is clipped to ±1, as is
-    usual for corrected correlations: an interval cut at 1 would look narrower than it is.
-
-    `min_detectable` is 2.8 bootstrap standard errors, the error taken as half the width of the central 68.3% of rho
-    over prompts drawn with replacement, so that a few draws with a denominator near 0 don't decide it.
-
-    The p-value permutes correctness over the rollouts of a prompt; statistic: the mean over prompts of the
-    token-weighted cosine, 0 where a mean is the zero vector. It is twice the smaller tail, with the +1 correction
-    (Phipson & Smyth 2010).
+    `min_detectable` is 2.8 bootstrap standard errors, each half the central 68.3% of rho over prompts drawn with
+    replacement, so that a few draws with a denominator near 0 don't decide it. The p-value permutes correctness over
+    the rollouts of a prompt; statistic: the mean over prompts of the token-weighted cosine, 0 where a mean is the zero
+    vector. It is twice the smaller tail, with the +1 correction (Phipson & Smyth 2010).
     """
     grams = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND)
     n_prompts = len(grams.prompts)
     if n_prompts == 0:
-        return Alignment(0, None, None, None, None, None, None, UNDERPOWERED)
+        return Alignment(0, None, None, None, None, None, None, *_judged(0, NO_ESTIMATE, {}, False))
     bootstrap_rng, permutation_rng = rng.spawn(2)
     products = prompt_products(grams)
-    signals = [_signal(products[:, column]) for column in (1, 2)]
-    rho = _rho(products.sum(axis=0))
-    interval = min_detectable = None
-    if all(signal.above_zero for signal in signals):
-        interval = _fieller_interval(products)
-        min_detectable = POWER_FACTOR * _bootstrap_error(products, bootstrap_rng, n_bootstrap)
+    signals = {kind: _signal(products[:, column]) for column, kind in enumerate(("correct", "incorrect"), start=1)}
+    rho = cosine_of(*stack_of_means(products).T) if n_prompts > 1 else NO_ESTIMATE
     null = permutation_null(grams, permutation_rng, n_permutations, _label_cosines)
-    observed = _label_cosines(grams, grams.correct[:, None]).mean()
-    return Alignment(
-        n_prompts=n_prompts,
-        rho=None if np.isnan(rho) else float(rho),
-        ci95=interval,
-        p_value=_two_sided_p(observed, null),
-        min_detectable=min_detectable,
-        signal_correct=signals[0],
-        signal_incorrect=signals[1],
-        verdict=_verdict(interval),
-    )
+    p_value = _two_sided_p(_label_cosines(grams, grams.correct[:, None]).mean(), null)
+    detectable = rho.ci95 and POWER_FACTOR * _bootstrap_error(products, bootstrap_rng, n_bootstrap)
+    verdict, reason = _judged(n_prompts, rho, signals, is_unsampled)
+    return Alignment(n_prompts, rho.value, rho.ci95, p_value, detectable, *signals.values(), verdict, reason)
 
 
-def cancellation(
-    grams: RolloutGrams, rng: np.random.Generator, *, n_permutations: int = 9999, group_normalised: bool = False
-) -> Cancellation:
-    """How much of the update a prompt's rollouts leave, once each is weighed by its advantage.
+def cancellations(
+    grams: RolloutGrams, rng: np.random.Generator, is_unsampled: bool = False, *, n_permutations: int = 9999
+) -> tuple[Cancellation, Cancellation]:
+    """How much of the update a prompt's rollouts leave, each weighed by its advantage: ±1, and group-normalised.
 
         C = ‖Σ_r A_r g_r‖² / Σ_r ‖A_r g_r‖²
 
     g_r is a rollout's mean gradient over its tokens in the bucket (GRPO divides a rollout's loss by its length). A_r is
-    ±1, or (reward - mean) / std over the prompt's rollouts in the bucket (GRPO, Shao et al. 2024); scale cancels, so
-    neither the kind of std nor its epsilon matters, and for ±1 the denominator is Σ ‖g_r‖².
-
-    The ratio reported is the mean of C over the prompts with a rollout of each kind (elsewhere GRPO has no advantage,
-    and there is nothing to permute). Means of ratios, not a ratio of sums: a prompt whose gradients are huge would
-    decide the latter alone. The null permutes the advantages within each prompt; p is two-sided, with +1 correction.
+    ±1, or (reward - mean) / std over the prompt's rollouts in the bucket (GRPO, Shao et al. 2024); scale cancels. The
+    ratio is the mean of C over the prompts with a rollout of each kind (elsewhere GRPO has no advantage), and not a
+    ratio of sums, which a prompt whose gradients are huge would decide. p is that of `alignment`.
     """
     grams = grams.with_rollouts_of_each_kind(1)
     if len(grams.prompts) == 0:
-        return Cancellation(0, None, None, None, None)
+        nothing = Cancellation(0, None, None, None, None, CANT_TELL, "no prompt with rollouts of each kind")
+        return nothing, nothing
+    ratios = _cancellation_ratios(grams, grams.correct[:, None]).mean(axis=0)[0]
+    null = permutation_null(grams, rng, n_permutations, _cancellation_ratios)
+    signs, normalised = (_cancellation(len(grams.prompts), float(ratios[i]), null[:, i], is_unsampled) for i in (0, 1))
+    return signs, normalised
 
-    def statistic(some: RolloutGrams, labels: np.ndarray) -> np.ndarray:
-        return _cancellation_ratios(some, labels, group_normalised)
 
-    ratio = float(statistic(grams, grams.correct[:, None]).mean())
-    null = permutation_null(grams, rng, n_permutations, statistic)
+def _cancellation(n_prompts: int, ratio: float, null: np.ndarray, is_unsampled: bool) -> Cancellation:
+    """`null`: [draws] of the ratio."""
     if len(null) == 0:
-        return Cancellation(len(grams.prompts), ratio, None, None, None)
-    low, high = np.quantile(null, [0.025, 0.975])
-    return Cancellation(
-        len(grams.prompts), ratio, float(null.mean()), (float(low), float(high)), _two_sided_p(ratio, null)
-    )
+        return Cancellation(n_prompts, ratio, None, None, None, CANT_TELL, "no permutations")
+    mean, p_value = float(null.mean()), _two_sided_p(ratio, null)
+    low, high = np.quantile(null, CENTRAL)
+    verdict, reason = ADD_UP if ratio > mean else CANCEL, None
+    if is_unsampled:
+        verdict, reason = UNSAMPLED, UNSAMPLED_REASON
+    elif p_value is None or p_value >= LEVEL:
+        error = float(null.std())
+        size = prompts_to_tell(n_prompts, abs(ratio - mean) / error if error > 0 else None)
+        verdict, reason = CANT_TELL, f"C is as under shuffled labels (p {number(p_value, 2)}); {size}"
+    return Cancellation(n_prompts, ratio, mean, (float(low), float(high)), p_value, verdict, reason)
 
 
 def prompt_products(grams: RolloutGrams) -> np.ndarray:
@@ -406,20 +335,22 @@ def prompt_products(grams: RolloutGrams) -> np.ndarray:
     return np.stack([forms[1] / pairs[0], forms[0] / pairs[1], forms[2] / pairs[2]], axis=1)
 
 
-LabelStatistic = Callable[[RolloutGrams, np.ndarray], np.ndarray]
-"""Takes the Grams and labels, [P, draws, R] bool, and gives every prompt's value, [P, draws]."""
-
-
 def permutation_null(
-    grams: RolloutGrams, rng: np.random.Generator, n_permutations: int, statistic: LabelStatistic
+    grams: RolloutGrams,
+    rng: np.random.Generator,
+    n_permutations: int,
+    statistic: Callable[[RolloutGrams, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """[n_permutations] the mean over prompts of `statistic`, correctness permuted over the rollouts of each prompt."""
+    """[n_permutations, ...] the prompts' mean `statistic`, correctness permuted over the rollouts of each prompt.
+
+    `statistic` takes labels, [P, draws, R] bool, and gives every prompt's value or values, [P, draws, ...].
+    """
     at_once = int(np.clip(LABEL_BYTES // (8 * max(1, grams.correct.size)), 1, DRAWS_AT_ONCE))
     draws = [
         statistic(grams, _permuted_labels(grams, min(at_once, n_permutations - start), rng)).mean(axis=0)
-        for start in range(0, n_permutations, at_once)
+        for start in range(0, max(1, n_permutations), at_once)
     ]
-    return np.concatenate([np.zeros(0), *draws])
+    return np.concatenate(draws)
 
 
 def _permuted_labels(grams: RolloutGrams, n_draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -433,82 +364,56 @@ def _permuted_labels(grams: RolloutGrams, n_draws: int, rng: np.random.Generator
 
 
 def _group_forms(gram: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """[3, P, draws] ⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩, a and b being the sums of the rollouts in two groups.
-
-    Args:
-        gram: [P, R, R] dot products of rollouts.
-        first, second: [P, draws, R] bool.
-    """
+    """[3, P, draws] ⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩, a and b the sums of rollouts in two groups, [P, draws, R] bool."""
     of_first, of_second = first @ gram, second @ gram
     products = ((of_first, first), (of_first, second), (of_second, second))
     return np.stack([np.einsum("pdr,pdr->pd", left, right) for left, right in products])
 
 
-def _cosines(forms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines of [3, ...] `_group_forms`, 0 where one of the vectors is 0, and whether it is defined."""
+def _cosines(forms: np.ndarray) -> np.ndarray:
+    """Cosines of [3, ...] `_group_forms`; NaN where one of the vectors is 0."""
     norms = np.sqrt(np.maximum(forms[0], 0.0)) * np.sqrt(np.maximum(forms[2], 0.0))
-    defined = norms > 0
-    return np.clip(forms[1] / np.where(defined, norms, 1.0), -1.0, 1.0) * defined, defined
+    return np.clip(forms[1] / np.where(norms > 0, norms, np.nan), -1.0, 1.0)
 
 
 def _label_cosines(grams: RolloutGrams, labels: np.ndarray) -> np.ndarray:
     """[P, draws] the token-weighted cosine of every prompt, 0 without one. `labels`: [P, draws, R] bool."""
-    return _cosines(_group_forms(grams.gram, labels, grams.present[:, None] & ~labels))[0]
+    return np.nan_to_num(_cosines(_group_forms(grams.gram, labels, grams.present[:, None] & ~labels)))
 
 
-def _cancellation_ratios(grams: RolloutGrams, labels: np.ndarray, group_normalised: bool) -> np.ndarray:
-    """[P, draws] C of every prompt. `labels`: [P, draws, R] bool."""
-    others = grams.present[:, None] & ~labels
-    gram = grams.mean_gram
-    share = grams.correct.sum(axis=1) / grams.present.sum(axis=1) if group_normalised else np.full(len(gram), 0.5)
-    gain, loss = (1 - share)[:, None], share[:, None]  # advantages, up to scale: +gain and -loss
+def _cancellation_ratios(grams: RolloutGrams, labels: np.ndarray) -> np.ndarray:
+    """[P, draws, 2] C of every prompt, advantages ±1 and group-normalised. `labels`: [P, draws, R] bool."""
+    others, gram = grams.present[:, None] & ~labels, grams.mean_gram
     same, across, other = _group_forms(gram, labels, others)
     energy = np.einsum("prr->pr", gram)[:, :, None]
-    own_energy = gain**2 * (labels @ energy)[:, :, 0] + loss**2 * (others @ energy)[:, :, 0]
-    return (gain**2 * same - 2 * gain * loss * across + loss**2 * other) / own_energy
+    energy_of_labels, energy_of_others = ((group @ energy)[:, :, 0] for group in (labels, others))
+    share = (grams.correct.sum(axis=1) / grams.present.sum(axis=1))[:, None]
+    ratios = []
+    for gain, loss in ((0.5, 0.5), (1 - share, share)):  # advantages, up to scale: +gain and -loss
+        left = gain**2 * same - 2 * gain * loss * across + loss**2 * other
+        ratios.append(left / (gain**2 * energy_of_labels + loss**2 * energy_of_others))
+    return np.stack(ratios, axis=2)
 
 
-def _signal(products: np.ndarray) -> Signal:
-    """`products`: [P] S of every prompt."""
-    total, n = float(products.sum()), len(products)
-    if n < 2:
-        return Signal(total, None, False)
-    margin = float(stdtrit(n - 1, 0.975) * products.std(ddof=1) * np.sqrt(n))
-    return Signal(total, (total - margin, total + margin), total - margin > 0)
-
-
-def _rho(sums: np.ndarray) -> np.ndarray:
-    """[...] rho of [..., 3] sums of `prompt_products`; NaN where a signal is not positive."""
-    defined = (sums[..., 1] > 0) & (sums[..., 2] > 0)
-    scale = np.where(defined, np.sqrt(np.abs(sums[..., 1])) * np.sqrt(np.abs(sums[..., 2])), 1.0)
-    return np.where(defined, sums[..., 0] / scale, np.nan)
-
-
-def _fieller_interval(products: np.ndarray) -> tuple[float, float]:
-    """All values r for which Σ_p (y_p - r x_p) is within t standard errors of 0, y_p and x_p being a prompt's shares.
-
-    `products`: [P, 3] with sums of S_c and S_i that are above 0 at the 95% level each; then so is their mean, and the
-    set is a finite interval.
-    """
-    _, correct, incorrect = products.sum(axis=0)
-    numerator = products[:, 0] / (np.sqrt(correct) * np.sqrt(incorrect))  # sums to rho
-    denominator = (products[:, 1] / correct + products[:, 2] / incorrect) / 2  # sums to 1
-    n = len(products)
-    (a, b), (_, c) = np.cov(numerator, denominator) * n * stdtrit(n - 1, 0.975) ** 2
-    rho = numerator.sum()
-    centre, half_width = rho - b, np.sqrt(max(0.0, (rho - b) ** 2 - (1 - c) * (rho**2 - a)))
-    return float((centre - half_width) / (1 - c)), float((centre + half_width) / (1 - c))
+def _signal(values: np.ndarray) -> Signal:
+    """`values`: [P] S of every prompt."""
+    if len(values) < 2:
+        return Signal(float(values.mean()), None, None, False)
+    stack = stack_of_means(values)
+    return Signal(float(stack[0]), interval_of(stack), z_of(stack), above_zero(stack))
 
 
 def _bootstrap_error(products: np.ndarray, rng: np.random.Generator, n_bootstrap: int) -> float:
     """Standard error of rho over prompts drawn with replacement. `products`: [P, 3]."""
     n = len(products)
-    sums = [
+    draws = [
         rng.multinomial(n, np.full(n, 1 / n), min(DRAWS_AT_ONCE, n_bootstrap - start)) @ products
         for start in range(0, n_bootstrap, DRAWS_AT_ONCE)
     ]
-    draws = _rho(np.concatenate(sums))
-    low, high = np.nanquantile(draws, ndtr([-1.0, 1.0]))
+    product, correct, incorrect = np.concatenate(draws).T
+    has_rho = (correct > 0) & (incorrect > 0)
+    rho = product[has_rho] / (np.sqrt(correct[has_rho]) * np.sqrt(incorrect[has_rho]))
+    low, high = np.quantile(rho, ndtr([-1.0, 1.0]))
     return float(high - low) / 2
 
 
@@ -521,62 +426,25 @@ def _two_sided_p(observed: float, null: np.ndarray) -> float | None:
     return float(min(1.0, 2 * (1 + min(tails)) / (1 + len(null))))
 
 
-def _verdict(interval: tuple[float, float] | None) -> str:
-    if interval is None:
-        return UNDERPOWERED
-    low, high = interval
-    if low > 0:
-        return ALIGNED
-    if high < 0:
-        return OPPOSED
-    return ORTHOGONAL if low > -ORTHOGONAL_WITHIN and high < ORTHOGONAL_WITHIN else UNDERPOWERED
-
-
-def rare_tokens(grams: RolloutGrams, tail_mass: np.ndarray | None, bucket: Bucket, correct: np.ndarray) -> float | None:
-    """The rare tokens to be expected behind the less sampled of the two mean gradients that ρ compares.
-
-    A token drawn where the likeliest word has 1 - ε is rare with chance ε, and has a gradient some 1/ε times as long as
-    the others': Σ ε counts those to be expected.
-
-    Args:
-        grams: of the bucket; only prompts with 2 rollouts of each kind have a part in ρ.
-        tail_mass: [n] ε of each of the bucket's gradients, a sum where several tokens are pooled; None: not known.
-        bucket: whose gradients.
-        correct: [n] bool.
-
-    Returns:
-        None where tail masses are not known, or no prompt has a part.
-    """
-    usable = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND).prompts
-    if tail_mass is None or len(usable) == 0:
-        return None
-    has_part = np.isin(bucket.prompt, usable)
-    return float(min(tail_mass[has_part & kind].sum() for kind in (correct, ~correct)))
-
-
-def judged_by_tails(found: Alignment, n_rare: float | None) -> Alignment:
-    """The same with the verdict "unsampled" where fewer than 30 rare tokens were to be expected behind a mean."""
-    is_unsampled = n_rare is not None and n_rare < MIN_RARE_TOKENS
-    return replace(found, verdict=UNSAMPLED) if is_unsampled else found
-
-
-def reason_of(found: Alignment, n_rare: float | None) -> str | None:
-    """Why a verdict tells nothing, in words; None where it does. `n_rare`: see `rare_tokens`."""
-    if found.verdict == UNSAMPLED:
-        return f"{n_rare:.1f} rare tokens to be expected behind a mean, {MIN_RARE_TOKENS} are needed"
-    if found.verdict != UNDERPOWERED:
-        return None
-    counted = f"{found.n_prompts or 'no'} prompt{'s' * (found.n_prompts > 1)} with 2 rollouts of each kind"
-    if found.n_prompts < 2:
-        return counted
-    signals = {"correct": found.signal_correct, "incorrect": found.signal_incorrect}
-    unseen = [
-        f"{kind}{_in_errors(signal.z(found.n_prompts))}" for kind, signal in signals.items() if not signal.above_zero
-    ]
-    if unseen:
-        return f"signal of {' and '.join(unseen)} rollouts not above 0; {counted}"
-    return f"the interval reaches beyond ±{ORTHOGONAL_WITHIN} and holds 0; {counted}"
-
-
-def _in_errors(z: float | None) -> str:
-    return "" if z is None else f" (z {z:.1f})"
+def _judged(n_prompts: int, rho: Estimate, signals: Mapping[str, Signal], is_unsampled: bool) -> tuple[str, str | None]:
+    """The verdict on rho; and where that tells nothing, what is missing, and how many prompts would have it."""
+    if is_unsampled:
+        return UNSAMPLED, UNSAMPLED_REASON
+    usable = f"{counted(n_prompts, 'prompt')} with {MIN_ROLLOUTS_OF_EACH_KIND} rollouts of each kind"
+    if n_prompts < 2:
+        return UNDERPOWERED, usable
+    if rho.value is None or rho.ci95 is None:
+        unseen = {kind: signal.z for kind, signal in signals.items() if not signal.above_zero}
+        named = [kind if z is None else f"{kind} (z {number(z, 1)})" for kind, z in unseen.items()]
+        weaker = min((-np.inf if z is None else z for z in unseen.values()), default=None)
+        why = f"signal of {' and '.join(named)} rollouts not above 0"
+        return UNDERPOWERED, f"{why}; {usable}; {prompts_to_tell(n_prompts, weaker)}"
+    low, high = rho.ci95
+    if low > 0 or high < 0:
+        return ALIGNED if low > 0 else OPPOSED, None
+    if low > -ORTHOGONAL_WITHIN and high < ORTHOGONAL_WITHIN:
+        return ORTHOGONAL, None
+    away = max(abs(rho.value), ORTHOGONAL_WITHIN - abs(rho.value))  # from 0, or else from the limits of orthogonal
+    z = away * 2 * quantile_of(np.empty(1 + n_prompts)) / (high - low)
+    why = f"the interval of rho reaches beyond ±{ORTHOGONAL_WITHIN} and holds 0"
+    return UNDERPOWERED, f"{why}; {usable}; {prompts_to_tell(n_prompts, z)}"

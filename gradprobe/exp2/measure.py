@@ -14,16 +14,15 @@ from ..common.console import progress_bar
 from ..dump.format import Dump
 from ..dump.on_policy import MIN_RARE_TOKENS, ON_POLICY, OnPolicy, is_chosen_by_prefix
 from .direction import (
+    MIN_ROLLOUTS_OF_EACH_KIND,
     Alignment,
     Cancellation,
     Directions,
+    RolloutGrams,
     alignment,
-    cancellation,
+    cancellations,
     compare_groups,
     half_split_cosines_by_rollout,
-    judged_by_tails,
-    known,
-    rare_tokens,
     rollout_grams,
 )
 
@@ -45,10 +44,6 @@ class Exp2Settings:
     permutations: int = 9999
     seed: int = 0
 
-    def to_dict(self) -> dict[str, int]:
-        """What the summary says."""
-        return {"bootstrap": self.bootstrap, "permutations": self.permutations}
-
 
 @dataclass(frozen=True)
 class BucketDirections:
@@ -56,110 +51,105 @@ class BucketDirections:
 
     Attributes:
         directions: the original's measures, token-weighted cosines and the half-split of tokens.
-        control_by_rollout: half-split cosines by rollout; None where a mean is the zero vector.
+        control_by_rollout: half-split cosines by rollout; NaN where a mean is the zero vector.
         alignment: noise-corrected cosine, its interval, test and verdict.
-        cancellation: of advantages ±1.
-        cancellation_group_normalised: of GRPO's advantages.
-        n_rare: see `direction.rare_tokens`.
-        settings: the draws behind the intervals and p-values.
+        cancellation, cancellation_group_normalised: of advantages ±1, and of GRPO's.
+        n_rare: see `rare_tokens`; where it is below 30, verdicts on ρ and C are "unsampled".
         on_policy: of all response tokens of this bucket, picked or not; None where the rollouts are not at hand.
         rho_over_sums: see `analysis.opposition`; None of single tokens.
         reference: -1 where theory fixes ρ, else None.
     """
 
     directions: Directions
-    control_by_rollout: tuple[float | None, ...]
+    control_by_rollout: np.ndarray
     alignment: Alignment
     cancellation: Cancellation
     cancellation_group_normalised: Cancellation
     n_rare: float | None
-    settings: Exp2Settings
     on_policy: OnPolicy | None = None
     rho_over_sums: Estimate | None = None
     reference: float | None = None
 
-    @property
-    def control_by_rollout_cosines(self) -> np.ndarray:
-        """[k] float64, every half-split cosine by rollout there is."""
-        return known(self.control_by_rollout)
+
+DEFAULTS = Exp2Settings()
 
 
 def directions_of_bucket(
-    bucket: Bucket,
-    correct: np.ndarray,
-    n_prompts: int,
-    settings: Exp2Settings | None = None,
-    tail_mass: np.ndarray | None = None,
+    bucket: Bucket, correct: np.ndarray, settings: Exp2Settings = DEFAULTS, tail_mass: np.ndarray | None = None
 ) -> BucketDirections:
     """All of Exp 2 on some tokens; the same arguments give the same numbers.
 
-    The gradients are read twice, one prompt at a time: for the original's measures and for the rollouts' Gram
-    matrices. Each number draws from a random stream of its own, so none hangs on the number of draws of another.
+    Each number draws from a random stream of its own, so none hangs on the number of draws of another.
 
     Args:
         bucket: the tokens looked at (those of one entropy bucket).
         correct: [n] bool, whether each one's rollout was correct.
-        n_prompts: prompts in the dump.
-        settings: None for the defaults.
+        settings: how many draws.
         tail_mass: [n] 1 - max π at each one's token, or their sum; None: not known.
 
     Raises:
         ValueError: a rollout has both correct and incorrect tokens.
     """
-    settings = settings or Exp2Settings()
-    seed, n_permutations = settings.seed, settings.permutations
     grams = rollout_grams(bucket, correct)
     n_rare = rare_tokens(grams, tail_mass, bucket, correct)
-    found = alignment(
-        grams, np.random.default_rng([seed, 2]), n_bootstrap=settings.bootstrap, n_permutations=n_permutations
-    )
+    is_unsampled = n_rare is not None and n_rare < MIN_RARE_TOKENS
+    splits, of_rho, of_labels = (np.random.default_rng([settings.seed, stream]) for stream in (1, 2, 3))
+    n = settings.permutations
     return BucketDirections(
-        directions=compare_groups(bucket, correct, n_prompts, seed),
-        control_by_rollout=half_split_cosines_by_rollout(grams, np.random.default_rng([seed, 1])),
-        alignment=judged_by_tails(found, n_rare),
-        cancellation=cancellation(grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations),
-        cancellation_group_normalised=cancellation(
-            grams, np.random.default_rng([seed, 3]), n_permutations=n_permutations, group_normalised=True
-        ),
-        n_rare=n_rare,
-        settings=settings,
+        compare_groups(bucket, correct, settings.seed),
+        half_split_cosines_by_rollout(grams, splits),
+        alignment(grams, of_rho, is_unsampled, n_bootstrap=settings.bootstrap, n_permutations=n),
+        *cancellations(grams, of_labels, is_unsampled, n_permutations=n),
+        n_rare,
     )
+
+
+def rare_tokens(grams: RolloutGrams, tail_mass: np.ndarray | None, bucket: Bucket, correct: np.ndarray) -> float | None:
+    """The rare tokens to be expected behind the less sampled of the two mean gradients that ρ compares.
+
+    A token drawn where the likeliest word has 1 - ε is rare with chance ε, and has a gradient some 1/ε times as long as
+    the others': Σ ε counts those to be expected. Only prompts with 2 rollouts of each kind have a part in ρ; None
+    without any. `tail_mass`: [n] ε of each gradient, a sum where tokens are pooled; None: not known.
+    """
+    usable = grams.with_rollouts_of_each_kind(MIN_ROLLOUTS_OF_EACH_KIND).prompts
+    if tail_mass is None or len(usable) == 0:
+        return None
+    has_part = np.isin(bucket.prompt, usable)
+    return float(min(tail_mass[has_part & kind].sum() for kind in (correct, ~correct)))
 
 
 def bucket_directions(
-    dump: Dump, index: int, settings: Exp2Settings | None = None, device: str = "cpu"
+    dump: Dump, index: int, settings: Exp2Settings = DEFAULTS, device: str = "cpu"
 ) -> BucketDirections:
     """What Exp 2 takes from the gradients of one bucket."""
     bucket = bucket_of(dump, index, device)
     tails = None if dump.tail_masses is None else dump.tail_masses[bucket.rows]
-    return directions_of_bucket(bucket, dump.correct[bucket.rows], len(dump.prompt_keys), settings, tails)
+    return directions_of_bucket(bucket, dump.correct[bucket.rows], settings, tails)
 
 
 def directions_of_dump(
-    dump: Dump, settings: Exp2Settings | None = None, device: str = "cpu", on_bucket: Callable[[], Any] = int
+    dump: Dump, settings: Exp2Settings = DEFAULTS, device: str = "cpu", on_bucket: Callable[[], Any] = int
 ) -> list[BucketDirections]:
     """All of Exp 2 of one dump, bucket by bucket. `on_bucket` is called after each."""
-    found = []
-    for index in range(dump.bins):
-        found.append(bucket_directions(dump, index, settings, device))
-        on_bucket()
     tests = on_policy_by_bucket(dump)
     sums = sampled_rho_over_sums(dump) if dump.is_pooled else [None] * dump.bins
     reference = reference_of(dump)
-    return [
-        replace(one, on_policy=test, rho_over_sums=rho, reference=reference)
-        for one, test, rho in zip(found, tests, sums, strict=True)
-    ]
+    found = []
+    for index, (test, rho) in enumerate(zip(tests, sums, strict=True)):
+        of_bucket = bucket_directions(dump, index, settings, device)
+        found.append(replace(of_bucket, on_policy=test, rho_over_sums=rho, reference=reference))
+        on_bucket()
+    return found
 
 
 def sampled_rho_over_sums(dump: Dump) -> list[Estimate]:
     """ρ over sums of each bucket of a pooled dump; none where fewer than 30 rare tokens were to be expected."""
-    found = list(rho_over_sums(pooled_of(dump)).by_bucket)
-    for index in range(dump.bins) if dump.rare is not None else ():
-        own = dump.bin == index
-        n_rare = min(dump.rare[own & kind].sum() for kind in (dump.correct, ~dump.correct))
-        found[index] = NO_ESTIMATE if n_rare < MIN_RARE_TOKENS else found[index]
-    return found
+    found = rho_over_sums(pooled_of(dump)).by_bucket
+    if dump.rare is None:
+        return list(found)
+    kinds = (dump.correct, ~dump.correct)
+    n_rare = np.minimum(*(np.bincount(dump.bin[kind], dump.rare[kind], dump.bins) for kind in kinds))
+    return [rho if rare >= MIN_RARE_TOKENS else NO_ESTIMATE for rho, rare in zip(found, n_rare, strict=True)]
 
 
 def reference_of(dump: Dump) -> float | None:
@@ -169,20 +159,16 @@ def reference_of(dump: Dump) -> float | None:
 
 
 def measure_dumps(
-    dumps: Mapping[Tag, list[Dump]], settings: Exp2Settings | None = None, device: str = "cpu"
+    dumps: Mapping[Tag, list[Dump]], device: str = "cpu"
 ) -> tuple[dict[Tag, list[BucketDirections]], dict[Tag, list[BucketDirections]]]:
     """Of each tag, every bucket of its first target, and the bucket of highest entropy of its others."""
     found: dict[Tag, list[BucketDirections]] = {}
-    top_of_others: dict[Tag, list[BucketDirections]] = {}
+    tops: dict[Tag, list[BucketDirections]] = {}
     total = sum(targets[0].bins + len(targets) - 1 for targets in dumps.values())
     with progress_bar("Exp 2", total, "buckets") as bar:
-
-        def measured(dump: Dump, index: int) -> BucketDirections:
-            result = bucket_directions(dump, index, settings, device)
-            bar.update()
-            return result
-
         for tag, (first, *others) in dumps.items():
-            found[tag] = directions_of_dump(first, settings, device, bar.update)
-            top_of_others[tag] = [measured(dump, dump.bins - 1) for dump in others]
-    return found, top_of_others
+            found[tag], tops[tag] = directions_of_dump(first, device=device, on_bucket=bar.update), []
+            for dump in others:
+                tops[tag].append(bucket_directions(dump, dump.bins - 1, device=device))
+                bar.update()
+    return found, tops

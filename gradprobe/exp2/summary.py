@@ -1,5 +1,6 @@
-"""Exp 2's results as `exp2_summary.json` has them, and as tables for people."""
+"""Exp 2's results as `exp2_summary.json` has them, and as tables."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -7,19 +8,10 @@ import numpy as np
 
 from ..analysis.inputs import directory_name
 from ..analysis.replication import spread_of
-from ..analysis.text import format_number, format_p_value, format_replication, format_table, format_with_interval
-from ..common.console import printable
-from ..dump.format import Dump, model_of, shown_projection, target_name
-from ..dump.on_policy import LARGEST_Z
-from .direction import (
-    MIN_RARE_TOKENS,
-    MIN_ROLLOUTS_OF_EACH_KIND,
-    MIN_TOKENS_OF_EACH_KIND,
-    ORTHOGONAL_WITHIN,
-    reason_of,
-    summarise,
-)
-from .measure import BucketDirections
+from ..analysis.text import Table, estimate, number, replication_table, with_interval
+from ..dump.format import Dump
+from .direction import CENTRAL, Directions
+from .measure import DEFAULTS, BucketDirections
 
 SUMMARY = "exp2_summary.json"
 REPLICATED = {
@@ -27,195 +19,170 @@ REPLICATED = {
     "control_mean": ("control_within_group", "mean"),
     "rho": ("alignment", "rho"),
 }
-COLUMNS = f"""\
-Cosines: +1 same direction (would cancel under advantages of ±1), 0 orthogonal, -1 opposed.
-  mean cos     of the mean gradients of correct and incorrect tokens of a prompt, where there are
-               {MIN_TOKENS_OF_EACH_KIND} of each; noise pulls it to 0
-  controls     the same between random halves of one prompt and kind: halves of its tokens, halves of its rollouts
-  rho          mean cos with the noise removed, over prompts with {MIN_ROLLOUTS_OF_EACH_KIND} rollouts of each
-               kind; not cut at ±1; no interval where what the rollouts of a kind share is not above 0 at the 95% level
-  p (n)        under labels that mean nothing: correctness permuted over a prompt's rollouts, two-sided, n prompts;
-               this is no test of rho = 0: rollouts that all share one direction obey it
-  detectable   the least |rho| found with 80% power at the 5% level
-  theory       -1: what rho is, signal or no signal, where rollouts are the model's own at temperature 1 (the score has
-               mean zero); an estimate differs by noise, by picked tokens and means in the place of sums, by prompts of
-               different difficulty, by rare tokens that did not come up
-  rare         rare tokens to be expected behind the less sampled mean, the sum of 1 - max π
-  log π + H    nats per token over all of the bucket's tokens, zero on-policy; |z| > {LARGEST_Z:g}: off-policy
-  verdict      aligned, opposed: the interval lies above, below 0; orthogonal: it holds 0 and lies inside
-               ±{ORTHOGONAL_WITHIN}; underpowered: can't tell; unsampled: fewer than {MIN_RARE_TOKENS} rare tokens to be
-               expected, so that what did not come up may decide the mean
-  C            |sum of advantage × gradient|² / sum of |advantage × gradient|², mean over prompts with both kinds: 1
-               where rollouts are orthogonal, less where they cancel; null: advantages permuted within each prompt"""
 
 
-def summary_over_targets(
-    dumps: list[Dump], of_first: list[BucketDirections], top_of_others: list[BucketDirections]
+def numbers_of(
+    dumps: Sequence[Dump], of_first: Sequence[BucketDirections], top_of_others: Sequence[BucketDirections]
 ) -> dict[str, Any]:
-    """One tag's part of `exp2_summary.json`: its first target, and how its numbers vary over all of them.
+    """One tag's numbers: its first target's bucket of highest entropy, every bucket's, and how targets vary.
 
     Args:
         dumps: the targets.
         of_first: the first target's buckets.
         top_of_others: the bucket of highest entropy of every other target.
     """
-    summary = summary_of(dumps[0], of_first)
-    if len(dumps) == 1:
-        return summary
-    numbers = [summary, *map(measures_of, top_of_others)]
-    replication = {
-        "targets": [dump.path.name for dump in dumps],
-        **{name: spread_of([target[part][key] for target in numbers]) for name, (part, key) in REPLICATED.items()},
-    }
-    return {**summary, "replication": replication}
-
-
-def summary_of(dump: Dump, buckets: list[BucketDirections]) -> dict[str, Any]:
-    """The numbers of one target: those of its bucket of highest entropy, and of every bucket under `by_bucket`."""
-    top = buckets[-1]
-    return {
+    dump, manifest = dumps[0], dumps[0].manifest
+    by_bucket = list(map(measures_of, of_first))
+    summary = {
         "run_dir": directory_name(dump.path),
-        "model": model_of(dump.manifest),
-        "target": dump.manifest["target"],
-        "row_idx": dump.manifest["row_idx"],
-        "projection": shown_projection(dump.manifest),
         "bucket": dump.bins - 1,
-        "n_prompts": top.directions.n_prompts,
-        "bucket_by": dump.manifest.get("bucket_by", "entropy"),
-        "on_policy_all_tokens": dump.manifest.get("on_policy"),
-        **measures_of(top),
-        "draws": top.settings.to_dict(),
-        "per_prompt": [
-            {
-                "prompt_idx": dump.prompt_keys[prompt.prompt],
-                "n_correct_tokens": prompt.n_correct_tokens,
-                "n_incorrect_tokens": prompt.n_incorrect_tokens,
-                "cos_correct_vs_incorrect": prompt.cosine,
-            }
-            for prompt in top.directions.per_prompt
-        ],
-        "by_bucket": {str(index): measures_of(result) for index, result in enumerate(buckets)},
+        "n_prompts": len(dump.prompt_keys),
+        "bucket_by": manifest.get("bucket_by", "entropy"),
+        "on_policy_all_tokens": manifest.get("on_policy"),
+        **by_bucket[-1],
+        "draws": {"bootstrap": DEFAULTS.bootstrap, "permutations": DEFAULTS.permutations},
+        "per_prompt": _per_prompt(dump, of_first[-1].directions),
+        "by_bucket": {str(index): measures for index, measures in enumerate(by_bucket)},
     }
+    if top_of_others:
+        targets = [by_bucket[-1], *map(measures_of, top_of_others)]
+        spreads = {name: spread_of([one[part][key] for one in targets]) for name, (part, key) in REPLICATED.items()}
+        summary["replication"] = {"targets": [dump.path.name for dump in dumps], **spreads}
+    return summary
 
 
-def measures_of(result: BucketDirections) -> dict[str, Any]:
-    """The numbers of one bucket."""
-    directions = result.directions
-    numbers = asdict(summarise(directions.cosines))
+def _per_prompt(dump: Dump, found: Directions) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_idx": dump.prompt_keys[prompt],
+            "n_correct_tokens": n_correct,
+            "n_incorrect_tokens": n_incorrect,
+            "cos_correct_vs_incorrect": None if np.isnan(cosine) else cosine,
+        }
+        for prompt, (n_correct, n_incorrect), cosine in zip(
+            found.prompt.tolist(), found.n_tokens.tolist(), found.cosines.tolist(), strict=True
+        )
+    ]
+
+
+def measures_of(found: BucketDirections) -> dict[str, Any]:
+    """The numbers of one bucket; no NaN in it."""
+    cosines = found.directions.cosines
     return {
-        "n_prompts_usable": len(directions.per_prompt),
-        "n_prompts_zero_mean": len(directions.per_prompt) - numbers.pop("n"),
-        "correct_vs_incorrect": numbers,
-        "control_within_group": _control(directions.control_cosines, len(directions.control)),
-        "control_within_group_by_rollout": _control(result.control_by_rollout_cosines, len(result.control_by_rollout)),
-        "alignment": asdict(result.alignment) | {"reason": reason_of(result.alignment, result.n_rare)},
-        "n_rare": result.n_rare,
-        "on_policy": result.on_policy and asdict(result.on_policy),
-        "rho_over_sums": result.rho_over_sums and asdict(result.rho_over_sums),
-        "reference": result.reference,
+        "n_prompts_usable": len(cosines),
+        "n_prompts_zero_mean": int(np.isnan(cosines).sum()),
+        "correct_vs_incorrect": summarise(cosines),
+        "control_within_group": _control(found.directions.control),
+        "control_within_group_by_rollout": _control(found.control_by_rollout),
+        "alignment": asdict(found.alignment),
+        "n_rare": found.n_rare,
+        "on_policy": found.on_policy and asdict(found.on_policy),
+        "rho_over_sums": found.rho_over_sums and asdict(found.rho_over_sums),
+        "reference": found.reference,
         "cancellation": {
-            **asdict(result.cancellation),
-            "group_normalised": asdict(result.cancellation_group_normalised),
+            **asdict(found.cancellation),
+            "group_normalised": asdict(found.cancellation_group_normalised),
         },
     }
 
 
-def _control(cosines: np.ndarray, n_halved: int) -> dict[str, Any]:
-    """A control's part of the summary; `n_halved` counts those without a cosine too."""
-    control = summarise(cosines)
-    return {"mean": control.mean, "median": control.median, "n": control.n, "n_zero_mean": n_halved - control.n}
-
-
-def report(summary: dict[str | None, dict[str, Any]]) -> str:
-    """All dumps' results as tables for people."""
-    named = {printable(tag or numbers["run_dir"]): numbers for tag, numbers in summary.items()}
-    sources = [printable(f"{name}: {n['model']}, {target_name(n)}") for name, n in named.items()]
-    groups = format_table(
-        ["correct vs incorrect", "bucket", "usable prompts", "mean cos", "median", "std", "share > 0", "share > 0.5"],
-        [
-            [name, str(numbers["bucket"]), f"{numbers['n_prompts_usable']} of {numbers['n_prompts']}"]
-            + [format_number(value) for value in numbers["correct_vs_incorrect"].values()]
-            for name, numbers in named.items()
-        ],
-    )
-    controls = format_table(
-        ["control within group", "n", "mean cos", "median"],
-        [
-            [name, *(format_number(numbers["control_within_group"][key]) for key in ("n", "mean", "median"))]
-            for name, numbers in named.items()
-        ],
-    )
-    left_out = [
-        f"{name}: left out because a mean gradient is zero: {numbers['n_prompts_zero_mean']} prompts, "
-        f"{numbers['control_within_group']['n_zero_mean']} halves"
-        for name, numbers in named.items()
-        if numbers["n_prompts_zero_mean"] or numbers["control_within_group"]["n_zero_mean"]
-    ]
-    replicated = {
-        f"{name}: {measure.replace('_', ' ')}": numbers["replication"][measure]
-        for name, numbers in named.items()
-        if "replication" in numbers
-        for measure in REPLICATED
+def summarise(cosines: np.ndarray) -> dict[str, float | None]:
+    """Numbers on [n] cosines, those that are NaN left out; `std` is that of the population (divides by n)."""
+    cosines = cosines[~np.isnan(cosines)]
+    if len(cosines) == 0:
+        return dict.fromkeys(("mean", "median", "std", "frac_positive", "frac_gt_0p5"))
+    return {
+        "mean": float(np.mean(cosines)),
+        "median": float(np.median(cosines)),
+        "std": float(np.std(cosines)),
+        "frac_positive": float(np.mean(cosines > 0)),
+        "frac_gt_0p5": float(np.mean(cosines > 0.5)),
     }
-    replication = ["", format_replication(replicated)] if replicated else []
-    by_bucket = [table for name, numbers in named.items() for table in ("", bucket_tables(name, numbers["by_bucket"]))]
-    draws = next(iter(named.values()))["draws"]
-    counts = f"{draws['permutations']} permutations, {draws['bootstrap']} bootstrap draws per number."
-    return "\n".join([*sources, "", groups, "", controls, *left_out, *by_bucket, "", COLUMNS, counts, *replication])
 
 
-def bucket_tables(name: str, buckets: dict[str, dict[str, Any]]) -> str:
-    """One dump's alignment and cancellation per bucket."""
-    columns = ["usable prompts", "mean cos", "token control", "rollout control"]
-    columns += ["rho [95%]", "theory", "p (n)", "detectable", "rare", "log π + H (z)", "verdict"]
-    alignments = format_table([f"{name}: bucket", *columns], list(map(_alignment_row, buckets, buckets.values())))
-    of_signs = ["C, advantages ±1", "null [95%]", "p (n)"]
-    of_normalised = ["C, group-normalised", "null [95%]", "p (n)"]
-    cancellations = format_table(
-        [f"{name}: bucket", *of_signs, *of_normalised],
-        [
-            [index, *_cancellation_cells(found), *_cancellation_cells(found["group_normalised"])]
-            for index, found in ((index, numbers["cancellation"]) for index, numbers in buckets.items())
-        ],
-    )
-    return "\n".join([alignments, *reasons_by_bucket(buckets), "", cancellations])
+def _control(halves: np.ndarray) -> dict[str, Any]:
+    """Of half-split cosines; `band`: their central 95%."""
+    numbers, n_zero_mean = summarise(halves), int(np.isnan(halves).sum())
+    n = len(halves) - n_zero_mean
+    band = np.nanquantile(halves, CENTRAL).tolist() if n else None
+    return {"mean": numbers["mean"], "median": numbers["median"], "n": n, "n_zero_mean": n_zero_mean, "band": band}
 
 
-def reasons_by_bucket(buckets: dict[str, dict[str, Any]]) -> list[str]:
-    """`buckets 0, 1: underpowered: no prompt ...`, a line for each reason why a verdict tells nothing."""
-    named: dict[str, list[str]] = {}
-    for index, numbers in buckets.items():
-        found = numbers["alignment"]
-        if found.get("reason"):
-            named.setdefault(f"{found['verdict']}: {found['reason']}", []).append(index)
-    return [f"bucket{'s' * (len(own) > 1)} {', '.join(own)}: {why}" for why, own in named.items()]
+def tables_of(tag: str | None, numbers: Mapping[str, Any]) -> list[Table]:
+    """One tag's tables: whether updates cancel, per bucket, and what the cosines are; over targets, where several.
+
+    A bucket without a number has no row.
+    """
+    name, buckets = tag or numbers["run_dir"], numbers["by_bucket"]
+    answers = ["bucket", "prompts", "C", "null [95%]", "p", "verdict of C", "rho [95%]", "verdict of rho", "theory"]
+    header = ["bucket", "prompts", "mean cos", "control: tokens", "control: rollouts", "log π + H (z)"]
+    header += ["C, group-normalised", "null [95%]", "p"]
+    header += [] if numbers["rho_over_sums"] is None else ["rho over sums [95%]"]
+    rows = [[bucket, *_answer_cells(one)] for bucket, one in buckets.items() if one["cancellation"]["n_prompts"] > 0]
+    cosine_rows = [[bucket, *_cosine_cells(one)] for bucket, one in buckets.items() if _has_cosine(one)]
+    asked = f"{name}: do updates of correct and incorrect rollouts cancel?"
+    tables = [Table(asked, [*answers, "rare tokens"], rows, notes=untold(buckets))]
+    if cosine_rows:
+        caption = f"{name}: cosines of correct and incorrect gradients"
+        tables.append(Table(caption, header, cosine_rows, notes=_left_out(numbers)))
+    if "replication" in numbers:
+        spreads = {one.replace("_", " "): numbers["replication"][one] for one in REPLICATED}
+        tables.append(replication_table(name, spreads))
+    return tables
 
 
-def _alignment_row(bucket: str, numbers: dict[str, Any]) -> list[str]:
+def _has_cosine(found: Mapping[str, Any]) -> bool:
+    return found["n_prompts_usable"] + found["control_within_group"]["n"] > 0
+
+
+def _answer_cells(found: Mapping[str, Any]) -> list[str]:
+    c, rho = found["cancellation"], found["alignment"]
+    about_rho = [with_interval(rho["rho"], rho["ci95"]), rho["verdict"], number(found["reference"], 0)]
+    return [number(c["n_prompts"]), *_cells_of_c(c), c["verdict"], *about_rho, number(found["n_rare"], 1)]
+
+
+def _cosine_cells(found: Mapping[str, Any]) -> list[str]:
     parts = ("correct_vs_incorrect", "control_within_group", "control_within_group_by_rollout")
-    found = numbers["alignment"]
+    test, over_sums = found["on_policy"], found["rho_over_sums"]
     return [
-        bucket,
-        str(numbers["n_prompts_usable"]),
-        *(format_number(numbers[part]["mean"]) for part in parts),
-        format_with_interval(found["ci95"] and found["rho"], found["ci95"]),  # without one it is no number
-        format_number(numbers["reference"], 0),
-        format_p_value(found["p_value"], found["n_prompts"]),
-        format_number(found["min_detectable"], 2),
-        format_number(numbers["n_rare"], 1),
-        _excess(numbers["on_policy"]),
-        found["verdict"],
+        number(found["n_prompts_usable"]),
+        *(number(found[part]["mean"]) for part in parts),
+        number(None) if test is None else f"{number(test['mean'])} ({number(test['z'], 1)})",
+        *_cells_of_c(found["cancellation"]["group_normalised"]),
+        *([] if over_sums is None else [estimate(over_sums)]),
     ]
 
 
-def _excess(found: dict[str, Any] | None) -> str:
-    """`-0.002 (-0.4)`: mean and z of log π + H."""
-    return format_number(None) if found is None else f"{format_number(found['mean'])} ({format_number(found['z'], 1)})"
+def _cells_of_c(found: Mapping[str, Any]) -> list[str]:
+    null = with_interval(found["null_mean"], found["null_ci95"])
+    return [number(found["ratio"], 2), null, number(found["p_value"], 4)]
 
 
-def _cancellation_cells(found: dict[str, Any]) -> list[str]:
-    return [
-        format_number(found["ratio"], 2),
-        format_with_interval(found["null_mean"], found["null_ci95"]),
-        format_p_value(found["p_value"], found["n_prompts"]),
-    ]
+def untold(buckets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each reason why verdicts tell nothing: `buckets 0 to 2: unsampled: ...`."""
+    named: dict[str, list[int]] = {}
+    for measure in ("cancellation", "alignment"):
+        for bucket, numbers in buckets.items():
+            found = numbers[measure]
+            of = named.setdefault(f"{found['verdict']}: {found['reason']}", []) if found["reason"] else []
+            if int(bucket) not in of:  # both may be unsampled
+                of.append(int(bucket))
+    return [f"{named_buckets(own)}: {why}" for why, own in named.items()]
+
+
+def named_buckets(numbers: Sequence[int]) -> str:
+    """`bucket 3`, `buckets 0 to 2, 4`."""
+    runs: list[list[int]] = []
+    for index in sorted(numbers):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    shown = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"bucket{'s' * (len(numbers) > 1)} {', '.join(shown)}"
+
+
+def _left_out(numbers: Mapping[str, Any]) -> list[str]:
+    prompts, halves = numbers["n_prompts_zero_mean"], numbers["control_within_group"]["n_zero_mean"]
+    said = f"bucket {numbers['bucket']}: left out because a mean gradient is zero: {prompts} prompts, {halves} halves"
+    return [said] if prompts or halves else []

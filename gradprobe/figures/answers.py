@@ -12,6 +12,7 @@ from typing import Any
 from ..analysis.summaries import Summary
 from ..analysis.text import CANT_TELL, counted, estimate, number, share, share_estimate, with_interval
 from ..dump.on_policy import MIN_RARE_TOKENS, OFF_POLICY, ON_POLICY
+from ..exp1.summary import TRUSTED, compared, random_span, span, top_bucket, what_would_tell
 from ..exp3.signal import CLAIMED_SHARE, SEEN
 from .look import shortened
 
@@ -83,40 +84,35 @@ def summed_up(answers: Sequence[Answer]) -> str:
     return f"{said[:1].upper()}{said[1:]}."
 
 
-def _top(numbers: Numbers) -> tuple[str, Numbers]:
-    """The bucket of highest entropy, and its numbers in Exp 1."""
-    return list(numbers["per_bucket"].items())[-1]
-
-
 def _directions_in_short(exp1: Summary) -> str:
-    said = [f"{tag}: {_directions(numbers)[0]}" for tag, numbers in exp1.items() if len(exp1) == 1 or _against(numbers)]
+    said = [f"{tag}: {_directions(numbers)[0]}" for tag, numbers in exp1.items() if len(exp1) == 1 or compared(numbers)]
     return f"in the bucket of highest entropy {'; '.join(said)}"
 
 
 def _directions(numbers: Numbers) -> tuple[str, list[str]]:
     """A further tag is told against the first; of one alone there is the number, and no verdict to give."""
-    bucket, found = _top(numbers)
-    ratio, bounds = found["participation_ratio_unit_norm"], found["participation_ratio_unit_norm_ci95"]
-    gradients = f"bucket {bucket}, {counted(found['n'], 'gradient')}"
-    if ratio is None:
-        return CANT_TELL, [f"{gradients}: none that is not zero"]
-    random = found["n"] / (1 + (found["n"] - 1) / numbers["row_dim"])
-    span = f"{with_interval(ratio, bounds, 1)} directions"
-    said = [f"{gradients}, each scaled to length 1: {span}; random ones would span {number(random, 1)}"]
-    return _against(numbers) or span, said
+    bucket, found = top_bucket(numbers)
+    said = f"bucket {bucket}, {counted(found['n'], 'gradient')}: {span(found)}"
+    if found[TRUSTED] is None:
+        return CANT_TELL, [said]
+    random = number(random_span(found["n"], numbers["row_dim"]), 1)
+    said += f" directions, each gradient scaled to length 1; random ones would span {random}"
+    return _against(numbers) or f"{span(found)} directions", [said]
 
 
 def _against(numbers: Numbers) -> str:
     """What a tag is against the first in the bucket of highest entropy; empty for the first itself."""
-    for first, buckets in numbers.get("compared_with", {}).items():
-        found = (buckets or {}).get(_top(numbers)[0])
-        if found is None or found["ci95"] is None:
-            why = numbers["paired_with"][first]["reason"] or "too few prompts in common"
-            return f"{CANT_TELL} from {first}: {why}"
-        times = f"{with_interval(found['ratio'], found['ci95'])} times {first}'s at equal n"
-        words = {"larger": f"more directions than {first}", "smaller": f"fewer directions than {first}"}
-        return f"{words.get(found['verdict'], f'{CANT_TELL} from {first}')}, {times}"
-    return ""
+    known = compared(numbers)
+    if known is None:
+        return ""
+    first, ratios, paired = known
+    found = (ratios or {}).get(top_bucket(numbers)[0])
+    if found is None or found["ci95"] is None:
+        return f"{CANT_TELL} from {first}: {paired['reason'] or what_would_tell(found) or 'no number'}"
+    words = {"larger": f"more directions than {first}", "smaller": f"fewer directions than {first}"}
+    times = f"{with_interval(found['ratio'], found['ci95'], 3)} times {first}'s at equal n"
+    undecided = f"; {what_would_tell(found)}" if found["verdict"] not in words else ""
+    return f"{words.get(found['verdict'], f'{CANT_TELL} from {first}')}, {times}{undecided}"
 
 
 def _by_verdict(summary: Summary, verdict: Callable[[Numbers], str], what: str) -> str:

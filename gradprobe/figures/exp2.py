@@ -1,417 +1,282 @@
-"""Exp 2's figures, in the look of `look`: what the prompts' cosines are, and rho with what it can tell."""
+"""Exp 2's figures, in the look of `look`: do updates cancel, what do they share, what are the prompts' cosines?
 
-from collections.abc import Iterable, Mapping, Sequence
+Each has its answers in words at the left, a paragraph per tag, and what they rest on beside them. Only what is told is
+drawn, in the tag's colour; what is not is grey text that says why and what would tell.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from ..analysis.text import typeset_interval, typeset_number
-from ..dump.format import Dump
+from ..analysis.summaries import Summary
+from ..analysis.text import CANT_TELL, counted, number, share, with_interval
 from ..exp2.direction import (
+    ADD_UP,
     ALIGNED,
-    MIN_RARE_TOKENS,
-    MIN_ROLLOUTS_OF_EACH_KIND,
+    CANCEL,
+    LEVEL,
     MIN_TOKENS_OF_EACH_KIND,
-    MIN_TOKENS_TO_SPLIT,
     OPPOSED,
     ORTHOGONAL,
     ORTHOGONAL_WITHIN,
-    UNDERPOWERED,
     UNSAMPLED,
-    Alignment,
 )
-from ..exp2.measure import BucketDirections
+from ..exp2.summary import named_buckets
 from .look import (
     CONTROL_COLOUR,
     NOTE_COLOUR,
     Subject,
-    bucket_ticks,
-    caption,
+    bucket_axis,
+    bucket_places,
     dodge,
-    grid,
     heading,
     new_figure,
-    note,
     panel_title,
-    panels,
     series_colours,
-    shortened,
     styled,
     subjects_of,
     top_bucket_name,
 )
 
-HISTOGRAM = "exp2_direction_cosine_hist.png"
+HEADLINE = "exp2_headline.png"
 ALIGNMENT = "exp2_alignment.png"
-HISTOGRAM_ALPHA = 0.65
-DETECTABLE_COLOUR = "#bdbdbd"
-ORTHOGONAL_COLOUR = "#eaf3ea"
-FURTHEST_RHO = 1.5
-MAX_BUCKETS_IN_WORDS = 7
-MAX_ABREAST = 3
-MAX_BARS = 300
-MARKERS = {ALIGNED: "^", OPPOSED: "v", ORTHOGONAL: "s", UNDERPOWERED: "o", UNSAMPLED: "X"}
-MEANINGS = {
-    ALIGNED: "interval above 0",
-    OPPOSED: "interval below 0",
-    ORTHOGONAL: f"holds 0, inside ±{ORTHOGONAL_WITHIN}",
-    UNDERPOWERED: "can't tell",
-    UNSAMPLED: f"fewer than {MIN_RARE_TOKENS} rare tokens expected",
-}
-HOLLOW = (UNDERPOWERED, UNSAMPLED)
-UNSAMPLED_COLOUR = "#8c8c8c"
-POINT_ALONE = {"linestyle": "none", "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.2, "zorder": 2.5}
-"""How a rho without an interval is drawn."""
-REFERENCE_WORDS = "−1: fixed by theory on-policy"
+HISTOGRAM = "exp2_direction_cosine_hist.png"
+TOLD = (ADD_UP, CANCEL, ALIGNED, OPPOSED, ORTHOGONAL)
+WIDTH, WIDTH_RATIOS = 11.0, (1.0, 2.0)
+LINE_HEIGHT, TITLE_HEIGHT = 0.19, 0.8
+CHARS_PER_INCH = 15.5
+"""Of grey text, 9 points high."""
+ORTHOGONAL_COLOUR, CHANCE_COLOUR = "#eaf3ea", "#cfcfcf"
+FURTHEST_END, LEAST_VIEW = 1.5, 1.1
+N_BINS = 20
+
+Numbers = Mapping[str, Any]
+"""One tag's part of `exp2_summary.json`."""
 
 
-def draw_analysis(dumps: Mapping[str | None, Dump], results: list[list[BucketDirections]]) -> dict[str, Figure]:
-    """Both figures of the analysis by file name. `results`: per dump, per bucket."""
-    subjects = subjects_of(dumps)
+def draw_exp2(summary: Summary) -> dict[str, Figure]:
+    """The figures of the analysis by file name."""
+    subjects, numbers = subjects_of(summary), list(summary.values())
     return {
-        ALIGNMENT: draw_alignment(
-            subjects,
-            [[bucket.alignment for bucket in buckets] for buckets in results],
-            references=[buckets[-1].reference for buckets in results],
-        ),
-        HISTOGRAM: draw_direction_histogram(subjects, [buckets[-1] for buckets in results]),
+        HEADLINE: draw_headline(subjects, numbers),
+        ALIGNMENT: draw_alignment(subjects, numbers),
+        HISTOGRAM: draw_histogram(subjects, numbers),
     }
 
 
 @styled
-def draw_direction_histogram(subjects: list[Subject], directions: list[BucketDirections]) -> Figure:
-    """Per-prompt cosines of correct and incorrect mean gradients with the controls', one axes per subject."""
-    figure, axes = panels(len(subjects), width=6.4, height=4.0, sharey=True)
-    _draw_cosine_histograms(axes, directions, series_colours(subjects))
-    for subject, result, ax in zip(subjects, directions, axes, strict=True):
-        ax.set_title(f"{panel_title(subject, subjects)}\n{_mean_sentence(result)}", loc="left")
-        caption(ax, _control_sentence(result))
-    _histogram_legend(figure, subjects)
-    figure.suptitle(heading(f"Correct against incorrect gradients, {top_bucket_name(subjects)}", subjects))
-    return figure
-
-
-@styled
-def draw_direction_headline(subjects: list[Subject], directions: list[BucketDirections]) -> Figure:
-    """Exp 2 at a glance: rho and its verdict in words over the prompts' cosines, sorted, and the controls' bands."""
-    n_columns = min(MAX_ABREAST, len(subjects))
-    n_lines = -(-len(subjects) // n_columns)
-    figure = new_figure(max(7.5, 7.0 * n_columns), 5.6 * n_lines + 1.4)
-    axes = grid(figure, len(subjects), n_columns)[:, 0]
-    for subject, result, ax, colour in zip(subjects, directions, axes, series_colours(subjects), strict=True):
-        ax.set_title(f"{panel_title(subject, subjects)}\n{_rho_sentence(result)}", loc="left")
-        _sorted_bars(ax, result, colour)
-    _share_sorted_limits(axes, directions)
-    band = Patch(color=CONTROL_COLOUR, alpha=0.2, label="central 95% of the control by tokens")
-    dashed = Line2D(
-        [], [], color="black", linewidth=1.6, linestyle="--", label="central 95% of the control by rollouts"
-    )
-    figure.legend(handles=[band, dashed], loc="outside lower center", ncols=2 if n_columns > 1 else 1)
-    figure.suptitle(heading(f"Correct against incorrect gradients, {top_bucket_name(subjects)}", subjects))
-    return figure
-
-
-@styled
-def draw_alignment(
-    subjects: list[Subject], alignments: list[list[Alignment]], references: Sequence[float | None] = ()
-) -> Figure:
-    """rho per bucket and subject with its 95% interval, its verdict, and the |rho| that could be detected.
-
-    Args:
-        subjects: any number.
-        alignments: per subject, per bucket.
-        references: per subject, what theory fixes rho at, -1 of on-policy rollouts; None where it fixes nothing.
-    """
-    n_buckets = max(map(len, alignments))
-    in_words = n_buckets <= MAX_BUCKETS_IN_WORDS
-    figure = new_figure(max(9.0, 2.0 * n_buckets + 1.4) if in_words else 14.0, 6.2 + 0.25 * len(subjects))
-    ax = figure.subplots()
-    limit = rho_limit(alignments)
-    n_outside = 0
-    draw_reference(ax, subjects, references)
-    ax.axhspan(-ORTHOGONAL_WITHIN, ORTHOGONAL_WITHIN, color=ORTHOGONAL_COLOUR, linewidth=0, zorder=0)
-    ax.axhline(0.0, color="black", linewidth=1.0, zorder=1.5)
-    for i, (colour, buckets) in enumerate(zip(series_colours(subjects), alignments, strict=True)):
-        for bucket, result in enumerate(buckets):
-            place = bucket + dodge(i, len(subjects))
-            n_outside += draw_rho(ax, place, 0.5 / len(subjects), result, colour, limit)
-            if in_words:
-                ax.annotate(
-                    f"{result.verdict}, n = {result.n_prompts}", (bucket, 0), (0, -22 - 16 * i),
-                    xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="top",
-                    color=UNSAMPLED_COLOUR if result.verdict == UNSAMPLED else colour, annotation_clip=False,
-                )  # fmt: skip
-    ax.set_xlim(-0.5, n_buckets - 0.5)
-    ax.set_ylim(-limit, limit)
-    ax.set_xticks(bucket_ticks(n_buckets))
-    ax.tick_params(axis="x", length=0)
-    ax.grid(axis="x", visible=False)
-    for edge in np.arange(n_buckets - 1) + 0.5:
-        ax.axvline(edge, color="#d0d0d0", linewidth=0.8, zorder=0.5)
-    words = f"verdict, n prompts with {MIN_ROLLOUTS_OF_EACH_KIND} rollouts of each kind; " if in_words else ""
-    order = f" (0 lowest, {n_buckets - 1} highest)" if len({len(buckets) for buckets in alignments}) == 1 else ""
-    ax.set_xlabel(f"{words}entropy bucket{order}", labelpad=6 + 16 * len(subjects) if in_words else 4)
-    ax.set_ylabel("ρ (+1 same direction, 0 orthogonal, −1 opposed)")
-    without = sum(r.ci95 is None and r.n_prompts > 0 for buckets in alignments for r in buckets)
-    ax.set_title("ρ with 95% interval: cosine with the noise removed", loc="left")
-    if without:
-        caption(ax, f"{without} without a finite interval: a signal is not above 0 at the 95% level, and ρ no number")
-    if n_outside:
-        caption(ax, f"view cut at ±{limit:.2g}: {n_outside} of the points, intervals or bars run on (arrows)")
-    _alignment_legend(figure, subjects)
-    figure.suptitle(heading("Do correct and incorrect rollouts share a direction?", subjects))
-    return figure
-
-
-def rho_limit(alignments: list[list[Alignment]]) -> float:
-    """The view's reach: every point, interval and detectable bar as far as ±1.5, and ±1.1 at least."""
-    reach = [1.05]
-    for result in (result for buckets in alignments for result in buckets):
-        known = (result.rho, *(result.ci95 or ()), result.min_detectable)
-        reach.extend(abs(value) for value in known if value is not None)
-    return min(FURTHEST_RHO, 1.1 * max(reach))
-
-
-def draw_rho(ax: Axes, place: float, width: float, result: Alignment, colour: str, limit: float) -> bool:
-    """One rho with its interval over its detectable bar, or why there is none; True where the view cuts it off.
-
-    Without an interval rho is no number: a small hollow point, at the edge with an arrow where it lies outside.
-    """
-    colour = UNSAMPLED_COLOUR if result.verdict == UNSAMPLED else colour
-    if result.ci95 is None:
-        if result.rho is None:
-            why = "n = 0 prompts" if result.n_prompts == 0 else "no ρ: no signal"
-            ax.text(
-                place, 0, why, rotation=90, ha="center", va="center", color=colour, fontsize=10,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 2, "alpha": 0.85}, zorder=3,
-            )  # fmt: skip
-            return False
-        edge, is_outside = 0.96 * limit, abs(result.rho) > limit
-        marker = "o" if not is_outside else "^" if result.rho > 0 else "v"
-        inside = float(np.clip(result.rho, -edge, edge)) if is_outside else result.rho
-        ax.plot(place, inside, marker, **POINT_ALONE, markeredgecolor=colour)
-        return is_outside
-    low, high = result.ci95
-    detectable = result.min_detectable
-    ax.bar(place, 2 * detectable, width, -detectable, color=DETECTABLE_COLOUR, alpha=0.7, linewidth=0, zorder=1)
-    shown = np.clip([low, high], -limit, limit)
-    ax.plot([place, place], shown, color=colour, linewidth=2.4, solid_capstyle="butt", zorder=3)
-    for end, inside in zip((low, high), shown, strict=True):
-        cap = "_" if end == inside else ("^" if end > 0 else "v")
-        ax.plot(place, inside, cap, color=colour, markersize=9, markeredgewidth=2.0, clip_on=False, zorder=3)
-    if abs(result.rho) <= limit:
-        hollow = result.verdict in HOLLOW
-        ax.plot(
-            place, result.rho, MARKERS[result.verdict], markersize=13, markerfacecolor="white" if hollow else colour,
-            markeredgecolor=colour if hollow else "white", markeredgewidth=2.0 if hollow else 1.0, zorder=4,
-        )  # fmt: skip
-    return max(abs(result.rho), abs(low), abs(high), detectable) > limit
-
-
-def draw_reference(ax: Axes, subjects: Sequence[Subject], references: Sequence[float | None]) -> None:
-    """A dashed line at what theory fixes rho at, and for whom where not for all."""
-    known = [reference for reference in references if reference is not None]
-    for value in sorted(set(known)):
-        ax.axhline(value, color="black", linewidth=1.3, linestyle=(0, (5, 3)), zorder=1.6)
-        named = [one.tag or one.label for one, found in zip(subjects, references, strict=True) if found == value]
-        whose = "" if len(named) == len(subjects) else f" ({shortened(', '.join(named), 30)} only)"
-        ax.annotate(
-            f"{REFERENCE_WORDS}{whose}", (0.0, value), (4, 3), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="left", va="bottom", fontsize=9, color="black",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}, zorder=5,
-        )  # fmt: skip
-
-
-def _alignment_legend(figure: Figure, subjects: list[Subject]) -> None:
-    handles: list[Any] = [
-        Line2D([], [], color=colour, linewidth=2.4, label=subject.label)
-        for subject, colour in zip(subjects, series_colours(subjects), strict=True)
-    ]
-    figure.legend(handles=[*handles, *rho_handles()], loc="outside lower center", ncols=2)
-
-
-def rho_handles() -> list[Any]:
-    """The legend's entries for what `draw_rho` draws."""
-    handles: list[Any] = []
-    style = {"color": NOTE_COLOUR, "linestyle": "none", "markersize": 9}
-    for verdict, marker in MARKERS.items():
-        face = "white" if verdict in HOLLOW else NOTE_COLOUR
-        label = f"{verdict}: {MEANINGS[verdict]}"
-        handles.append(Line2D([], [], marker=marker, markerfacecolor=face, label=label, **style))
-    alone = {**POINT_ALONE, "zorder": 2}
-    label = "no interval: ρ is no number (arrow: outside the view)"
-    handles.append(Line2D([], [], marker="o", markeredgecolor=NOTE_COLOUR, label=label, **alone))
-    handles.append(Patch(color=DETECTABLE_COLOUR, alpha=0.7, label="|ρ| too small to be detected (80% power)"))
-    handles.append(
-        Patch(facecolor=ORTHOGONAL_COLOUR, edgecolor="#c4d8c4", label=f"±{ORTHOGONAL_WITHIN}: the limits of orthogonal")
-    )
-    return handles
-
-
-def _no_prompt_note(result: BucketDirections) -> str:
-    directions = result.directions
-    return (
-        f"no usable prompt ({len(directions.per_prompt)} of {directions.n_prompts} prompts have\n"
-        f"{MIN_TOKENS_OF_EACH_KIND} top-bin tokens of both kinds)"
-        if not directions.per_prompt
-        else f"no cosine: a mean gradient is zero\nin all {len(directions.per_prompt)} usable prompts"
-    )
-
-
-def _rho_sentence(found: BucketDirections) -> str:
-    """rho, its interval, n and verdict, and what theory fixes it at."""
-    result = found.alignment
-    if result.n_prompts == 0:
-        return f"no ρ, no prompt has {MIN_ROLLOUTS_OF_EACH_KIND} rollouts of each kind: {result.verdict}"
-    if result.rho is None:
-        rho = "no ρ, signal not above 0"
-    elif result.ci95 is None:
-        rho = "no ρ, no finite interval"
-    else:
-        rho = f"ρ = {typeset_number(result.rho, 2)} {typeset_interval(result.ci95)}"
-    fixed = "" if found.reference is None else f" (theory: {typeset_number(found.reference, 0)})"
-    return f"{rho}, n = {result.n_prompts} prompts: {result.verdict}{fixed}"
-
-
-def _mean_sentence(result: BucketDirections) -> str:
-    cosines = result.directions.cosines
-    if len(cosines) == 0:
-        return "no mean cos"
-    return f"mean cos = {typeset_number(np.mean(cosines), 2)} (n = {len(cosines)} prompts)"
-
-
-def _control_sentence(result: BucketDirections) -> str:
-    controls = {"tokens": result.directions.control_cosines, "rollouts": result.control_by_rollout_cosines}
-    floors = [f"by {unit} {typeset_number(np.mean(v), 2)} (n = {len(v)})" for unit, v in controls.items() if len(v)]
-    return "mean control " + ", ".join(floors) if floors else "no control"
-
-
-def _draw_cosine_histograms(axes: Iterable[Axes], directions: list[BucketDirections], colours: list[str]) -> None:
-    """Histograms of the same bins and the same height, so that axes can be compared, means marked above them.
-
-    The control by rollout is marked by its mean alone: a third outline would hide the other two.
-    """
-    most = max(len(result.directions.cosines) for result in directions)
-    edges = np.linspace(-1.0, 1.0, 41 if most >= 40 else 21)
-    drawn = [(r.directions.cosines, r.directions.control_cosines) for r in directions]
-    tallest = max((_shares(values, edges).max() for pair in drawn for values in pair if len(values)), default=1.0)
-    for ax, result, (cosines, control), colour in zip(axes, directions, drawn, colours, strict=True):
-        _cosine_axes(ax, tallest)
-        if len(cosines):
-            ax.stairs(_shares(cosines, edges), edges, fill=True, color=colour, alpha=HISTOGRAM_ALPHA)
+def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
+    """C against chance in the bucket of highest entropy, and under it ρ against what theory fixes: a line per tag."""
+    asked = f"Would updates of correct and\nincorrect rollouts cancel?\n{top_bucket_name(subjects)}"
+    figure, axes = _with_answers(asked, subjects, 2, 5 * len(subjects))
+    colours = series_colours(subjects)
+    for (answers, ax), measure, said in zip(axes, ("cancellation", "alignment"), (_c_said, _rho_said), strict=True):
+        found = [one[measure] for one in numbers]
+        ax.set_yticks([])
+        ax.grid(axis="y", visible=False)
+        for place, (subject, one, colour) in enumerate(zip(subjects, numbers, colours, strict=True)):
+            told = is_told(one[measure])
+            _answer(answers, place, panel_title(subject, subjects), said(one), colour, told)
+            if not told:
+                _say(ax, place, one[measure]["reason"])
+            elif measure == "cancellation":
+                _draw_c(ax, place, one[measure], colour)
+            else:
+                draw_rho(ax, place, one[measure], colour, "x")
+        for of_row in (answers, ax):
+            of_row.set_ylim(len(subjects) - 0.5, -0.5)
+        if not any(map(is_told, found)):
+            ax.set_axis_off()
+        elif measure == "cancellation":
+            ax.set_xlabel("they cancel  ←  C  →  they add up\ngrey: 95% of C with advantages dealt out at random")
         else:
-            note(ax, _no_prompt_note(result))
-        if len(control):
-            ax.stairs(_shares(control, edges), edges, color=CONTROL_COLOUR, linewidth=2.0)
-        means = ((cosines, colour, colour), (control, CONTROL_COLOUR, CONTROL_COLOUR))
-        for values, edge, face in (*means, (result.control_by_rollout_cosines, "black", "none")):
-            if len(values):
-                place = (np.mean(values), 1.1 * tallest)
-                ax.plot(*place, "v", color=edge, markerfacecolor=face, markersize=10, clip_on=False)
+            draw_reference(ax, [one["reference"] for one in numbers], "x")
+            ax.set_xlim(-rho_limit(found), rho_limit(found))
+            ax.set_xlabel("opposed  ←  ρ, the cosine with noise removed, 95% interval  →  aligned")
+    return figure
 
 
-def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The share of [n] values in each bin."""
-    return np.histogram(values, edges)[0] / len(values)
+def _draw_c(ax: Axes, place: float, found: Numbers, colour: str) -> None:
+    low, high = found["null_ci95"]
+    ax.plot([low, high], [place, place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt", zorder=2)
+    ax.plot(found["ratio"], place, "o", color=colour, markersize=13, zorder=4)
 
 
-def _cosine_axes(ax: Axes, tallest: float) -> None:
-    ax.axvline(0.0, color="black", linewidth=0.8)
-    ax.set_xlim(-1.0, 1.0)
-    ax.set_ylim(0.0, 1.18 * tallest)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.yaxis.set_tick_params(labelleft=True)
-    ax.set_xlabel("cosine (+1 same direction, 0 orthogonal, −1 opposed)")
-    ax.set_ylabel("share of cosines")
+@styled
+def draw_alignment(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
+    """ρ with its interval in the buckets where it is told, and a line per tag about the others."""
+    asked = "Do correct and incorrect rollouts\nshare a direction?"
+    found = [[bucket["alignment"] for bucket in one["by_bucket"].values()] for one in numbers]
+    lines = [f"{panel_title(s, subjects)}: {_untold(one)}" for s, one in zip(subjects, found, strict=True)]
+    told = [one for of_tag in found for one in of_tag if is_told(one)]
+    figure, axes = _with_answers(asked, subjects, 1, max(20 if told else 5, 5 * len(subjects)))
+    answers, ax = axes[0]
+    ax.set_visible(bool(told))
+    answers.set_ylim(len(subjects) - 0.5, -0.5)
+    bucket_axis(ax, max(map(len, found)), numbers[0]["bucket_by"])
+    draw_reference(ax, [one["reference"] for one in numbers], "y")
+    limit = rho_limit(told)
+    for i, (subject, one, of_tag) in enumerate(zip(subjects, numbers, found, strict=True)):
+        colour = series_colours(subjects)[i]
+        _answer(answers, i, panel_title(subject, subjects), _rho_said(one), colour, is_told(of_tag[-1]))
+        for place, result in zip(bucket_places(len(of_tag)), of_tag, strict=True):
+            draw_rho(ax, place + 0.6 * dodge(i, len(subjects)), result, colour, "y")
+    ax.set_ylim(-limit, limit)
+    ax.set_ylabel("ρ, with 95% interval")
+    if any(abs(end) > limit for one in told for end in one["ci95"]):
+        lines.append(f"Intervals that reach the edge run on beyond ±{number(limit, 1)}.")
+    text = "\n".join(line for one in lines for line in textwrap.wrap(one, int(WIDTH * CHARS_PER_INCH * 0.97)))
+    figure.supxlabel(text, x=0.005, ha="left", color=NOTE_COLOUR, fontsize=9)
+    return figure
 
 
-def _histogram_legend(figure: Figure, subjects: list[Subject]) -> None:
-    handles: list[Any] = [
-        Patch(color=colour, alpha=HISTOGRAM_ALPHA, label=f"{subject.label}: correct vs incorrect")
-        for subject, colour in zip(subjects, series_colours(subjects), strict=True)
-    ]
-    token = Line2D([], [], color=CONTROL_COLOUR, linewidth=2.0, label="control: halves of one group's tokens")
-    marker = {"color": "black", "marker": "v", "linestyle": "none", "markersize": 8}
-    mean = Line2D([], [], **marker, label="mean of the same colour")
-    rollout = Line2D([], [], **marker, markerfacecolor="none", label="mean of the control by halves of rollouts")
-    n_columns = 2 if len(subjects) > 1 else 1
-    figure.legend(handles=[*handles, token, mean, rollout], loc="outside lower center", ncols=n_columns)
-
-
-def control_band(control: np.ndarray) -> tuple[float, float] | None:
-    """The central 95% of [n] half-split cosines; None where there is none."""
-    if len(control) == 0:
-        return None
-    low, high = np.quantile(control, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _sorted_bars(ax: Axes, result: BucketDirections, colour: str) -> None:
-    """Every prompt's cosine in ascending order over the controls' 95% bands; below, how many are outside."""
-    cosines = np.sort(result.directions.cosines)
-    bands = _control_bands(result)
-    if bands[0] is not None:
-        ax.axhspan(*bands[0], color=CONTROL_COLOUR, alpha=0.2, linewidth=0)
-    for edge in bands[1] or ():
-        ax.axhline(edge, color="black", linewidth=1.6, linestyle="--", zorder=3)
-    if len(cosines) > MAX_BARS:  # as one shape: thousands of bars would take as many seconds
-        ax.stairs(cosines, np.arange(len(cosines) + 1) + 0.5, fill=True, color=colour)
-    else:
-        ax.bar(np.arange(1, len(cosines) + 1), cosines, 0.86, color=colour)
-    ax.axhline(0.0, color="black", linewidth=0.8)
-    ax.set_xlabel("usable prompts, sorted by cosine")
-    ax.set_ylabel("cos(correct, incorrect)")
-    ax.yaxis.set_tick_params(labelleft=True)
-    ax.grid(axis="x", visible=False)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlim(0.4, max(1, len(cosines)) + 0.6)
-    if len(cosines) == 0:
-        ax.set_xticks([])
-        note(ax, _no_prompt_note(result))
-    sizes = (MIN_TOKENS_TO_SPLIT, MIN_ROLLOUTS_OF_EACH_KIND)
-    halves = (result.directions.control, result.control_by_rollout)
-    lines = [
-        _band_sentence(name, unit, size, found, band, cosines)
-        for name, unit, size, found, band in zip(
-            ("grey", "dashed"), ("tokens", "rollouts"), sizes, halves, bands, strict=True
+@styled
+def draw_histogram(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
+    """The prompts' cosines in the bucket of highest entropy over the bands of both controls, a panel per tag."""
+    asked = f"Do correct and incorrect gradients\npoint the same way?\n{top_bucket_name(subjects)}"
+    figure, axes = _with_answers(asked, subjects, len(subjects), 9)
+    edges = np.linspace(-1.0, 1.0, N_BINS + 1)
+    for (answers, ax), subject, one, colour in zip(axes, subjects, numbers, series_colours(subjects), strict=True):
+        found = [prompt["cos_correct_vs_incorrect"] for prompt in one["per_prompt"]]
+        cosines = [cosine for cosine in found if cosine is not None]
+        _answer(answers, 0.0, panel_title(subject, subjects), _cosines_said(one), colour, len(cosines) > 0)
+        answers.set_ylim(0.5, -0.5)
+        if not cosines:
+            ax.set_axis_off()
+            continue
+        ax.stairs(np.histogram(cosines, edges)[0] / len(cosines), edges, fill=True, color=colour, alpha=0.85)
+        if one["control_within_group"]["band"]:
+            ax.axvspan(*one["control_within_group"]["band"], color=CHANCE_COLOUR, linewidth=0, zorder=0.5)
+        for end in one["control_within_group_by_rollout"]["band"] or ():
+            ax.axvline(end, color=CONTROL_COLOUR, linewidth=1.6, linestyle="--", zorder=3)
+        ax.axvline(0.0, color="black", linewidth=1.0)
+        ax.set_xlim(-1.0, 1.0)
+        ax.set_ylim(bottom=0)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.set_ylabel("share of prompts")
+    for ax in [ax for ax in axes[:, 1] if ax.axison][-1:]:
+        ax.set_xlabel(
+            "opposed  ←  cosine of a prompt's correct and incorrect gradients  →  aligned\n"
+            "95% of the controls, halves of one kind: of its tokens grey, of its rollouts dashed"
         )
+    return figure
+
+
+def is_told(found: Numbers) -> bool:
+    """Whether a verdict, of `cancellation` or `alignment`, says anything."""
+    return found["verdict"] in TOLD
+
+
+def rho_limit(alignments: Sequence[Numbers]) -> float:
+    """The view's reach: every ρ that is told, and its interval as far as ±1.5."""
+    told = [one for one in alignments if is_told(one)]
+    ends = [min(abs(end), FURTHEST_END) for one in told for end in one["ci95"]]
+    return 1.05 * max([LEAST_VIEW, *ends, *(abs(one["rho"]) for one in told)])
+
+
+def draw_rho(ax: Axes, place: float, found: Numbers, colour: str, axis: str) -> None:
+    """One ρ with its interval along an axis, "x" or "y"; nothing where it is not told. `found`: an `alignment`."""
+    if is_told(found):
+        line, point = (found["ci95"], [place, place]), ([found["rho"]], [place])
+        ax.plot(*(line if axis == "x" else line[::-1]), color=colour, linewidth=2.6, solid_capstyle="butt", zorder=3)
+        ax.plot(*(point if axis == "x" else point[::-1]), "o", color=colour, markersize=11, zorder=4)
+
+
+def draw_reference(ax: Axes, references: Sequence[float | None], axis: str) -> None:
+    """0 with the limits of orthogonal, and dashed what theory fixes ρ at, where it does so for a tag."""
+    across, span = (ax.axvline, ax.axvspan) if axis == "x" else (ax.axhline, ax.axhspan)
+    span(-ORTHOGONAL_WITHIN, ORTHOGONAL_WITHIN, color=ORTHOGONAL_COLOUR, linewidth=0, zorder=0)
+    across(0.0, color="black", linewidth=1.0, zorder=1.5)
+    for value in sorted({reference for reference in references if reference is not None}):
+        across(value, color="black", linewidth=1.3, linestyle=(0, (5, 3)), zorder=1.6)
+        words = "theory, on-policy" if None not in references else "theory, on-policy, of some"
+        at, frame, style = (value, 1.0), ("data", "axes fraction"), {"va": "bottom", "ha": "center"}
+        if axis == "y":
+            words = words.replace(", ", ",\n")
+            at, frame, style = at[::-1], frame[::-1], {"va": "center", "ha": "left"}
+        style |= {"fontsize": 9, "color": NOTE_COLOUR}
+        ax.annotate(words, at, (2, 2), xycoords=frame, textcoords="offset points", **style)
+
+
+def _with_answers(question: str, subjects: list[Subject], n_rows: int, n_lines: int) -> tuple[Figure, np.ndarray]:
+    """[n_rows, 2] axes: at the left words, beside what they rest on; a row is as high as `n_lines` of text."""
+    figure = new_figure(WIDTH, n_rows * (n_lines * LINE_HEIGHT + TITLE_HEIGHT) + TITLE_HEIGHT)
+    axes = figure.subplots(n_rows, 2, squeeze=False, width_ratios=WIDTH_RATIOS)
+    for ax in axes[:, 0]:
+        ax.set_axis_off()
+    figure.suptitle(heading(question, subjects), x=0.005, ha="left")
+    return figure, axes
+
+
+def _answer(ax: Axes, place: float, name: str, lines: Sequence[str], colour: str, is_said: bool = True) -> None:
+    """Whose answer, the answer itself, grey where nothing `is_said`, and the numbers below."""
+    verdict, *rest = lines
+    grey_or_colour = colour if is_said else NOTE_COLOUR
+    for text, above, side, style in (
+        (name, 20, "bottom", {"color": colour, "fontsize": 10}),
+        (verdict, 3, "bottom", {"color": grey_or_colour, "weight": "bold"}),
+        ("\n".join(rest), -1, "top", {"fontsize": 10}),
+    ):
+        ax.annotate(text, (0, place), (0, above), textcoords="offset points", va=side, **style)
+
+
+def _say(ax: Axes, place: float, text: str) -> None:
+    """Grey text in the place of what is not told."""
+    wide = int(WIDTH * WIDTH_RATIOS[1] / sum(WIDTH_RATIOS) * CHARS_PER_INCH * 0.9)
+    ax.axhspan(place - 0.5, place + 0.5, color="white", linewidth=0, zorder=2.5)
+    ax.annotate("\n".join(textwrap.wrap(text, wide)), (0.01, place), xycoords=("axes fraction", "data"), va="center",
+                color=NOTE_COLOUR, fontsize=9, zorder=5)  # fmt: skip
+
+
+def _c_said(one: Numbers) -> list[str]:
+    found = one["cancellation"]
+    if found["null_ci95"] is None:
+        return [found["verdict"]]
+    by_chance = with_interval(found["null_mean"], found["null_ci95"])
+    n = counted(found["n_prompts"], "prompt")
+    c = f"C = {number(found['ratio'], 2)}, by chance {by_chance}"
+    return [found["verdict"], c, f"p = {number(found['p_value'], 4)}, {n}"]
+
+
+def _rho_said(one: Numbers) -> list[str]:
+    found = one["alignment"]
+    n = f"bucket {one['bucket']}, {counted(found['n_prompts'], 'prompt')}"
+    if not is_told(found):
+        return [f"ρ: {UNSAMPLED if found['verdict'] == UNSAMPLED else CANT_TELL}", n]
+    return [f"ρ: {found['verdict']}", f"ρ = {with_interval(found['rho'], found['ci95'])}", n]
+
+
+def _cosines_said(one: Numbers) -> list[str]:
+    """The mean with the controls', and whether labels that mean nothing would give such cosines."""
+    found, p_value = one["correct_vs_incorrect"], one["alignment"]["p_value"]
+    if found["mean"] is None:
+        n = counted(one["n_prompts_usable"], "prompt")
+        return ["no cosine", f"{n} with {MIN_TOKENS_OF_EACH_KIND} tokens of each kind"]
+    lines = [
+        f"mean cosine {number(found['mean'], 2)}",
+        f"{counted(one['n_prompts_usable'], 'prompt')}, {share(found['frac_positive'])} above 0",
+        f"controls {number(one['control_within_group']['mean'], 2)} by tokens, "
+        f"{number(one['control_within_group_by_rollout']['mean'], 2)} by rollouts",
     ]
-    caption(ax, "\n".join(lines))
+    if p_value is not None:
+        lines.append(f"{'unlike' if p_value < LEVEL else 'as under'} shuffled labels (p {number(p_value, 4)})")
+    return lines
 
 
-def _band_sentence(
-    name: str,
-    unit: str,
-    fewest: int,
-    halves: tuple[float | None, ...],
-    band: tuple[float, float] | None,
-    cosines: np.ndarray,
-) -> str:
-    if band is None:
-        why = "mean gradients are zero" if halves else f"no group has {fewest} top-bin {unit}"
-        return f"no control by {unit}: {why}"
-    n_outside = int(np.sum((cosines < band[0]) | (cosines > band[1])))
-    counted = f"; {n_outside} of {len(cosines)} outside" if len(cosines) else ""
-    return f"{name}: control by {unit}, {typeset_number(band[0], 2)} to {typeset_number(band[1], 2)}{counted}"
-
-
-def _control_bands(result: BucketDirections) -> list[tuple[float, float] | None]:
-    """Of the control by token and of that by rollout."""
-    return [control_band(control) for control in (result.directions.control_cosines, result.control_by_rollout_cosines)]
-
-
-def _share_sorted_limits(axes: np.ndarray, directions: list[BucketDirections]) -> None:
-    """Limits about 0 that hold every bar and band, and are not so narrow that noise looks large."""
-    reach = [0.2]
-    for result in directions:
-        reach.extend(np.abs(result.directions.cosines))
-        for band in _control_bands(result):
-            reach.extend(np.abs(band or ()))
-    limit = min(1.05, 1.1 * max(reach))
-    for ax in axes:
-        ax.set_ylim(-limit, limit)
+def _untold(of_tag: Sequence[Numbers]) -> str:
+    """`buckets 3, 4 underpowered (...); buckets 0 to 2 unsampled (...)`: where reasons differ, the highest bucket's."""
+    named: dict[str, list[int]] = {}
+    for bucket, found in enumerate(of_tag):
+        if not is_told(found):
+            named.setdefault(found["verdict"], []).append(bucket)
+    said = []
+    for verdict, buckets in reversed(named.items()):
+        reasons = [of_tag[bucket]["reason"] for bucket in buckets]
+        which = f"bucket {buckets[-1]}: " if len(set(reasons)) > 1 else ""
+        said.append(f"{named_buckets(buckets)} {verdict} ({which}{reasons[-1]})")
+    return "; ".join(said) or "told in every bucket"

@@ -75,12 +75,12 @@ def measured(dump: Dump) -> dict[str, Any]:
     """The top bucket's participation ratio, |cos| of its leading direction with the others', Exp 2's two means."""
     tops = [bucket_of(dump, index).leading_directions(1)[1][:, 0].numpy() for index in range(TOP + 1)]
     bucket = bucket_of(dump, TOP)
-    found = compare_groups(bucket, dump.correct[bucket.rows], len(dump.prompt_keys))
+    found = compare_groups(bucket, dump.correct[bucket.rows])
     return {
         "pr": participation_ratio(bucket.energies()),
         "cosines": [abs(float(tops[TOP] @ other)) for other in tops[:TOP]],
-        "mean": float(np.mean(found.cosines)),
-        "control": float(np.mean(found.control_cosines)),
+        "mean": float(np.nanmean(found.cosines)),
+        "control": float(np.nanmean(found.control)),
     }
 
 

@@ -114,7 +114,7 @@ def test_where_no_prompt_is_common_there_is_no_verdict(tmp_path: Path, capsys):
     reason = "no prompt is common to both, by token ids"
     assert found["paired_with"] == {"base": {"by": "token ids", "n_prompts": 0, "reason": reason}}
     said = capsys.readouterr()
-    assert f"not compared, {reason}" in said.out
+    assert f"not compared: {reason}" in said.out
     assert "smaller" not in said.out
     assert "warning: base and trained have no prompt in common" in said.err
     assert any("no prompt in common" in line for line in found["differences"])

@@ -1,6 +1,7 @@
 """Exp 2's mathematics against a plain loop, planted directions, and what must not change a number."""
 
-from dataclasses import asdict, replace
+import re
+from dataclasses import asdict
 from itertools import combinations, product
 
 import numpy as np
@@ -15,22 +16,20 @@ from gradprobe.exp2.direction import (
     Cancellation,
     Directions,
     RolloutGrams,
-    Signal,
     alignment,
-    cancellation,
+    cancellations,
     cosine,
     half_split_cosine,
     prompt_products,
-    reason_of,
     rollout_grams,
-    summarise,
 )
 from gradprobe.exp2.measure import BucketDirections, Exp2Settings
+from gradprobe.exp2.summary import summarise
 
 
 def compare_groups(grads, rows, prompt, correct, n_prompts, seed=0) -> Directions:
     bucket = bucket_of(grads, rows, prompt)
-    return direction.compare_groups(bucket, correct[rows], n_prompts, seed)
+    return direction.compare_groups(bucket, correct[rows], seed)
 
 
 def directions_of_bucket(
@@ -38,7 +37,7 @@ def directions_of_bucket(
 ) -> BucketDirections:
     bucket = bucket_of(grads, rows, prompt, rollout_codes(prompt, sample_idx))
     settings = Exp2Settings(n_bootstrap, n_permutations, seed)
-    return measure.directions_of_bucket(bucket, correct[rows], n_prompts, settings)
+    return measure.directions_of_bucket(bucket, correct[rows], settings)
 
 
 def study(seed: int = 0, n_prompts: int = 15, dim: int = 30) -> dict[str, np.ndarray]:
@@ -71,11 +70,10 @@ def test_cosines_are_those_of_a_plain_loop():
             expected[code] = (counts[True], counts[False], a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
     found = compare_groups(**data)
     assert 4 <= len(expected) < data["n_prompts"]
-    assert [prompt.prompt for prompt in found.per_prompt] == list(expected)
-    for prompt in found.per_prompt:
-        n_correct, n_incorrect, value = expected[prompt.prompt]
-        assert (prompt.n_correct_tokens, prompt.n_incorrect_tokens) == (n_correct, n_incorrect)
-        assert prompt.cosine == pytest.approx(value, abs=1e-12)
+    assert found.prompt.tolist() == list(expected)
+    for n_tokens, found_cosine, (*counts, value) in zip(found.n_tokens, found.cosines, expected.values(), strict=True):
+        assert n_tokens.tolist() == counts
+        assert found_cosine == pytest.approx(value, abs=1e-12)
     assert len(found.control) == n_control
 
 
@@ -108,13 +106,14 @@ def test_planted_directions_are_found_and_the_control_reads_one(planted: float):
     found = compare_groups(grads, np.arange(120), prompt, correct, 6)
     np.testing.assert_allclose(found.cosines, planted, atol=0.02)
     assert len(found.control) == 12
-    np.testing.assert_allclose(found.control_cosines, 1.0, atol=0.02)
+    np.testing.assert_allclose(found.control, 1.0, atol=0.02)
 
 
 def test_the_control_hangs_on_its_seed_only():
     data = study()
-    assert compare_groups(**data, seed=3).control == compare_groups(**data, seed=3).control
-    assert compare_groups(**data, seed=3).control != compare_groups(**data, seed=4).control
+    found, again, other = (compare_groups(**data, seed=seed).control for seed in (3, 3, 4))
+    assert np.array_equal(found, again)
+    assert not np.array_equal(found, other)
 
 
 def test_a_half_split_uses_every_token_once():
@@ -127,17 +126,15 @@ def test_a_zero_mean_has_no_cosine_and_is_left_out():
     prompt = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     correct = np.array([True, True, False, False, False, False, False, False])
     found = compare_groups(grads, np.arange(8), prompt, correct, 2)
-    assert [(p.prompt, p.cosine) for p in found.per_prompt] == [(0, None)]
-    assert found.control == (None,)
-    assert summarise(found.cosines).n == 0
-    assert cosine(np.zeros(2), np.ones(2)) is None
+    assert found.prompt.tolist() == [0]
+    assert np.isnan([*found.cosines, *found.control, cosine(np.zeros(2), np.ones(2))]).tolist() == 3 * [True]
+    assert set(summarise(found.cosines).values()) == {None}
 
 
 def test_summary_of_known_cosines():
-    found = summarise(np.array([-0.5, 0.0, 0.5, 1.0]))
-    assert (found.n, found.mean, found.median, found.frac_positive, found.frac_gt_0p5) == (4, 0.25, 0.25, 0.5, 0.25)
-    assert found.std == pytest.approx(np.sqrt(0.3125))  # of the population
-    assert summarise(np.zeros(0)).mean is None
+    std = pytest.approx(np.sqrt(0.3125))  # of the population
+    expected = {"mean": 0.25, "median": 0.25, "std": std, "frac_positive": 0.5, "frac_gt_0p5": 0.25}
+    assert summarise(np.array([-0.5, 0.0, np.nan, 0.5, 1.0])) == expected
 
 
 def rollout_study(
@@ -214,11 +211,15 @@ def test_alignment_is_that_of_a_plain_loop():
     np.testing.assert_allclose(
         prompt_products(grams_of(data).with_rollouts_of_each_kind(2)), expected, rtol=1e-9, atol=1e-12
     )
-    across, correct, incorrect = expected.sum(axis=0)
+    across, *squares = expected.mean(axis=0)
     found = alignment(grams_of(data), np.random.default_rng(0), **QUICK)
     assert found.n_prompts == len(expected)
-    assert found.rho == pytest.approx(across / np.sqrt(correct * incorrect))
-    assert (found.signal_correct.total, found.signal_incorrect.total) == pytest.approx((correct, incorrect))
+    assert found.rho == pytest.approx(across / np.sqrt(squares[0] * squares[1]))
+    errors = expected[:, 1:].std(axis=0, ddof=1) / np.sqrt(len(expected))
+    for signal, square, error in zip((found.signal_correct, found.signal_incorrect), squares, errors, strict=True):
+        assert (signal.value, signal.z) == pytest.approx((square, square / error))
+        assert signal.ci95[1] - square == pytest.approx(student_t.ppf(0.975, len(expected) - 1) * error)
+        assert signal.above_zero
 
 
 def test_the_ends_of_the_interval_are_just_not_rejected():
@@ -246,9 +247,7 @@ def test_cancellation_is_that_of_a_plain_loop(group_normalised: bool):
         advantage = (reward - reward.mean()) / reward.std(ddof=1) if group_normalised else 2 * reward - 1
         weighed = advantage[:, None] * means
         ratios.append(np.sum(weighed.sum(axis=0) ** 2) / np.sum(weighed**2))
-    found = cancellation(
-        grams_of(data), np.random.default_rng(0), n_permutations=499, group_normalised=group_normalised
-    )
+    found = cancellations(grams_of(data), np.random.default_rng(0), n_permutations=499)[group_normalised]
     assert found.n_prompts == len(ratios) > 5
     assert found.ratio == pytest.approx(np.mean(ratios))
     assert found.null_ci95[0] < found.null_mean < found.null_ci95[1]
@@ -299,7 +298,7 @@ def test_planted_alignment_gives_its_verdict(rho: float, signal: float, verdict:
         assert found.ci95[0] < rho < found.ci95[1]
         assert found.min_detectable < 0.5
         assert found.signal_correct.above_zero
-        assert found.signal_correct.total == pytest.approx(60 * signal**2, rel=0.25)
+        assert found.signal_correct.value == pytest.approx(signal**2, rel=0.25)
     else:
         assert found.ci95 is None
         assert found.min_detectable is None
@@ -324,6 +323,8 @@ def test_scrambled_labels_lose_the_opposition():
     assert (truth.alignment.verdict, scrambled.alignment.verdict) == ("opposed", "underpowered")
     assert truth.alignment.p_value == 2 / 200 < scrambled.alignment.p_value
     assert truth.cancellation.ratio > truth.cancellation.null_ci95[1]  # opposed directions add under ±1
+    assert (truth.cancellation.verdict, truth.cancellation.reason) == ("they add up", None)
+    assert scrambled.cancellation.verdict == "can't tell"
 
 
 def test_advantages_cancel_against_directions_that_hang_on_nothing():
@@ -331,13 +332,27 @@ def test_advantages_cancel_against_directions_that_hang_on_nothing():
     found = directions_of_bucket(**data, **QUICK).cancellation
     assert found.ratio < 0.5  # the shared part is gone
     assert found.null_ci95[0] < found.ratio < found.null_ci95[1]  # as with any other labels
+    assert found.verdict == "can't tell"
+
+
+def test_updates_that_correctness_turns_against_each_other_cancel():
+    """Half of each kind push one way, half the other, so that no labels but the true ones balance them."""
+    rng = np.random.default_rng(0)
+    prompt, sample, _ = (axis.ravel() for axis in np.indices((40, 4, 1)))
+    sign = np.where(sample % 2, 1.0, -1.0)  # c c i i push + - + -: the sum over each kind is 0
+    grads = sign[:, None] * np.ones(5) + 0.1 * rng.standard_normal((160, 5))
+    data = {"grads": grads, "rows": np.arange(160), "prompt": prompt, "sample_idx": sample, "correct": sample < 2}
+    found = directions_of_bucket(**data, n_prompts=40, **QUICK)
+    for one in (found.cancellation, found.cancellation_group_normalised):
+        assert one.ratio < one.null_ci95[0]
+        assert (one.verdict, one.p_value) == ("they cancel", 2 / 200)
 
 
 def test_a_rollout_effect_fools_the_token_split_only():
     data = rollout_study(0, rollout_effect=1.0, n_prompts=60, dim=400, ragged=False)
     found = directions_of_bucket(**data, **QUICK)
-    assert np.mean(found.directions.control_cosines) > 0.3
-    assert abs(np.mean(found.control_by_rollout_cosines)) < 0.03
+    assert np.mean(found.directions.control) > 0.3
+    assert abs(np.mean(found.control_by_rollout)) < 0.03
     assert len(found.control_by_rollout) == 120
     assert found.alignment.verdict == "underpowered"
 
@@ -369,7 +384,7 @@ def test_row_order_rotation_and_scale_leave_every_number():
             numbers, reference = asdict(getattr(found, part)), asdict(getattr(expected, part))
             if changed is scaled and part == "alignment":  # signals are squared gradients
                 for signal in (numbers.pop("signal_correct"), numbers.pop("signal_incorrect")):
-                    assert 0 < signal["total"] < 1e-20
+                    assert 0 < signal["value"] < 1e-20
                 del reference["signal_correct"], reference["signal_incorrect"]
             assert_same_numbers(numbers, reference)
 
@@ -379,17 +394,18 @@ def test_swapped_kinds_swap_the_signals_only():
     found = directions_of_bucket(**data, **QUICK).alignment
     swapped = directions_of_bucket(**(data | {"correct": ~data["correct"]}), **QUICK).alignment
     assert (swapped.rho, swapped.ci95) == (pytest.approx(found.rho), pytest.approx(found.ci95))
-    assert swapped.signal_correct.total == pytest.approx(found.signal_incorrect.total)
+    assert swapped.signal_correct.value == pytest.approx(found.signal_incorrect.value)
 
 
 def test_numbers_hang_on_the_seed_and_their_own_draws_only():
     data = rollout_study(2, rho=0.5, signal=0.8, n_prompts=40)
     found = directions_of_bucket(**data, **QUICK)
-    assert directions_of_bucket(**data, **QUICK) == found
+    assert directions_of_bucket(**data, **QUICK).alignment == found.alignment
     fewer = directions_of_bucket(**data, n_bootstrap=100, n_permutations=199)
     assert fewer.alignment.p_value == found.alignment.p_value
     assert fewer.alignment.min_detectable != found.alignment.min_detectable
-    assert directions_of_bucket(**data, **QUICK, seed=1).control_by_rollout != found.control_by_rollout
+    other = directions_of_bucket(**data, **QUICK, seed=1).control_by_rollout
+    assert not np.array_equal(other, found.control_by_rollout)
 
 
 def test_no_permutations_no_p_value():
@@ -398,9 +414,11 @@ def test_no_permutations_no_p_value():
     assert found.alignment.p_value is None
     assert (found.cancellation.null_mean, found.cancellation.p_value) == (None, None)
     assert found.cancellation.ratio > 0
+    assert found.cancellation.verdict == "can't tell"
 
 
-NO_ALIGNMENT = Alignment(0, None, None, None, None, None, None, "underpowered")
+NO_PROMPT = "no prompt with 2 rollouts of each kind"
+NO_ALIGNMENT = Alignment(0, None, None, None, None, None, None, "underpowered", NO_PROMPT)
 
 
 def some_rollouts(kinds: str, n_prompts: int = 1, tokens: int = 2) -> dict[str, np.ndarray]:
@@ -422,8 +440,10 @@ def test_no_tokens_at_all():
     data = some_rollouts("cci")
     found = directions_of_bucket(**(data | {"rows": np.zeros(0, int)}), **QUICK)
     assert found.alignment == NO_ALIGNMENT
-    assert found.cancellation == found.cancellation_group_normalised == Cancellation(0, None, None, None, None)
-    assert found.control_by_rollout == ()
+    why = "no prompt with rollouts of each kind"
+    nothing = Cancellation(0, None, None, None, None, "can't tell", why)
+    assert found.cancellation == found.cancellation_group_normalised == nothing
+    assert len(found.control_by_rollout) == len(found.directions.cosines) == 0
 
 
 def test_one_kind_only():
@@ -437,7 +457,7 @@ def test_one_rollout_groups_have_a_cosine_and_a_ratio_but_no_alignment():
     found = directions_of_bucket(**some_rollouts("ci", n_prompts=3), **QUICK)
     assert len(found.directions.cosines) == 3
     assert found.alignment == NO_ALIGNMENT
-    assert found.control_by_rollout == ()
+    assert len(found.control_by_rollout) == 0
     assert found.cancellation.n_prompts == 3
     assert found.cancellation.p_value == 1.0  # swapping both labels changes nothing
 
@@ -447,8 +467,8 @@ def test_a_single_usable_prompt_has_no_interval():
     data["grads"] = data["grads"] + 5.0
     found = directions_of_bucket(**data, **QUICK).alignment
     assert found.n_prompts == 1
-    assert found.rho == pytest.approx(1.0, abs=0.2)
-    assert (found.ci95, found.min_detectable, found.signal_correct.ci95) == (None, None, None)
+    assert found.signal_correct.value > 0
+    assert (found.rho, found.ci95, found.min_detectable, found.signal_correct.ci95) == (None, None, None, None)
     assert not found.signal_correct.above_zero
     assert found.p_value > 0.2
     assert found.verdict == "underpowered"
@@ -467,7 +487,7 @@ def test_zero_gradients_have_no_number():
     found = directions_of_bucket(**data, **QUICK)
     assert found.alignment == NO_ALIGNMENT
     assert found.cancellation.ratio is None
-    assert found.control_by_rollout == (None,) * 4
+    assert np.isnan(found.control_by_rollout).tolist() == 4 * [True]
 
 
 def test_a_rollout_is_correct_or_not():
@@ -477,30 +497,39 @@ def test_a_rollout_is_correct_or_not():
         grams_of(data)
 
 
-FAINT, SEEN = Signal(0.4, (-1.8, 2.6), False), Signal(5.0, (3.0, 7.0), True)
-USABLE = Alignment(6, 0.5, (-1.0, 2.0), 0.5, 1.0, SEEN, SEEN, "underpowered")
+def reason_at(rho: float, signal: float, n_prompts: int = 60, kinds: str = "cccciiii", rare: bool = True):
+    data = some_rollouts(kinds, n_prompts, tokens=1)
+    rng = np.random.default_rng(2)
+    shared = np.linalg.qr(rng.standard_normal((n_prompts, 50, 2)))[0][data["prompt"]]
+    other = rho * shared[..., 0] + np.sqrt(1 - rho**2) * shared[..., 1]
+    noise = rng.standard_normal((len(shared), 50)) / np.sqrt(50)
+    data["grads"] = noise + signal * np.where(data["correct"][:, None], shared[..., 0], other)
+    return alignment(grams_of(data), np.random.default_rng(0), not rare, **QUICK)
 
 
 @pytest.mark.parametrize(
-    ("changed", "n_rare", "why"),
+    ("asked", "why"),
     [
-        ({"n_prompts": 0}, None, "no prompt with 2 rollouts of each kind"),
-        ({"n_prompts": 1, "ci95": None}, None, "1 prompt with 2 rollouts of each kind"),
+        ({"n_prompts": 1}, r"1 prompt with 2 rollouts of each kind"),
         (
-            {"ci95": None, "signal_correct": FAINT},
-            99.0,
-            "signal of correct (z 0.5) rollouts not above 0; 6 prompts with 2 rollouts of each kind",
+            {"signal": 0.1},
+            r"signal of correct \(z [-−.\d]+\) and incorrect \(z [-−.\d]+\) rollouts not above 0; 60 prom.*; .+",
         ),
         (
-            {"ci95": None, "signal_correct": FAINT, "signal_incorrect": FAINT},
-            None,
-            "signal of correct (z 0.5) and incorrect (z 0.5) rollouts not above 0; "
-            "6 prompts with 2 rollouts of each kind",
+            {"signal": 0.2},
+            r"the interval of rho reaches beyond ±0.25 and holds 0; 60 prompts .* kind; about \d+ prompts .*",
         ),
-        ({}, None, "the interval reaches beyond ±0.25 and holds 0; 6 prompts with 2 rollouts of each kind"),
-        ({"verdict": "unsampled"}, 2.25, "2.2 rare tokens to be expected behind a mean, 30 are needed"),
-        ({"verdict": "opposed"}, 99.0, None),
+        ({"signal": 0.2, "rare": False}, r"fewer than 30 rare tokens .*"),
     ],
 )
-def test_every_verdict_that_tells_nothing_says_why(changed, n_rare, why):
-    assert reason_of(replace(USABLE, **changed), n_rare) == why
+def test_every_verdict_that_tells_nothing_says_why_and_what_would(asked, why):
+    found = reason_at(**({"rho": 0.0, "signal": 1.0} | asked))
+    assert found.verdict == ("underpowered" if asked.get("rare", True) else "unsampled")
+    assert re.fullmatch(why, found.reason), found.reason
+
+
+def test_the_prompts_that_a_reason_asks_for_decide():
+    few = reason_at(0.0, 0.2)
+    n_prompts = int(re.search(r"about ([\d,]+) prompts", few.reason)[1].replace(",", ""))
+    assert 60 < n_prompts < 1000
+    assert (few.verdict, reason_at(0.0, 0.2, n_prompts).verdict) == ("underpowered", "orthogonal")

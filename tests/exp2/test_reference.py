@@ -12,7 +12,7 @@ from gradprobe.dump.on_policy import MIN_RARE_TOKENS
 from gradprobe.exp2.direction import ALIGNED, UNSAMPLED
 from gradprobe.exp2.measure import Exp2Settings, directions_of_bucket
 
-SETTINGS = Exp2Settings(bootstrap=100, permutations=0)
+SETTINGS = Exp2Settings(bootstrap=100, permutations=99)
 N_PROMPTS, N_ROLLOUTS, N_TOKENS, DIM = 30, 8, 4, 200
 
 
@@ -29,8 +29,9 @@ def aligned_bucket(rng: np.random.Generator) -> tuple[Bucket, np.ndarray]:
 def test_no_verdict_on_means_whose_rare_tokens_were_not_to_be_expected(tail, verdict):
     bucket, correct = aligned_bucket(np.random.default_rng(0))
     tails = None if tail is None else np.full(bucket.n, tail)
-    found = directions_of_bucket(bucket, correct, N_PROMPTS, SETTINGS, tails)
+    found = directions_of_bucket(bucket, correct, SETTINGS, tails)
     assert found.alignment.verdict == verdict
+    assert (found.cancellation.verdict == UNSAMPLED) == (verdict == UNSAMPLED)
     assert found.alignment.ci95[0] > 0  # the interval knows nothing of it
     assert found.n_rare is None if tail is None else found.n_rare == pytest.approx(tail * bucket.n / 2)
 
@@ -38,7 +39,7 @@ def test_no_verdict_on_means_whose_rare_tokens_were_not_to_be_expected(tail, ver
 def test_the_less_sampled_of_both_kinds_decides():
     bucket, correct = aligned_bucket(np.random.default_rng(1))
     tails = np.where(correct, 1.0, 0.9 * MIN_RARE_TOKENS / (~correct).sum())
-    assert directions_of_bucket(bucket, correct, N_PROMPTS, SETTINGS, tails).alignment.verdict == UNSAMPLED
+    assert directions_of_bucket(bucket, correct, SETTINGS, tails).alignment.verdict == UNSAMPLED
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_exp2_of_the_merged_dump(merged: Path, tmp_path: Path):
 def test_control_of_the_merged_dump_lies_within_its_spread(merged: Path, tmp_path: Path):
     """The half-split hangs on a shuffle, so it is compared by its standard error, here from both sides' draws."""
     dump = open_dumps({None: merged})[None][0]
-    control = bucket_directions(dump, dump.bins - 1).directions.control_cosines
+    control = bucket_directions(dump, dump.bins - 1).directions.control
     expected = EXPECTED_EXP2["control_within_group"]
     assert len(control) == expected["n"]
     assert abs(control.mean() - expected["mean"]) < 3 * control.std() / math.sqrt(len(control))
