@@ -16,7 +16,7 @@ from ..exp1.summary import TRUSTED, compared, random_span, span, top_bucket, wha
 from ..exp3.signal import CLAIMED_SHARE, SEEN
 from .look import shortened
 
-NOT_MEASURED = "not measured"
+NOT_MEASURED = "which tokens carry the signal was not measured"
 OTHER_REASONS = (
     "Why an estimate of ρ differs from the −1 that theory fixes: noise; at most a few positions of a rollout and "
     "bucket, and means in the place of sums; prompts of different difficulty pooled; rare tokens that did not come up."
@@ -72,7 +72,7 @@ def answers_of(exp1: Summary, exp2: Summary, exp3: Summary) -> list[Answer]:
         ),
         Answer(
             "Which tokens carry the signal of the update?",
-            "; ".join(f"{tag}: {_signal(one)[0]}" for tag, one in exp3.items()) or f"which tokens: {NOT_MEASURED}",
+            "; ".join(f"{tag}: {_signal(one)[0]}" for tag, one in exp3.items()) or NOT_MEASURED,
             [Statement(tag, *_signal(numbers)) for tag, numbers in exp3.items()],
         ),
     ]
@@ -85,7 +85,11 @@ def summed_up(answers: Sequence[Answer]) -> str:
 
 
 def _directions_in_short(exp1: Summary) -> str:
-    said = [f"{tag}: {_directions(numbers)[0]}" for tag, numbers in exp1.items() if len(exp1) == 1 or compared(numbers)]
+    said = [
+        f"{tag} spans {_directions(numbers)[0]}"
+        for tag, numbers in exp1.items()
+        if len(exp1) == 1 or compared(numbers)
+    ]
     return f"in the bucket of highest entropy {'; '.join(said)}"
 
 
@@ -108,20 +112,24 @@ def _against(numbers: Numbers) -> str:
     first, ratios, paired = known
     found = (ratios or {}).get(top_bucket(numbers)[0])
     if found is None or found["ci95"] is None:
-        return f"{CANT_TELL} from {first}: {paired['reason'] or what_would_tell(found) or 'no number'}"
+        why = paired["reason"] or what_would_tell(found) or "no number"
+        return f"more or fewer directions than {first}? {CANT_TELL}: {why}"
     words = {"larger": f"more directions than {first}", "smaller": f"fewer directions than {first}"}
     times = f"{with_interval(found['ratio'], found['ci95'], 3)} times {first}'s at equal n"
     undecided = f"; {what_would_tell(found)}" if found["verdict"] not in words else ""
-    return f"{words.get(found['verdict'], f'{CANT_TELL} from {first}')}, {times}{undecided}"
+    return f"{words.get(found['verdict'], f'as many directions as {first} as far as can be told')}: {times}{undecided}"
 
 
 def _by_verdict(summary: Summary, verdict: Callable[[Numbers], str], what: str) -> str:
-    """`updates ... add up (base, trained)`."""
+    """`updates ... add up in base and trained`."""
     tags: dict[str, list[str]] = {}
     for tag, numbers in summary.items():
         tags.setdefault(verdict(numbers).removeprefix("they "), []).append(tag)
-    said = (f"{words} ({', '.join(of)})" for words, of in tags.items())
-    return f"{what}: {'; '.join(said)}"
+    return f"{what}: {'; '.join(f'{words} in {_listed(of)}' for words, of in tags.items())}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _cancel(numbers: Numbers) -> tuple[str, list[str]]:
