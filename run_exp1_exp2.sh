@@ -9,9 +9,8 @@
 #     MODELS="base=my/base step100=my/step100 step200=my/step200" bash run_exp1_exp2.sh
 #     bash run_exp1_exp2.sh out/exp12/config.resolved.env      the study that was run there, once more
 #
-# The same command again continues: what is finished and valid is left alone. Logs are in OUT_ROOT/logs.
-# Exit status: 0 done, 2 bad settings (nothing was begun), 1 a step failed (its log's end is shown, all others are
-# stopped), 128 + N ended by signal N.
+# The same command again continues: what is finished and valid is left alone. Logs are in OUT_ROOT/logs. Exit status: 0
+# done, 2 bad settings (nothing was begun), 1 a step failed (all others are stopped), 128 + N ended by signal N.
 set -Eeuo pipefail
 set -m # each step in a process group of its own, so that it can be stopped with all its children
 
@@ -170,7 +169,8 @@ if [[ "$DRY_RUN" == 1 ]]; then
 else
     mapfile -t needed < <(libraries_for_settings)
     python="$(bash "$PROJECT/scripts/ensure_venv.sh" "${needed[@]}")"
-    reason="$({ mkdir -p -- "$figures" && mkdir -p -- "$logs"; } 2>&1)" || die "OUT_ROOT=$(printf %q "$OUT_ROOT"): $reason"
+    reason="$(mkdir -p -- "$figures" 2>&1)" || die "OUT_ROOT=$(printf %q "$OUT_ROOT"): $reason"
+    mkdir -p -- "$logs"
     exec 9>>"$OUT_ROOT/.lock" # a lock for the life of this process
     flock --nonblock 9 ||
         die "OUT_ROOT=$(printf %q "$OUT_ROOT"): another launcher is at work there, $(printable <"$OUT_ROOT/.lock")"

@@ -189,7 +189,7 @@ in_settings() { # exp12, exp3 or analyses, what its script says of flags -> the 
         flag="${name#EXP3_}" flag="--${flag//_/-}" flag="${flag,,}"
         if [[ "$name" == SHARDS_PER_MODEL ]]; then flag=--num-shards; fi
         if [[ -z "${!name-}" || "$by_hand" == *" $flag "* || "$1 $name" == "exp12 EXP3_"* ]]; then continue; fi
-        for end in ' ' : , ';'; do text="${text//"$flag$end"/"$name$end"}"; done # other flags begin like this one
+        for end in ' ' ':' ',' ';'; do text="${text//"$flag$end"/"$name$end"}"; done # other flags begin like this one
     done
     if [[ "$1" == exp3 && -n "$PROBE_ARGS" ]]; then
         text+="(PROBE_ARGS are for both probes, SAMPLING_ARGS for the first alone)"

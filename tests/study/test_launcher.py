@@ -159,40 +159,35 @@ def test_what_a_pooled_probe_cannot_take_is_refused_before_anything_runs(environ
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_problems_verdicts_and_further_flags_reach_the_probe(environment):
-    settings = {"PROMPT_TEMPLATE": "Q: {problem}\nA:", "CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be 'brief'."}
-    settings |= {"VERIFIER": "numeric", "PROBE_ARGS": "--batch-tokens  512 --attention eager", "DRY_RUN": "1"}
-    plan = launch(environment, **settings).stdout.splitlines()[1]
-    words = shlex.split(plan.replace("$'", "'").replace("\\n", "\n"))
-    after = dict(itertools.pairwise(words))
-    assert after["--prompt-template"] == "Q: {problem}\nA:"
-    assert after["--system-prompt"] == "Be 'brief'."
-    assert (after["--verifier"], after["--batch-tokens"], after["--attention"]) == ("numeric", "512", "eager")
-    assert "--chat-template" in words
+def test_problems_and_verdicts_reach_the_probe(environment):
+    settings = {"PROMPT_TEMPLATE": "Q: {problem}", "CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be 'brief'."}
+    for words in planned(environment, "--seed", **settings, VERIFIER="numeric"):
+        after = dict(itertools.pairwise(words))
+        assert (after["--prompt-template"], after["--system-prompt"]) == ("Q: {problem}", "Be 'brief'.")
+        assert after["--verifier"] == "numeric"
 
 
 def test_an_adapter_reaches_both_probes_of_its_model_alone(environment):
-    settings = {"MODELS": "base=demo/base rl=demo/base", "ADAPTERS": "rl=out/an_adapter", "DRY_RUN": "1"}
-    probes = [line for line in launch(environment, **settings).stdout.splitlines() if "probe_grad_vectors.py" in line]
+    probes = planned(environment, "--seed", MODELS="base=demo/base rl=demo/base", ADAPTERS="rl=out/an_adapter")
     assert len(probes) == 8
-    for line in probes:
-        after = dict(itertools.pairwise(shlex.split(line)))
-        is_rl = "_rl_s" in after["--output-dir"]
-        assert after.get("--adapter") == ("out/an_adapter" if is_rl else None)
+    for words in probes:
+        after = dict(itertools.pairwise(words))
+        assert after.get("--adapter") == ("out/an_adapter" if "_rl_s" in after["--output-dir"] else None)
 
 
-def test_one_shard_per_gpu(environment):
-    result = launch(environment, DEVICE="auto", GPUS="3,5", SHARDS_PER_MODEL="3", STUB_GPUS="0 1 2 3 4 5")
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({"GPUS": "3,5", "STUB_GPUS": "0 1 2 3 4 5"}, {"3", "5"}),
+        ({"STUB_GPUS": "0 1 No-devices-were-found"}, {"0", "1"}),
+    ],
+)
+def test_one_shard_per_gpu(environment, settings, used):
+    result = launch(environment, DEVICE="auto", SHARDS_PER_MODEL="3", **settings)
     assert result.returncode == 0, result.stderr
     probes = [call for call in calls(environment) if call[0].startswith("probe")]
     assert len(probes) == 12
-    assert {call[1] for call in probes} == {"3", "5"}
-
-
-def test_all_gpus_that_are_listed_are_used(environment):
-    result = launch(environment, DEVICE="auto", STUB_GPUS="0 1 No-devices-were-found")
-    assert result.returncode == 0, result.stderr
-    assert {call[1] for call in calls(environment)[:4]} == {"0", "1"}
+    assert {call[1] for call in probes} == used
 
 
 def test_threads_are_divided_on_a_cpu(environment):
@@ -204,22 +199,13 @@ def test_threads_are_divided_on_a_cpu(environment):
 
 @pytest.mark.parametrize("tags", [["only"], ["base", "step-100", "step.500"]])
 def test_any_number_of_models(environment, tags):
-    models = " ".join(f"{tag}={ROOT / 'demo' / ('base' if tag == 'base' else 'trained')}" for tag in tags)
-    result = launch(environment, MODELS=f"  {models}\n")
-    assert result.returncode == 0, result.stderr
-    ran = steps(environment)
-    of_part, merges = 2 * len(tags), [MERGE] * len(tags)
-    for number, part in enumerate(("exp12", "exp3")):
-        begin = number * (of_part + len(tags))
-        probes = sorted(f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in tags for i in (0, 1))
-        assert sorted(ran[begin : begin + of_part]) == probes
-        assert ran[begin + of_part :][: len(tags)] == merges
-    assert sorted(ran[2 * (of_part + len(tags)) :]) == ANALYSES
-    merged = [f"{tag}={environment['OUT_ROOT']}/exp12_{tag}" for tag in tags]
-    arguments = arguments_of_calls(environment)
+    models, out = "".join(f"  {tag}=hub/{tag}\n" for tag in tags), environment["OUT_ROOT"]
+    probes = planned(environment, "--seed", MODELS=models)
+    dumps = [f"{out}/{part}_{tag}_s{i}" for part in ("exp12", "exp3") for tag in tags for i in (0, 1)]
+    assert [dict(itertools.pairwise(words))["--output-dir"] for words in probes] == dumps
     for script in (ANALYSES[0], ANALYSES[1], ANALYSES[3]):
-        call = arguments[arguments.index(str(ROOT / script)) :][: 3 + len(tags)]
-        assert call == [str(ROOT / script), "--output-dir", f"{environment['OUT_ROOT']}/exp12_figures", *merged]
+        (words,) = planned(environment, str(ROOT / script), MODELS=models)
+        assert words[2:] == ["--output-dir", f"{out}/exp12_figures", *(f"{tag}={out}/exp12_{tag}" for tag in tags)]
 
 
 def test_each_probe_of_a_model_is_checked_once(environment):
@@ -292,31 +278,21 @@ def test_a_step_that_says_why_it_stops_ends_the_run_in_one_line(environment):
     result = launch(environment, MIN_MIXED_PROMPTS="2", **stops)
     assert result.returncode == 1
     assert [line for line in result.stderr.splitlines() if "mixed" in line] == [
-        "error: probe base shard 0: MIN_MIXED_PROMPTS 2: 0 of 64 (0%) prompts are mixed; with MIN_MIXED_PROMPTS 0 it goes on"
+        "error: probe base shard 0: MIN_MIXED_PROMPTS 2: 0 of 64 (0%) prompts are mixed; "
+        "with MIN_MIXED_PROMPTS 0 it goes on"
     ]
     assert "the end of" not in result.stderr
 
 
-def test_a_second_run_continues_and_keeps_the_first_log(environment):
-    failing = PROBES[0]
+@pytest.mark.parametrize(("failing", "log"), [(PROBES[0], "base_s0"), (POOLED_PROBES[3], "exp3_trained_s1")])
+def test_a_second_run_continues_and_keeps_the_first_log(environment, failing, log):
     assert launch(environment, STUB_FAIL=failing).returncode == 1
     result = launch(environment)
     assert result.returncode == 0, result.stderr
     finished = [call[0] for call in calls(environment, ".finished")]
     assert sorted(finished) == PROBES + POOLED_PROBES, "each shard is computed once over both runs"
-    log = (Path(environment["OUT_ROOT"]) / "logs" / "base_s0.log").read_text()
-    assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", log, re.DOTALL)
-
-
-def test_a_second_run_continues_amid_exp3(environment):
-    assert launch(environment, STUB_FAIL=POOLED_PROBES[3]).returncode == 1
-    before = calls(environment, ".finished")
-    assert sorted(call[0] for call in before if call[0] in PROBES) == PROBES
-    result = launch(environment)
-    assert result.returncode == 0, result.stderr
-    finished = [call[0] for call in calls(environment, ".finished")]
-    assert sorted(finished) == PROBES + POOLED_PROBES
-    assert "==== " in (Path(environment["OUT_ROOT"]) / "logs" / "exp3_trained_s1.log").read_text()
+    text = (Path(environment["OUT_ROOT"]) / "logs" / f"{log}.log").read_text()
+    assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", text, re.DOTALL)
 
 
 def test_the_tail_of_a_log_is_of_this_run(environment):
@@ -507,20 +483,10 @@ def test_dry_run_prints_the_plan_and_touches_nothing(environment, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_settings_come_from_the_file_and_the_environment_wins(environment, tmp_path):
-    config = tmp_path / "my study.env"
-    config.write_text((ROOT / "config.env").read_text().replace("SEED:=0", "SEED:=8").replace("BINS:=5", "BINS:=4"))
-    plan = launch(environment, config, DRY_RUN="1", BINS="7").stdout
-    assert "--seed 8" in plan
-    assert "--bins 7" in plan
-
-
-def test_a_file_may_leave_settings_out(environment, tmp_path):
-    (tmp_path / "short.env").write_text('SEED=8\nMODELS=("a=x y" b=z)\n')
-    plan = launch(environment, "short.env", cwd=tmp_path, DRY_RUN="1").stdout
-    assert "--seed 8" in plan
-    assert "--bins 5" in plan
-    assert "--model-path x\\ y" in plan
+def test_settings_come_from_the_environment_then_the_file_then_the_defaults(environment, tmp_path):
+    (tmp_path / "my study.env").write_text(': "${SEED:=8}"\n: "${BINS:=4}"\nMODELS=("a=x y" b=z)\n')
+    plan = launch(environment, "my study.env", cwd=tmp_path, DRY_RUN="1", BINS="7").stdout
+    assert all(f" {flag} " in plan for flag in ("--seed 8", "--bins 7", "--num-samples 8", "--model-path x\\ y"))
 
 
 def test_the_resolved_configuration_runs_the_same_study(environment, tmp_path):
@@ -616,55 +582,6 @@ def test_awkward_paths_everywhere(environment, tmp_path):
     assert not list(tmp_path.rglob("pwned"))
 
 
-SLURM = """
-submit_chain() {
-    local tag
-    printf '%s\\n' "python=$python" "figures=$figures" "logs=$logs" "shards=$SHARDS_PER_MODEL"
-    for tag in "${tags[@]}"; do
-        probe_command exp12 "$tag" 1 && printf '<%s>' "${command[@]}"
-        merge_command exp12 "$tag" && printf '<%s>' "${command[@]}"
-        probe_command exp3 "$tag" 1 && printf '<%s>' "${command[@]}"
-    done
-    analysis_command exp1 && printf '<%s>' "${command[@]}"
-}
-"""
-
-
-def test_another_scheduler_gets_the_commands(environment, tmp_path):
-    project = tmp_path / "project"
-    copy_of_the_project(project)
-    (tmp_path / "data").touch()
-    settings = {"LAUNCHER": "slurm", "MODELS": "a=hub/a b=hub/b c=hub/c", "DATASET": str(tmp_path / "data")}
-    settings |= {"DEVICE": "cuda", "GPUS": "0,9"}
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for directory in reversed(os.environ["PATH"].split(":")):  # all that are here but Slurm's
-        for program in Path(directory).glob("*"):
-            (programs / program.name).unlink(missing_ok=True)
-            (programs / program.name).symlink_to(program)
-    for name in ("sbatch", "squeue", "scancel"):
-        (programs / name).unlink(missing_ok=True)
-    missing = launch(environment, root=project, PATH=str(programs), **settings)
-    assert missing.returncode == 2
-    assert missing.stderr.splitlines() == [f"error: {n} is not in PATH" for n in ("sbatch", "squeue", "scancel")]
-    for name in ("sbatch", "squeue", "scancel"):
-        (programs / name).symlink_to(programs / "true")
-
-    (project / "scripts" / "slurm.sh").write_text(SLURM)
-    result = launch(environment, root=project, PATH=str(programs), **settings)
-    assert result.returncode == 0, result.stderr
-    out = environment["OUT_ROOT"]
-    assert f"python={environment['PYTHON']}\nfigures={out}/exp12_figures\nlogs={out}/logs\nshards=2\n" in result.stdout
-    assert f"<--output-dir><{out}/exp12_b_s1>" in result.stdout
-    assert f"<--output-dir><{out}/exp3_b_s1><--shard-index><1><--num-shards><2><--rollouts><{out}/exp12_b>" in result.stdout
-    assert f"<{out}/exp12_c><{out}/exp12_c_s0><{out}/exp12_c_s1>" in result.stdout
-    assert "<--device><cuda>" in result.stdout
-    assert result.stdout.count(f"<a={out}/exp12_a><b={out}/exp12_b><c={out}/exp12_c>") == 1
-    assert steps(environment) == []
-    assert sorted(calls(environment, ".checks"))[1:] == [["probe_grad_vectors.py:nothing"]] * 6
-    assert (Path(out) / "config.resolved.env").exists()
-
-
 SBATCH = r"""#!/usr/bin/env bash
 # Takes a job and never runs it: notes its name, what it waits for and its array, and gives it a number.
 printf '%s\n' "$@" | sed -n 's/^--\(job-name\|dependency\|array\)=//p' | paste -sd' ' >>"$STUB_CALLS.jobs"
@@ -692,11 +609,25 @@ def test_jobs_of_slurm_wait_for_what_they_read(environment, tmp_path, exp3, jobs
     write_program(tmp_path / "bin" / "sbatch", SBATCH)
     for name in ("squeue", "scancel"):
         write_program(tmp_path / "bin" / name, "#!/bin/sh\n")
-    result = launch(environment, LAUNCHER="slurm", EXP3=exp3)
+    result = launch(environment, LAUNCHER="slurm", EXP3=exp3, DEVICE="cuda", GPUS="0,9")
     assert result.returncode == 0, result.stderr
     assert Path(environment["STUB_CALLS"] + ".jobs").read_text().splitlines() == jobs.split("; ")
     assert "merge base: job 2, after 1\n" in result.stderr
+    assert steps(environment) == []
+    assert ["probe_grad_vectors.py:nothing"] in calls(environment, ".checks"), "compared with no dump from here"
+    command = (Path(environment["OUT_ROOT"]) / "slurm" / "probe_base.1").read_text().split("\0")
+    assert dict(itertools.pairwise(command))["--device"] == "cuda"
     if exp3 == "1":
         assert "probe exp3_base: job 3, 2 of 2 shards (0,1), after 2\n" in result.stderr
         command = (Path(environment["OUT_ROOT"]) / "slurm" / "probe_exp3_base.1").read_text().split("\0")
         assert command[command.index("--rollouts") + 1] == f"{environment['OUT_ROOT']}/exp12_base"
+
+
+def test_slurm_without_its_programs_is_refused(environment, tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "env", "date", "sed", "nproc", "dirname", "flock", "setpriv"):
+        (programs / name).symlink_to(shutil.which(name))
+    missing = launch(environment, PATH=str(programs), LAUNCHER="slurm")
+    assert missing.returncode == 2
+    assert missing.stderr.splitlines() == [f"error: {n} is not in PATH" for n in ("sbatch", "squeue", "scancel")]
