@@ -2,8 +2,8 @@
 """What a study costs: memory and FLOPs on paper, the formulae held against measurements, and the analyses by the clock.
 
 What fits on a card, on paper; the formulae against saved tensors, peak memory and counted FLOPs of smaller models of
-the same proportions (about six minutes on one core); Exp 1 and Exp 2 on a made-up dump of rows x numbers, each in a process
-of its own (a laptop: 4000x256, a minute):
+the same proportions (about six minutes on one core); Exp 1 and Exp 2 on a made-up dump of rows x numbers, each in a
+process of its own (a laptop: 4000x256, a minute):
 
     python benchmarks/bench_scaling.py --paper
     python benchmarks/bench_scaling.py --check
