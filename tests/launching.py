@@ -1,6 +1,7 @@
 """The launcher with a stub in the interpreter's place: what its steps do is up to the test, by variables."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -50,12 +51,7 @@ elif [[ -z "$shard" ]]; then
 fi
 """
 NVIDIA_SMI = "#!/usr/bin/env bash\nprintf '%s\\n' $STUB_GPUS\n"
-SETTINGS = (
-    "BASE_MODEL TRAINED_MODEL MODELS ADAPTERS DATASET OUT_ROOT GPUS SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES "
-    "MAX_NEW_TOKENS TEMPERATURE LAYER PARAM_SUFFIX ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT SEED DTYPE DEVICE LAUNCHER "
-    "PYTHON DRY_RUN MIN_MIXED_PROMPTS PROGRESS_SECONDS EXP3 EXP3_BINS EXP3_PROJECT EXP3_PARAM_SUFFIX EXP3_LAYER "
-    "EXP3_OBJECTIVE FIGURE_FORMAT PROBE_ARGS SAMPLING_ARGS"
-).split()
+SETTINGS = re.findall(r'^: "\$\{(\w+):=', (ROOT / "config.env").read_text(), re.MULTILINE)
 PROBES, POOLED_PROBES = (
     [f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1)]
     for part in ("exp12", "exp3")
@@ -82,18 +78,11 @@ def stub_environment(directory: Path) -> dict[str, str]:
         "TMPDIR": str(directory / "tmp"),
         "DEVICE": "cpu",
         "STUB_CALLS": str(directory / "calls"),
-        "STUB_FAIL": "",
-        "STUB_KILLED": "",
-        "STUB_SAYS": "",
-        "STUB_HANG": "",
-        "STUB_DEAF": "",
+        **dict.fromkeys(("STUB_BYTES", "STUB_BYTES_POOLED"), "1000"),
+        **dict.fromkeys((f"STUB_{what}" for what in "FAIL KILLED SAYS HANG DEAF REFUSE GPUS".split()), ""),
         "STUB_STATUS": "7",
-        "STUB_REFUSE": "",
         "STUB_REFUSAL": "error: --layer 99: the model has 2 layers",
-        "STUB_BYTES": "1000",
-        "STUB_BYTES_POOLED": "1000",
         "STUB_SLEEP": "0",
-        "STUB_GPUS": "",
     }
 
 

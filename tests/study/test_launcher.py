@@ -65,6 +65,8 @@ def test_the_chain_runs_in_order(environment):
     assert ran[10:12] == [MERGE, MERGE]
     assert sorted(ran[12:15]) == ANALYSES[:3], "two of them at once"
     assert ran[15:] == ANALYSES[3:]
+    n_cores = len(os.sched_getaffinity(0))
+    assert {call[2] for call in calls(environment)[:4]} == {str(n_cores // min(n_cores, 4))}, "threads are divided"
     out = Path(environment["OUT_ROOT"])
     results, where = result.stdout.split("\n\n")
     assert results == f"this is {ANALYSES[3]}", "the three answers, once"
@@ -190,13 +192,6 @@ def test_one_shard_per_gpu(environment, settings, used):
     assert {call[1] for call in probes} == used
 
 
-def test_threads_are_divided_on_a_cpu(environment):
-    launch(environment)
-    n_cores = len(os.sched_getaffinity(0))
-    probes = [call for call in calls(environment) if call[0].startswith("probe")]
-    assert {call[2] for call in probes} == {str(n_cores // min(n_cores, 4))}
-
-
 @pytest.mark.parametrize("tags", [["only"], ["base", "step-100", "step.500"]])
 def test_any_number_of_models(environment, tags):
     models, out = "".join(f"  {tag}=hub/{tag}\n" for tag in tags), environment["OUT_ROOT"]
@@ -295,13 +290,8 @@ def test_a_second_run_continues_and_keeps_the_first_log(environment, failing, lo
     assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", text, re.DOTALL)
 
 
-def test_the_tail_of_a_log_is_of_this_run(environment):
-    launch(environment, STUB_FAIL=PROBES[0])
-    result = launch(environment, STUB_FAIL=PROBES[0])
-    assert result.stderr.count("the reason stands") == 1
-
-
-def test_results_are_not_added_to_those_of_an_earlier_run(environment):
+def test_the_tail_of_a_log_and_results_are_of_this_run(environment):
+    assert [launch(environment, STUB_FAIL=PROBES[0]).stderr.count("the reason stands") for _ in range(2)] == [1, 1]
     assert launch(environment).stdout == launch(environment).stdout
     results = Path(environment["OUT_ROOT"]) / "exp12_figures" / "exp1.txt"
     assert results.read_text() == f"this is {ANALYSES[0]}\n"
@@ -366,13 +356,6 @@ def test_a_full_disk_is_a_failed_step_and_the_next_run_completes(environment):
     result = launch(environment)
     assert result.returncode == 0, result.stderr
     assert sorted(call[0] for call in calls(environment, ".finished")) == PROBES + POOLED_PROBES
-
-
-def test_without_setpriv_the_chain_runs_all_the_same(environment, tmp_path):
-    write_program(tmp_path / "bin" / "setpriv", "#!/bin/sh\nexit 127\n")
-    result = launch(environment)
-    assert result.returncode == 0, result.stderr
-    assert len(steps(environment)) == 16
 
 
 # ---- what is refused before anything begins --------------------------------------------------------------------------
