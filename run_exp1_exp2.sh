@@ -9,9 +9,8 @@
 #     MODELS="base=my/base step100=my/step100 step200=my/step200" bash run_exp1_exp2.sh
 #     bash run_exp1_exp2.sh out/exp12/config.resolved.env      the study that was run there, once more
 #
-# The same command again continues: what is finished and valid is left alone. Logs are in OUT_ROOT/logs.
-# Exit status: 0 done, 2 bad settings (nothing was begun), 1 a step failed (its log's end is shown, all others are
-# stopped), 128 + N ended by signal N.
+# The same command again continues: what is finished and valid is left alone. Logs are in OUT_ROOT/logs. Exit status: 0
+# done, 2 bad settings (nothing was begun), 1 a step failed (all others are stopped), 128 + N ended by signal N.
 set -Eeuo pipefail
 set -m # each step in a process group of its own, so that it can be stopped with all its children
 
@@ -30,127 +29,68 @@ printable() { # text: a terminal gets no control characters
     tr '\r' '\n' | tr -d '\000-\010\013-\037\177'
 }
 
-refuse_other_kinds() { # a file to be written: no link is followed, and no FIFO waited for
-    [[ ! -L "$1" && (! -e "$1" || -f "$1") ]] || die "$(printf '%q' "$1"): is not an ordinary file; take it away"
-}
-
 # ---- settings ---------------------------------------------------------------------------------------------------
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "bash 5.1 or later is needed, this is $BASH_VERSION"
 (($# <= 1)) || die "usage: run_exp1_exp2.sh [CONFIG]"
 config="${1:-$PROJECT/config.env}"
 [[ "$config" == */* ]] || config="./$config" # a bare name would be looked up in PATH
-[[ -f "$config" && -r "$config" ]] || die "$(printf '%q' "$config"): no such file of settings, or not readable"
-bash -n -- "$config" || die "$(printf '%q' "$config"): is not a file that bash can read"
-trap 'die "$(printf %q "$config"): ended early"' EXIT
+trap 'die "$(printf %q "$config"): not a file of settings that bash can read to its end"' EXIT
 # shellcheck source=config.env
 source "$config"
 trap - EXIT
 # shellcheck source=config.env
 source "$PROJECT/config.env" # for what that file leaves out
+mapfile -t settings < <(sed -n 's/^: "${\([A-Z0-9_]*\):=.*/\1/p' "$PROJECT/config.env") # their names
 
 n_cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" # which would lower nproc's answer
 # shellcheck source=scripts/check_config.sh
 source "$PROJECT/scripts/check_config.sh"
 # shellcheck source=scripts/steps.sh
 source "$PROJECT/scripts/steps.sh"
-check_settings
+
+# Which dumps there are of each model: OUT_ROOT/PART_TAG, of shards OUT_ROOT/PART_TAG_sN; their logs are PREFIX and TAG.
+declare -A prefix_of=([exp12]="" [exp3]=exp3_)
+parts=(exp12) analyses=(exp1 exp2)
+if [[ "$EXP3" != 0 ]]; then parts+=(exp3) analyses+=(exp3); fi
+device="$DEVICE" python="${PYTHON:-$PROJECT/.venv/bin/python}"
+read_settings
 
 # ---- what to run, and where -------------------------------------------------------------------------------------
 
 # Analyses work on many small matrices too, where threads that wait for each other cost more than they bring: with
 # both of two cores, Exp 1 of the demo took twice as long as with one.
 analysis_threads=$(((n_cores + 1) / 2))
-n_jobs=$((${#tags[@]} * SHARDS_PER_MODEL))
-threads=""
-if [[ "$LAUNCHER" == slurm ]]; then
-    device="$DEVICE"
-    n_slots=$n_jobs
-elif ((${#gpus[@]} > 0)); then
-    device=cuda
-    n_slots=${#gpus[@]}
-else
-    device=cpu
-    n_slots=$((n_cores < n_jobs ? n_cores : n_jobs))
+n_jobs=$((${#tags[@]} * SHARDS_PER_MODEL)) n_slots=1 threads=""
+if ((${#gpus[@]} > 0)); then
+    device=cuda n_slots=${#gpus[@]}
+elif [[ "$LAUNCHER" == local ]]; then
+    device=cpu n_slots=$((n_cores < n_jobs ? n_cores : n_jobs))
     threads=$((n_cores / n_slots))
 fi
-figures="$OUT_ROOT/exp12_figures"
-logs="$OUT_ROOT/logs"
-# Which dumps there are of each model: OUT_ROOT/PART_TAG, of shards OUT_ROOT/PART_TAG_sN.
-parts=(exp12)
-if [[ "$EXP3" == 1 ]]; then parts+=(exp3); fi
+figures="$OUT_ROOT/exp12_figures" logs="$OUT_ROOT/logs"
 
-label_of() { # part, tag: what the part's steps are called in logs and messages
-    case "$1" in
-        exp12) printf '%s' "$2" ;;
-        *) printf '%s' "$1_$2" ;;
-    esac
-}
-
-probe_command() { # part, tag, shard -> the array `command`
-    case "$1" in
-        exp12) sampling_probe_command "$2" "$3" ;;
-        exp3) pooling_probe_command "$2" "$3" ;;
-    esac
-}
-
-sampling_probe_command() { # tag, shard -> the array `command`
-    command=(
-        "$python" "$PROJECT/probe_grad_vectors.py" --model-path "${model_of[$1]}"
-        ${adapter_of[$1]:+--adapter "${adapter_of[$1]}"} --dataset "$DATASET" --output-dir "$OUT_ROOT/exp12_$1_s$2"
-        --shard-index "$2" --num-shards "$SHARDS_PER_MODEL"
-        --num-prompts "$NUM_PROMPTS" --num-samples "$NUM_SAMPLES"
-        --max-new-tokens "$MAX_NEW_TOKENS" --temperature "$TEMPERATURE"
-        --param-suffix "$PARAM_SUFFIX" --row-idx "$ROW_IDX"
-        --bins "$BINS" --pos-per-bin-per-rollout "$POS_PER_BIN_PER_ROLLOUT" --seed "$SEED"
-        --device "$device" --dtype "$DTYPE" --verifier "$VERIFIER"
-    )
-    if [[ -n "$LAYER" ]]; then command+=(--layer "$LAYER"); fi
-    if [[ -n "$PROMPT_TEMPLATE" ]]; then command+=(--prompt-template "$PROMPT_TEMPLATE"); fi
+probe_command() { # part, tag, shard -> the array `command`, and those of its flags that nothing may override, `own`
+    own=(--output-dir "$OUT_ROOT/$1_$2_s$3" --shard-index "$3" --num-shards "$SHARDS_PER_MODEL")
+    command=("$python" "$PROJECT/probe_grad_vectors.py" --model-path "${model_of[$2]}")
+    command+=(${adapter_of[$2]:+--adapter "${adapter_of[$2]}"} --device "$device")
+    add_flags PARAM_SUFFIX LAYER SEED DTYPE PROMPT_TEMPLATE SYSTEM_PROMPT VERIFIER MIN_MIXED_PROMPTS
     if [[ "$CHAT_TEMPLATE" == 1 ]]; then command+=(--chat-template); fi
-    if [[ -n "$SYSTEM_PROMPT" ]]; then command+=(--system-prompt "$SYSTEM_PROMPT"); fi
-    if [[ -n "$MIN_MIXED_PROMPTS" ]]; then command+=(--min-mixed-prompts "$MIN_MIXED_PROMPTS"); fi
-    command+=("${probe_args[@]}")
+    if [[ "$1" == exp12 ]]; then
+        add_flags DATASET NUM_PROMPTS NUM_SAMPLES MAX_NEW_TOKENS TEMPERATURE ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT
+        command+=("${probe_args[@]}" "${sampling_args[@]}" "${own[@]}")
+    else
+        own+=(--rollouts "$OUT_ROOT/exp12_$2" --pool bucket --bins "$EXP3_BINS" --project "$EXP3_PROJECT")
+        own+=(${EXP3_LAYER:+--layer "$EXP3_LAYER"} ${EXP3_PARAM_SUFFIX:+--param-suffix "$EXP3_PARAM_SUFFIX"})
+        command+=("${probe_args[@]}" "${own[@]}")
+    fi
 }
 
-pooling_probe_command() { # tag, shard -> the array `command`, which reads the rollouts of the merged dump
-    pooling_command "$1"
-    command+=(
-        --rollouts "$OUT_ROOT/exp12_$1" --output-dir "$OUT_ROOT/exp3_$1_s$2"
-        --shard-index "$2" --num-shards "$SHARDS_PER_MODEL"
-    )
-}
-
-pooling_command() { # tag -> the array `command`: Exp 3's probe, but not of what
-    local kept_args
-    keep_probe_args
-    command=(
-        "$python" "$PROJECT/probe_grad_vectors.py" --model-path "${model_of[$1]}"
-        ${adapter_of[$1]:+--adapter "${adapter_of[$1]}"} --pool bucket --bins "$EXP3_BINS" --project "$EXP3_PROJECT"
-        --param-suffix "${EXP3_PARAM_SUFFIX:-$PARAM_SUFFIX}" --seed "$SEED" --device "$device" --dtype "$DTYPE"
-    )
-    if [[ -n "$EXP3_LAYER$LAYER" ]]; then command+=(--layer "${EXP3_LAYER:-$LAYER}"); fi
-    if [[ -n "$MIN_MIXED_PROMPTS" ]]; then command+=(--min-mixed-prompts "$MIN_MIXED_PROMPTS"); fi
-    command+=("${kept_args[@]}")
-}
-
-keep_probe_args() { # -> kept_args: those of probe_args that say which model, which weights and how to compute
-    local with_value="--revision --adapter --tokenizer --device-map --max-memory --offload-dir --attention --batch-tokens"
-    local alone="--trust-remote-code --overwrite --quiet --verbose -q -v" word is_value_kept=0
-    with_value+=" --seed --device --dtype --min-mixed-prompts" # which win over SEED, DEVICE and so on
-    if [[ -z "$EXP3_LAYER" ]]; then with_value+=" --layer"; fi
-    if [[ -z "$EXP3_PARAM_SUFFIX" ]]; then with_value+=" --param-suffix"; fi
-    kept_args=()
-    for word in "${probe_args[@]}"; do
-        if ((is_value_kept)); then
-            kept_args+=("$word")
-            is_value_kept=0
-        elif [[ " $with_value " == *" ${word%%=*} "* ]]; then
-            kept_args+=("$word")
-            [[ "$word" == *=* ]] || is_value_kept=1
-        elif [[ " $alone " == *" $word "* ]]; then
-            kept_args+=("$word")
-        fi
+add_flags() { # names of settings -> the array `command`: the flags of these names, of all that are not empty
+    local name flag
+    for name in "$@"; do
+        flag="--${name//_/-}"
+        if [[ -n "${!name}" ]]; then command+=("${flag,,}" "${!name}"); fi
     done
 }
 
@@ -160,171 +100,50 @@ merge_command() { # part, tag -> the array `command`
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do command+=("${merged}_s$shard"); done
 }
 
-analysis_command() { # script, part, flags -> the array `command`
-    command=("$python" "$PROJECT/$1" --output-dir "$figures" ${FIGURE_FORMAT:+--figure-format "$FIGURE_FORMAT"} "${@:3}")
-    local tag
-    for tag in "${tags[@]}"; do command+=("$tag=$OUT_ROOT/$2_$tag"); done
-}
-
-experiment_command() { # number -> the array `command`
+analysis_command() { # exp1, exp2, exp3 or plot -> the array `command`
+    local script tag part=exp12
     case "$1" in
-        1) analysis_command analyze_exp1_compression.py exp12 ;;
-        2) analysis_command analyze_exp2_direction.py exp12 ;;
-        3) analysis_command analyze_exp3_signal.py exp3 --objective "$EXP3_OBJECTIVE" ;;
+        exp1) script=analyze_exp1_compression.py ;;
+        exp2) script=analyze_exp2_direction.py ;;
+        exp3) script=analyze_exp3_signal.py part=exp3 ;;
+        plot) script=plot_exp12_intuitive.py ;;
     esac
+    command=("$python" "$PROJECT/$script" --output-dir "$figures")
+    add_flags FIGURE_FORMAT
+    if [[ "$1" == exp3 ]]; then command+=(--objective "$EXP3_OBJECTIVE"); fi
+    for tag in "${tags[@]}"; do command+=("$tag=$OUT_ROOT/${part}_$tag"); done
 }
-experiments=(1 2)
-if [[ "$EXP3" == 1 ]]; then experiments+=(3); fi
-
-plot_command() { # -> the array `command`
-    if [[ "${tags[*]}" == "base trained" ]]; then
-        command=("$python" "$PROJECT/plot_exp12_intuitive.py" --output-dir "$figures")
-        command+=(${FIGURE_FORMAT:+--figure-format "$FIGURE_FORMAT"})
-        command+=(--base "$OUT_ROOT/exp12_base" --trained "$OUT_ROOT/exp12_trained")
-    else
-        analysis_command plot_exp12_intuitive.py exp12
-    fi
-}
-
-print_command() {
-    printf '%q ' "${command[@]}"
-    printf '\n'
-}
-
-print_plan() {
-    local part tag shard number processors="$device${gpus[*]:+ ${gpus[*]}}"
-    if [[ "$LAUNCHER" == slurm ]]; then
-        printf '# %d shards, through Slurm, on %s\n' "$n_jobs" "$processors"
-    else
-        printf '# %d shards, %d at once, on %s\n' "$n_jobs" "$((n_slots < n_jobs ? n_slots : n_jobs))" "$processors"
-    fi
-    for part in "${parts[@]}"; do
-        for tag in "${tags[@]}"; do
-            for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
-                probe_command "$part" "$tag" "$shard" && print_command
-            done
-        done
-        for tag in "${tags[@]}"; do merge_command "$part" "$tag" && print_command; done
-    done
-    for number in "${experiments[@]}"; do experiment_command "$number" && print_command; done
-    plot_command && print_command
-}
-
-if [[ "$DRY_RUN" == 1 ]]; then
-    python="${PYTHON:-$PROJECT/.venv/bin/python}"
-    print_plan
-    exit 0
-fi
 
 # ---- before the first step --------------------------------------------------------------------------------------
 
-answers="" # a directory for the time of the checks
-clean_up() {
-    stop_all
-    if [[ -n "$answers" ]]; then rm -rf -- "$answers"; fi
-}
-trap 'interrupted 130' INT
-trap 'interrupted 143' TERM
-trap 'interrupted 129' HUP
-trap clean_up EXIT
-
-is_locked=0
-take_lock() { # on OUT_ROOT, for the life of this process
-    ((is_locked == 0)) || return 0
-    is_locked=1
-    refuse_other_kinds "$OUT_ROOT/.lock"
-    exec 9>>"$OUT_ROOT/.lock"
-    flock --nonblock 9 ||
-        die "OUT_ROOT=$(printf %q "$OUT_ROOT"): another launcher is at work there, $(printable <"$OUT_ROOT/.lock")"
-    printf 'process %d on %s since %s\n' "$$" "$HOSTNAME" "$(date '+%F %T %z')" >"$OUT_ROOT/.lock"
-}
-
-warn_of_shared_gpus() { # two studies on one GPU may be meant, so it is said and not refused; held as long as steps live
-    local gpu descriptor directory="${TMPDIR:-/tmp}/gradprobe-$UID"
-    (umask 077 && mkdir -p -- "$directory" 2>/dev/null) || true
-    [[ -d "$directory" && ! -L "$directory" && -O "$directory" ]] || return 0
-    for gpu in "${gpus[@]}"; do
-        refuse_other_kinds "$directory/gpu$gpu"
-        exec {descriptor}>>"$directory/gpu$gpu"
-        if flock --nonblock "$descriptor"; then
-            printf 'process %d, OUT_ROOT=%q\n' "$$" "$OUT_ROOT" >"$directory/gpu$gpu"
-        else
-            say "warning: GPU $gpu is in use by another launcher ($(printable <"$directory/gpu$gpu")): both get slower, \
-and may run out of its memory; set GPUS to have one each"
-        fi
-    done
-}
+refuse_lost_flags
+trap 'say stopping && exit 130' INT
+trap 'say stopping && exit 143' TERM
+trap 'say stopping && exit 129' HUP
+trap stop_all EXIT
 
 save_configuration() { # what was asked for, as a file of settings that asks for it again from any directory
-    local file="$OUT_ROOT/config.resolved.env" name names
-    rm -f -- "$file.part" # not written through, if it is a link
-    mapfile -t names < <(sed -n 's/^: "${\([A-Z0-9_]*\):=.*/\1/p' "$PROJECT/config.env")
+    local file="$OUT_ROOT/config.resolved.env" name text commit
+    commit="$(git -C "$PROJECT" rev-parse HEAD 2>/dev/null || printf none)"
+    if [[ "$commit" != none ]] && ! git -C "$PROJECT" diff --quiet HEAD; then commit+="-changed"; fi
     {
         printf '# bash run_exp1_exp2.sh THIS_FILE runs this study again; the environment wins over what stands here.\n'
-        # %q keeps on the line of the comment whatever it is given: this file will be executed.
+        # %q and @Q keep on its line whatever they are given: this file will be executed.
         printf '# %s on %q; commit: %q; device: %s, GPUs: %s\n' \
-            "$(date '+%F %T %z')" "$HOSTNAME" "$(commit)" "$device" "${gpus[*]:-none}"
-        for name in "${names[@]}"; do
-            case "$name" in
-                MODELS) save_models ;;
-                ADAPTERS) save_adapters ;;
-                *) save_setting "$name" "$(from_anywhere "$name")" ;;
-            esac
+            "$(date '+%F %T %z')" "$HOSTNAME" "$commit" "$device" "${gpus[*]:-none}"
+        for name in "${settings[@]}"; do
+            local -n value="$name"
+            text="${value[*]@Q}"
+            if [[ "$name" == MODELS || "$name" == ADAPTERS ]]; then text="($text)"; fi
+            # shellcheck disable=SC2016
+            printf '[[ -n "${%s-}" ]] || %s=%s\n' "$name" "$name" "$text"
         done
     } >"$file.part"
     mv -f -- "$file.part" "$file"
 }
 
-from_anywhere() { # name of a setting -> its value; local paths absolute
-    local value="${!1}"
-    case "$1" in
-        DATASET) [[ "$value" == hf:* || "$value" == gym:* ]] || make_absolute value ;;
-        BASE_MODEL | TRAINED_MODEL) if is_local_model "$value"; then make_absolute value; fi ;;
-    esac
-    printf '%s' "$value"
-}
-
-save_setting() { # name, value
-    # shellcheck disable=SC2016
-    printf '[[ -n "${%s-}" ]] || %s=%q\n' "$1" "$1" "$2"
-}
-
-save_models() { # with absolute paths; where the short form was used it stands for itself
-    local tag
-    # shellcheck disable=SC2016
-    printf '[[ -n "${MODELS-}" ]] || MODELS=('
-    if [[ -n "${MODELS[*]}" ]]; then
-        local path
-        for tag in "${tags[@]}"; do
-            path="${model_of[$tag]}"
-            if is_local_model "$path"; then make_absolute path; fi
-            printf '%q ' "$tag=$path"
-        done
-    fi
-    printf ')\n'
-}
-
-save_adapters() { # with absolute paths
-    local tag path
-    # shellcheck disable=SC2016
-    printf '[[ -n "${ADAPTERS-}" ]] || ADAPTERS=('
-    for tag in "${!adapter_of[@]}"; do
-        path="${adapter_of[$tag]}"
-        if is_local_model "$path"; then make_absolute path; fi
-        printf '%q ' "$tag=$path"
-    done
-    printf ')\n'
-}
-
-commit() {
-    local found
-    if ! found="$(git -C "$PROJECT" rev-parse HEAD 2>/dev/null)"; then found="none"; fi
-    if [[ "$found" != none ]] && ! git -C "$PROJECT" diff --quiet HEAD; then found+="-changed"; fi
-    printf '%s' "$found"
-}
-
-libraries_for_settings() { # -> needed: the tested versions of what these settings want beside requirements.txt
-    local names=() name
+libraries_for_settings() { # -> the tested versions of what these settings want beside requirements.txt, printed
+    local names=() name flags=" ${probe_args[*]} ${sampling_args[*]} "
     case "$DATASET" in
         *.parquet) names+=(pyarrow) ;;
         hf:*) names+=(datasets pyarrow) ;;
@@ -332,97 +151,86 @@ libraries_for_settings() { # -> needed: the tested versions of what these settin
         *) if [[ -d "$DATASET" || ! -f "$DATASET" ]]; then names+=(datasets pyarrow); fi ;;
     esac
     if [[ "$VERIFIER" == math-verify || "$VERIFIER" == numeric ]]; then names+=(math-verify); fi
-    if ((${#adapter_of[@]} > 0)) || [[ " ${probe_args[*]} " == *" --adapter "* ]]; then names+=(peft); fi
-    if [[ " ${probe_args[*]} " == *" --sampler openai "* ]]; then names+=(urllib3); fi
-    if [[ " ${probe_args[*]} " == *" --device-map "* ]]; then names+=(accelerate); fi
-    for name in "${names[@]}"; do
-        mapfile -t -O "${#needed[@]}" needed < <(grep -E "^${name}[=>]" "$PROJECT/requirements-dev.txt")
-    done
+    if ((${#adapter_of[@]} > 0)) || [[ "$flags" == *" --adapter"[\ =]* ]]; then names+=(peft); fi
+    if [[ "$flags" == *" --sampler"[\ =]openai* ]]; then names+=(urllib3); fi
+    if [[ "$flags" == *" --device-map"[\ =]* ]]; then names+=(accelerate); fi
+    for name in "${names[@]}"; do grep -E "^${name}[=>]" "$PROJECT/requirements-dev.txt"; done
 }
 
-needed=()
-libraries_for_settings
-python="$(bash "$PROJECT/scripts/ensure_venv.sh" "${needed[@]}")"
-if [[ -e "$OUT_ROOT/.lock" ]]; then take_lock; fi # who comes second learns it before seconds of checks
-say "checking models and data before anything is computed: ${tags[*]}, $(printf %q "$DATASET")"
-answers="$(mktemp -d)" || die "no temporary directory can be made; set TMPDIR"
-ask_probe "$answers"
-check_models "$answers"
-check_disk_space
-reason="$(mkdir -p -- "$figures" "$logs" 2>&1)" || die "OUT_ROOT=$(printf %q "$OUT_ROOT"): $reason"
-take_lock
-save_configuration
-if [[ "$LAUNCHER" == local && "$device" == cuda ]]; then warn_of_shared_gpus; fi
+if [[ "$DRY_RUN" == 1 ]]; then
+    at_once="$((n_slots < n_jobs ? n_slots : n_jobs)) at once"
+    if [[ "$LAUNCHER" == slurm ]]; then at_once="through Slurm"; fi
+    printf '# %d shards, %s, on %s\n' "$n_jobs" "$at_once" "$device${gpus[*]:+ ${gpus[*]}}"
+    say() { :; }
+    start() { # in the place of starting it
+        printf '%q ' "${command[@]}" && printf '\n'
+        free_slots+=("$4")
+    }
+else
+    mapfile -t needed < <(libraries_for_settings)
+    python="$(bash "$PROJECT/scripts/ensure_venv.sh" "${needed[@]}")"
+    reason="$(mkdir -p -- "$figures" 2>&1)" || die "OUT_ROOT=$(printf %q "$OUT_ROOT"): $reason"
+    mkdir -p -- "$logs"
+    exec 9>>"$OUT_ROOT/.lock" # a lock for the life of this process
+    flock --nonblock 9 ||
+        die "OUT_ROOT=$(printf %q "$OUT_ROOT"): another launcher is at work there, $(printable <"$OUT_ROOT/.lock")"
+    printf 'process %d on %s since %s\n' "$$" "$HOSTNAME" "$(date '+%F %T %z')" >"$OUT_ROOT/.lock"
+    say "checking models and data before anything is computed: ${tags[*]}, $(printf %q "$DATASET")"
+    ask_scripts
+    read_answers
+    check_disk_space
+    save_configuration
+    if [[ "$LAUNCHER" == slurm ]]; then
+        # shellcheck source=scripts/slurm.sh
+        source "$PROJECT/scripts/slurm.sh"
+        submit_chain
+        exit
+    fi
+fi
 
 # ---- the chain --------------------------------------------------------------------------------------------------
 
-if [[ "$LAUNCHER" == slurm ]]; then
-    # shellcheck source=scripts/slurm.sh
-    source "$PROJECT/scripts/slurm.sh"
-    submit_chain
-    exit
-fi
-
 run_probes() { # part: the shards of every model, as many at once as there are slots
-    local began=$SECONDS freed_slot="" free_slots=() slot tag shard label
-    for ((slot = 0; slot < n_slots; slot++)); do free_slots+=("$slot"); done
+    local slot tag shard label processor
+    mapfile -t free_slots < <(seq 0 $((n_slots - 1)))
     for tag in "${tags[@]}"; do
-        label="$(label_of "$1" "$tag")"
+        label="${prefix_of[$1]}$tag"
         for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
-            if ((${#free_slots[@]} == 0)); then
-                finish_one
-                free_slots=("$freed_slot")
-            fi
-            slot="${free_slots[0]}"
-            free_slots=("${free_slots[@]:1}")
-            probe_command "$1" "$tag" "$shard"
+            if ((${#free_slots[@]} == 0)); then finish_one; fi
+            slot="${free_slots[0]}" free_slots=("${free_slots[@]:1}")
             if [[ "$device" == cuda ]]; then
-                where=(env "CUDA_VISIBLE_DEVICES=${gpus[$slot]}")
-                say "probe $label shard $shard: started on GPU ${gpus[$slot]}"
+                where=(env "CUDA_VISIBLE_DEVICES=${gpus[$slot]-}") processor="GPU ${gpus[$slot]-}"
             else
-                with_threads "$threads"
-                say "probe $label shard $shard: started on the CPU, $threads threads"
+                with_threads "$threads" && processor="the CPU, $threads threads"
             fi
-            start "probe $label shard $shard" "$logs/${label}_s$shard.log" "$slot" "${where[@]}" "${command[@]}"
+            say "probe $label shard $shard: started on $processor"
+            probe_command "$1" "$tag" "$shard"
+            start "probe $label shard $shard" "$logs/${label}_s$shard.log" - "$slot" "${where[@]}" "${command[@]}"
         done
     done
-    while ((${#name_of[@]} > 0)); do finish_one; done
-    say "all shards of $1: $((SECONDS - began)) s"
-}
-
-run_merges() { # part
-    local tag label
-    for tag in "${tags[@]}"; do
-        label="$(label_of "$1" "$tag")"
-        merge_command "$1" "$tag"
-        run_step "merge $label" "$logs/merge_$label.log" "${command[@]}"
-    done
-}
-
-run_experiments() { # two at once where there are two cores
-    local number
-    for number in "${experiments[@]}"; do
-        if ((${#name_of[@]} >= n_cores / analysis_threads)); then finish_one; fi
-        experiment_command "$number"
-        start_analysis "experiment $number" "exp$number.txt" "${command[@]}"
-    done
-    while ((${#name_of[@]} > 0)); do finish_one; done
+    finish_all
 }
 
 began=$SECONDS
 for part in "${parts[@]}"; do
     run_probes "$part"
-    run_merges "$part"
+    with_threads "$analysis_threads"
+    for tag in "${tags[@]}"; do
+        label="${prefix_of[$part]}$tag"
+        merge_command "$part" "$tag"
+        start "merge $label" "$logs/merge_$label.log" - 0 "${where[@]}" "${command[@]}"
+        finish_all
+    done
 done
-run_experiments
-plot_command
-start_analysis "plots" plot.txt "${command[@]}"
-finish_one
+for name in "${analyses[@]}" plot; do # two at once where there are two cores
+    if ((${#name_of[@]} >= n_cores / analysis_threads)); then finish_one; fi
+    if [[ "$name" == plot ]]; then finish_all; fi
+    analysis_command "$name"
+    start "$name" "$logs/$name.log" "$figures/$name.txt" 0 "${where[@]}" "${command[@]}"
+done
+finish_all
+if [[ "$DRY_RUN" == 1 ]]; then exit; fi
 say "everything: $((SECONDS - began)) s"
 
-{
-    for number in "${experiments[@]}"; do cat -- "$figures/exp$number.txt"; done
-    printf '\nFigures:\n'
-    printf '  %s\n' "$figures"/*.png
-    printf 'All of it on one page:\n  %s\n' "$figures/report.html"
-} | printable
+printable <"$figures/plot.txt"
+printf '\nFigures and summaries:  %q\nAll of it on one page:  %q\n' "$figures" "$figures/report.html"

@@ -1,24 +1,27 @@
 #!/usr/bin/env python3
-"""What a study costs: memory, FLOPs and hours on paper, and the formulae held against measurements.
+"""What a study costs: memory and FLOPs on paper, the formulae held against measurements, and the analyses by the clock.
 
-The tables of docs/scaling.md that need no measurement:
+What fits on a card, on paper; the formulae against saved tensors, peak memory and counted FLOPs of smaller models of
+the same proportions (about six minutes on one core); Exp 1 and Exp 2 on a made-up dump of rows x numbers, each in a
+process of its own (a laptop: 4000x256, a minute):
 
     python benchmarks/bench_scaling.py --paper
-
-The formulae against saved tensors, peak memory and counted FLOPs of smaller models of the same proportions (about
-six minutes on one core):
-
     python benchmarks/bench_scaling.py --check
+    python benchmarks/bench_scaling.py --analyses 20480x8960 --device cuda
 
 Markdown tables go to stdout.
 """
 
 import argparse
 import gc
+import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -36,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from gradprobe.dump.records import Position, write_records  # noqa: E402
 from gradprobe.gradients.blocks import OUTPUT, Block, Saved  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import AnyTarget, Projection, Target, expand_projected  # noqa: E402
@@ -43,20 +47,19 @@ from gradprobe.model.checkpoint import resolve_device  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
-POSITIONS_PER_ROLLOUT, PROMPT, PROMPTS, SAMPLES = 20, 128, 128, 8
-SAMPLE_ROWS = 512
+POSITIONS_PER_ROLLOUT, PROMPT, SAMPLES, BUCKETS = 20, 128, 8, 5
 BF16 = 2
 LENGTHS = (1024, 4096, 16_384)
 GB = 1e9
 FORWARD, BACKWARD = 2, 7
 """FLOPs of a layer's fused causal attention over length² · (heads · head size): half of 2 products; back, of 7."""
-BYTES_OF_PROMPT_TOKEN, BYTES_OF_RESPONSE_TOKEN, BYTES_OF_LINE = 7.3, 80.1, 204.8
-"""On disk: in `rollouts.jsonl`, and a row's line in `meta.jsonl`, as written for made-up numbers."""
+CARDS = {"80 GB (H100 SXM)": 0.9 * 80 * GB, "141 GB (H200)": 0.9 * 141 * GB}
+"""Usable bytes: a tenth is left to the allocator and the driver."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen model's dimensions; `operations` are those of a decoding step, counted with transformers 5.23."""
+    """A Qwen model's dimensions."""
 
     name: str
     layers: int
@@ -65,7 +68,6 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    operations: int = 0
     vocab: int = 151_936
     tied: bool = False
     has_qk_norm: bool = True
@@ -124,9 +126,9 @@ class Shape:
         return sum(parameter.numel() for parameter in self.model("meta", torch.bfloat16).parameters())
 
 
-QWEN_1_5B = Shape("Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, 128, 1237, tied=True, has_qk_norm=False)
-QWEN_8B = Shape("Qwen3-8B", 36, 4096, 12_288, 32, 8, 128, 2121)
-QWEN_32B = Shape("Qwen3-32B", 64, 5120, 25_600, 64, 8, 128, 3745)
+QWEN_1_5B = Shape("Qwen2.5-1.5B", 28, 1536, 8960, 12, 2, 128, tied=True, has_qk_norm=False)
+QWEN_8B = Shape("Qwen3-8B", 36, 4096, 12_288, 32, 8, 128)
+QWEN_32B = Shape("Qwen3-32B", 64, 5120, 25_600, 64, 8, 128)
 SHAPES = (QWEN_1_5B, QWEN_8B, QWEN_32B)
 CHECKED = (
     QWEN_1_5B.scaled(4, 4, "1.5B / 4, 7 layers"),
@@ -219,110 +221,6 @@ def gradient_flops(shape: Shape, response: int, layer: int, n_rows: int) -> floa
     return item_flops(shape, reached, layer, n_rows)
 
 
-# ---- seconds on paper -------------------------------------------------------------------------------------------
-
-
-FLOPS = 989e12
-SHARE_OF_PASSES, SHARE_OF_DECODING, SECONDS_PER_OPERATION = 0.4, 0.5, 10e-6
-"""Dense bfloat16 FLOP/s by the maker's data sheets; assumed: what is attained of them and of the bandwidth.
-
-An operation's seconds are what Python and torch take to start one, however small: decoding a few rollouts waits for it.
-"""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What computes, by the maker's data sheet: `usable` bytes of memory, bandwidth in bytes/s."""
-
-    name: str
-    usable: float
-    bandwidth: float
-
-
-CARDS = (
-    Card("80 GB (H100 SXM)", 0.9 * 80 * GB, 3.35e12),  # a tenth is left to the allocator and the driver
-    Card("141 GB (H200)", 0.9 * 141 * GB, 4.8e12),
-)
-
-
-@dataclass(frozen=True)
-class Study:
-    """Prompts of `PROMPT` tokens, responses at full length: an upper bound where they end of their own."""
-
-    name: str
-    shape: Shape
-    checkpoints: int
-    response: int
-    layer: int
-    """The lowest target's."""
-    targets: int = 1
-
-    @property
-    def rollouts(self) -> int:
-        """Of all checkpoints."""
-        return self.checkpoints * PROMPTS * SAMPLES
-
-
-STUDIES = (
-    Study("original", QWEN_1_5B, 2, 1024, 14),
-    Study("16 checkpoints × 24 targets", QWEN_1_5B, 16, 1024, 7, 24),
-    Study("8B", QWEN_8B, 2, 4096, 18),
-    Study("32B", QWEN_32B, 2, 4096, 32),
-)
-
-
-def rows_at_once(study: Study, memory: float) -> int:
-    """Rollouts whose keys and values fit beside the weights."""
-    shape, length = study.shape, PROMPT + study.response
-    per_rollout = cache_bytes_per_token(shape, BF16) * length
-    return min(SAMPLE_ROWS, int((memory - BF16 * shape.n_weights()) // per_rollout))
-
-
-def cards_needed(study: Study, card: Card) -> int:
-    """The fewest cards that hold the weights and one sequence's gradients, and eight rollouts while sampling."""
-    length = PROMPT + study.response
-    alone = BF16 * study.shape.n_weights() + peak_bytes(study.shape, BF16, length, POSITIONS_PER_ROLLOUT)
-    n_cards = math.ceil(alone / card.usable)
-    while rows_at_once(study, n_cards * card.usable) < 8:
-        n_cards += 1
-    return n_cards
-
-
-def decoding_seconds(shape: Shape, card: Card, n_rows: int, response: int) -> float:
-    """One batch. A step takes as long as the slowest of three.
-
-    All weights and the batch's keys and values are read; the arithmetic is done; the operations are started.
-    """
-    average = PROMPT + response / 2
-    weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
-    n_bytes = BF16 * weights + n_rows * average * cache_bytes_per_token(shape, BF16)
-    flops = n_rows * (2 * weights + 4 * average * shape.q * shape.layers)
-    return response * max(
-        n_bytes / (SHARE_OF_DECODING * card.bandwidth),
-        flops / (SHARE_OF_PASSES * FLOPS),
-        shape.operations * SECONDS_PER_OPERATION,
-    )
-
-
-def study_hours(study: Study, card: Card, n_cards: int) -> list[float]:
-    """Wall-clock hours of sampling, scoring and gradients, one card at a time at work."""
-    shape, response, rate = study.shape, study.response, SHARE_OF_PASSES * FLOPS
-    n_rows = rows_at_once(study, n_cards * card.usable) // SAMPLES * SAMPLES
-    decoding = study.rollouts / n_rows * decoding_seconds(shape, card, n_rows, response)
-    prompts = study.rollouts / SAMPLES * forward_flops(shape, PROMPT) / rate
-    scoring = forward_flops(shape, PROMPT + response) + 2 * shape.hidden * shape.vocab * response
-    gradients = gradient_flops(shape, response, study.layer, study.targets)
-    seconds = (decoding + prompts, study.rollouts * scoring / rate, study.rollouts * gradients / rate)
-    return [phase / 3600 for phase in seconds]
-
-
-def dump_bytes(study: Study) -> float:
-    """`grads.npy` and `meta.jsonl` of every target, `rollouts.jsonl` of every checkpoint."""
-    per_rollout = PROMPT * BYTES_OF_PROMPT_TOKEN + study.response * BYTES_OF_RESPONSE_TOKEN
-    rows = study.targets * study.rollouts * POSITIONS_PER_ROLLOUT
-    return rows * (4 * study.shape.ffn + BYTES_OF_LINE) + study.rollouts * per_rollout
-
-
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
@@ -346,23 +244,13 @@ def print_paper() -> None:
     """All that needs no measurement."""
     table(
         "model | weights | bf16, GB | KV cache, kB/token | kept per layer, kB/token | layers above the middle one | "
-        "their weights, GB | operations a decoding step",
+        "their weights, GB",
         [shape_cells(shape) for shape in SHAPES],
     )
     table(
         "model | tokens | weights, GB | KV cache a rollout, GB | a further sequence, GB | head's logits, GB | "
-        "peak of one sequence, GB | TFLOP a row | "
-        + " | ".join(f"{card.name}: sequences / rollouts" for card in CARDS),
+        "peak of one sequence, GB | TFLOP a row | " + " | ".join(f"{card}: sequences / rollouts" for card in CARDS),
         [memory_cells(shape, length) for shape in SHAPES for length in LENGTHS],
-    )
-    table(
-        "study | model | rollouts × tokens | targets × rows | card | cards a model | sampling, h | scoring, h | "
-        "gradients, h | card hours | dumps, GB",
-        [study_cells(study, card) for study in STUDIES for card in CARDS],
-    )
-    print(
-        f"Bytes on disk: {BYTES_OF_PROMPT_TOKEN:.0f} a prompt token, {BYTES_OF_RESPONSE_TOKEN:.0f} a response token, "
-        f"{BYTES_OF_LINE:.0f} a row's line in meta.jsonl."
     )
 
 
@@ -371,7 +259,7 @@ def shape_cells(shape: Shape) -> list[Any]:
     n_weights, n_above = shape.n_weights(), shape.layers - 1 - shape.middle
     per_token = [figure(of_token(shape, BF16) / 1e3) for of_token in (cache_bytes_per_token, saved_bytes_per_token)]
     above = [n_above, figure(BF16 * n_above * shape.layer_weights / GB)]
-    return [shape.name, f"{n_weights:,}", figure(BF16 * n_weights / GB), *per_token, *above, f"{shape.operations:,}"]
+    return [shape.name, f"{n_weights:,}", figure(BF16 * n_weights / GB), *per_token, *above]
 
 
 def memory_cells(shape: Shape, length: int) -> list[str]:
@@ -382,21 +270,12 @@ def memory_cells(shape: Shape, length: int) -> list[str]:
     head = head_bytes(shape, POSITIONS_PER_ROLLOUT)
     sizes = [figure(n_bytes / GB) for n_bytes in (weights, cache, two - one, head, weights + one)]
     fits = []
-    for card in CARDS:
-        n, room = 0, card.usable - weights
+    for usable in CARDS.values():
+        n, room = 0, usable - weights
         while peak_bytes(shape, BF16, (n + 1) * length, (n + 1) * POSITIONS_PER_ROLLOUT) <= room:
             n += 1
         fits.append(f"{n:,} / {int(max(0, room) // cache):,}")
     return [shape.name, f"{length:,}", *sizes, figure(flops / 1e12), *fits]
-
-
-def study_cells(study: Study, card: Card) -> list[str]:
-    """Hours and bytes of one study."""
-    n_cards = cards_needed(study, card)
-    hours = study_hours(study, card, n_cards)
-    size = f"{study.rollouts:,} × {study.response:,}", f"{study.targets} × {study.rollouts * POSITIONS_PER_ROLLOUT:,}"
-    figures = [*hours, n_cards * sum(hours), dump_bytes(study) / GB]
-    return [study.name, study.shape.name, *size, card.name, str(n_cards), *map(figure, figures)]
 
 
 # ---- the formulae against measurements --------------------------------------------------------------------------
@@ -528,18 +407,86 @@ def narrow_cells(shape: Shape, length: int) -> list[Any]:
     return [shape.name, length, *measured, f"{count.flops / flops_on_paper:.4f}"]
 
 
+# ---- the analyses --------------------------------------------------------------------------------------------------
+
+
+def print_analyses(size: str, device: torch.device) -> None:
+    """Seconds and peak memory of Exp 1 and Exp 2; `size`: ROWSxDIM of the made-up dump, removed afterwards."""
+    rows, dim = map(int, size.split("x"))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    cells = []
+    with tempfile.TemporaryDirectory() as directory:
+        dump = Path(directory) / "dump"
+        write_dump(dump, max(2, round(rows / (SAMPLES * POSITIONS_PER_ROLLOUT))), dim)
+        for script in ("analyze_exp1_compression.py", "analyze_exp2_direction.py"):
+            start = time.perf_counter()
+            command = [sys.executable, ROOT / script, "--device", device.type, "--output-dir", directory, "--quiet"]
+            process = subprocess.Popen(
+                [*command, f"made-up={dump}"], stdout=subprocess.DEVNULL, env=os.environ | threads
+            )
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)  # taken by wait4, so it can't learn it by itself
+            if process.returncode != 0:
+                raise SystemExit(1)
+            seconds, cpu = time.perf_counter() - start, used.ru_utime + used.ru_stime
+            cells.append([script, f"{seconds:.1f}", f"{cpu:.1f}", f"{used.ru_maxrss / 2**20:.2f}"])
+    table("step | seconds | CPU seconds | peak GiB", cells)
+
+
+def write_dump(path: Path, n_prompts: int, dim: int) -> None:
+    """A finished dump: decaying columns, what the rollouts of a prompt and kind share, and uneven norms."""
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    shape = (n_prompts, SAMPLES, POSITIONS_PER_ROLLOUT)
+    entropy, correct = rng.exponential(size=shape), rng.random(shape[:2]) < 0.5
+    # Not through a memory map: the peak of the processes to come would count its pages.
+    header = {"descr": "<f4", "fortran_order": False, "shape": (entropy.size, dim)}
+    with (path / "grads.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for kinds in correct.astype(int):
+            shared = 0.3 * rng.standard_normal((2, 1, dim), np.float32)[kinds]
+            noise = rng.standard_normal((SAMPLES, POSITIONS_PER_ROLLOUT, dim), np.float32)
+            norms = np.exp(rng.standard_normal((SAMPLES, POSITIONS_PER_ROLLOUT, 1)))
+            ((shared + noise) * norms / np.sqrt(1 + np.arange(dim) / 20)).astype(np.float32).tofile(file)
+    places = enumerate(zip(np.ndindex(shape), entropy.ravel().tolist(), strict=True))
+    meta = (
+        Position(row, p, s, t, min(BUCKETS - 1, int(h)), h, bool(correct[p, s]), t, -h, 0.1)
+        for row, ((p, s, t), h) in places
+    )
+    write_records(path / "meta.jsonl", meta)
+    manifest = {
+        **{"model_path": "made-up", "target": "model.layers.1.mlp.down_proj.weight", "row_idx": 0, "row_dim": dim},
+        **{"num_prompts": n_prompts, "num_samples_per_prompt": SAMPLES, "num_rollouts": correct.size},
+        **{"num_correct_rollouts": int(correct.sum()), "num_positions": entropy.size, "bins": BUCKETS},
+        **{
+            "entropy_edges": [*map(float, range(BUCKETS)), 1000.0],
+            "pos_per_bin_per_rollout": POSITIONS_PER_ROLLOUT // BUCKETS,
+        },
+        **{
+            "seed": 0,
+            "max_new_tokens": POSITIONS_PER_ROLLOUT,
+            "temperature": 1.0,
+            "prompt_idxs": list(range(n_prompts)),
+        },
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the tables asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--paper", action="store_true", help="tables that need no measurement")
     what.add_argument("--check", action="store_true", help="the formulae against measurements")
+    what.add_argument("--analyses", metavar="ROWSxDIM", help="Exp 1 and Exp 2 on a made-up dump")
     parser.add_argument("--quick", action="store_true", help="of --check, one shape and one short batch alone")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     if args.paper:
         print_paper()
+    elif args.analyses:
+        print_analyses(args.analyses, resolve_device(args.device))
     else:
         print_check(resolve_device(args.device), args.quick)
     return 0

@@ -51,7 +51,7 @@ fi
 step "Checks" "$PYTHON" benchmarks/gpu_checks.py "${rollouts[@]}" --device "$DEVICE"
 step "Memory against docs/scaling.md" "$PYTHON" benchmarks/bench_scaling.py --check "${quick[@]}" --device "$DEVICE"
 step "The probe by phase" "$PYTHON" benchmarks/bench_probe.py --config "$SHAPE" --random-init --device "$DEVICE" "${probe[@]}"
-step "The analyses" "$PYTHON" benchmarks/bench_scale.py "$rows" --device "$DEVICE"
+step "The analyses" "$PYTHON" benchmarks/bench_scaling.py --analyses "$rows" --device "$DEVICE"
 rm -f -- "$log"
 if ((${#failed[@]} > 0)); then
     printf 'failed: %s\n' "${failed[*]}" >&2

@@ -9,9 +9,9 @@ The demo's trained model, 20 re-samplings of 128 problems (tens of minutes on on
 
     python benchmarks/law.py --model demo/trained --output out/law_trained.jsonl
 
-The tables that docs/methods.md sums up, from such files:
+What such files say (docs/methods.md):
 
-    python benchmarks/law.py --report out/law_base.jsonl out/law_trained.jsonl --output out/law.md
+    python benchmarks/law.py --report out/law_base.jsonl out/law_trained.jsonl
 """
 
 import argparse
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import probe_grad_vectors  # noqa: E402
 from gradprobe.analysis.inputs import pooled_of  # noqa: E402
 from gradprobe.analysis.opposition import rho_over_sums  # noqa: E402
-from gradprobe.dump.on_policy import OFF_POLICY, Tokens  # noqa: E402
+from gradprobe.dump.on_policy import Tokens  # noqa: E402
 from gradprobe.dump.records import Rollout, iter_rollouts  # noqa: E402
 from gradprobe.exp2.measure import Exp2Settings, directions_of_dump  # noqa: E402
 from gradprobe.library import load_dump  # noqa: E402
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     """Re-sample one model, or report what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint to sample")
-    parser.add_argument("--report", nargs="+", type=Path, metavar="F", help="make tables of these files")
-    parser.add_argument("--output", type=Path, required=True, help="lines are added to it; with --report: the page")
+    parser.add_argument("--report", nargs="+", type=Path, metavar="F", help="say what these files hold")
+    parser.add_argument("--output", type=Path, default=Path("out/law.jsonl"), help="lines are added to it")
     parser.add_argument("--resamplings", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=1, help="to add re-samplings to those there are")
     parser.add_argument("--num-prompts", type=int, default=128)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, default=4)
     args = parser.parse_args(argv)
     if args.report:
-        args.output.write_text(page(args.report), encoding="utf-8")
+        report(args.report)
         return 0
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("a", encoding="utf-8") as stream:
@@ -142,87 +142,38 @@ def detected(rollouts: list[Rollout]) -> dict[str, float | None]:
     return {str(n): Tokens.of(by_sample[:n]).test(True).z for n in SIZES if n <= len(rollouts)}
 
 
-# ---- the page ---------------------------------------------------------------------------------------------------
+# ---- what was found ---------------------------------------------------------------------------------------------
 
 
-HEAD = """# The law: the same problems, sampled again and again
-
-Written by `python benchmarks/law.py --report ...`. 128 problems of the demo × 8 rollouts, temperature 1, full softmax;
-each re-sampling has uniform numbers of its own. Where rollouts are the model's own, theory fixes what must come out
-(docs/methods.md): log π + H has mean zero; correct and incorrect rollouts oppose each other (ρ = −1), so no bucket can
-be aligned.
-
-Buckets with few rare tokens to be expected show why `unsampled` is a verdict: what is given for them here, before it
-is withheld, is the absence of tokens that did not come up. *Aligned but for that*: the interval of ρ lies above 0.
-"""
-
-
-def page(files: list[Path]) -> str:
-    """What was found, in tables."""
+def report(files: list[Path]) -> None:
+    """For each model and bucket how often theory held, and z by way of sampling and number of rollouts."""
     lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    plain = [line for line in lines if "way" not in line]
-    models = dict.fromkeys(line["model"] for line in lines)
-    parts = [part_of(model, [line for line in plain if line["model"] == model]) for model in models]
-    return "\n".join([HEAD, *parts, part_of_others([line for line in lines if "way" in line])])
-
-
-def part_of(model: str, lines: list[dict[str, Any]]) -> str:
-    """What came of one model's own rollouts."""
-    z = np.array([line["on_policy"]["z"] for line in lines])
-    verdicts = [one for line in lines for one in line["rho"]]
-    text = f"""
-## {model}: {len(lines)} re-samplings
-
-log π + H over all tokens: |z| > 2 in {np.mean(np.abs(z) > 2):.0%}, mean of z {z.mean():+.2f}, standard deviation \
-{z.std(ddof=1):.2f}. Verdicts on ρ of picked tokens, {len(verdicts)} buckets: {counted(verdicts)}. \
-ρ over sums of all tokens: {holding([line["rho_over_sums"][BINS] for line in lines])}.
-
-| bucket | rare tokens expected, median | verdicts on ρ | aligned but for that | ρ where it has an interval \
-| ρ over sums | log π + H: &#124;z&#124; > 2 |
-| --- | --- | --- | --- | --- | --- | --- |"""
-    for index in range(BINS):
-        found = [line["rho"][index] for line in lines]
-        given = [one for one in found if one["ci95"] is not None]
-        of_bucket = np.array([line["on_policy_by_bucket"][index] for line in lines], dtype=float)
-        text += (
-            f"\n| {index} | {np.median([line['n_rare'][index] for line in lines]):,.1f} "
-            f"| {counted(found)} | {sum(one['ci95'][0] > 0 for one in given)} "
-            f"| {spread([one['rho'] for one in given])} | {holding([line['rho_over_sums'][index] for line in lines])} "
-            f"| {np.mean(np.abs(of_bucket) > 2):.0%} |"
-        )
-    return text
-
-
-def counted(found: list[dict[str, Any]]) -> str:
-    """Verdicts, the most frequent first."""
-    return ", ".join(f"{verdict} {n}" for verdict, n in Counter(one["verdict"] for one in found).most_common())
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{np.median(values):+.2f} ({min(values):+.2f} to {max(values):+.2f}, n {len(values)})" if values else "none"
+    for model in dict.fromkeys(line["model"] for line in lines):
+        plain = [line for line in lines if line["model"] == model and "way" not in line]
+        z = np.array([line["on_policy"]["z"] for line in plain])
+        outside = f"log π + H: |z| > 2 in {np.mean(np.abs(z) > 2):.0%}, mean {z.mean():+.2f}"
+        print(f"\n{model}: {len(plain)} re-samplings; {outside}")
+        print(f"ρ over sums of all tokens: {holding([line['rho_over_sums'][BINS] for line in plain])}")
+        for index in range(BINS):
+            found = [line["rho"][index] for line in plain]
+            rare = np.median([line["n_rare"][index] for line in plain])
+            verdicts = ", ".join(
+                f"{verdict} {n}" for verdict, n in Counter(one["verdict"] for one in found).most_common()
+            )
+            above = sum(one["ci95"] is not None and one["ci95"][0] > 0 for one in found)
+            sums = holding([line["rho_over_sums"][index] for line in plain])
+            print(f"bucket {index}: {rare:,.1f} rare tokens; {verdicts}; above 0 {above}; ρ over sums: {sums}")
+    for line in lines:
+        if "way" in line:
+            z = ", ".join(f"{n}: {value or 0:+.1f}" for n, value in line["detected"].items())
+            print(f"{line['model']} sampled by {line['way']}: z over rollouts {z}")
 
 
 def holding(estimates: list[dict[str, Any]]) -> str:
     """How many intervals hold what theory says."""
     given = [one for one in estimates if one["ci95"] is not None]
-    if not given:
-        return "never an interval"
     holds = sum(one["ci95"][0] <= -1 <= one["ci95"][1] for one in given)
-    return f"{holds} of {len(given)} intervals hold −1, median {np.median([one['value'] for one in given]):+.2f}"
-
-
-def part_of_others(lines: list[dict[str, Any]]) -> str:
-    """What came of other ways to sample."""
-    text = f"\n## Sampled in other ways\n\nz of log π + H; the verdict is *{OFF_POLICY}* beyond ±4.\n\n"
-    text += f"| sampled by | model | {' | '.join(f'{n} rollouts' for n in SIZES)} | off-policy from |\n"
-    text += "| --- | --- | " + "| ".join(["--- "] * len(SIZES)) + "| --- |\n"
-    for line in sorted(lines, key=lambda line: (OTHER_WAYS.index(line["way"]), line["model"])):
-        z = {int(n): value for n, value in line["detected"].items()}
-        found = [n for n in z if all(abs(z[m] or 0) > 4 for m in z if m >= n)]
-        cells = " | ".join("–" if z.get(n) is None else f"{z[n]:+.1f}" for n in SIZES)
-        text += f"| {line['way']} | {line['model']} | {cells} | {found[0] if found else f'not by {max(z)}'} |\n"
-    return text
+    return f"{holds} of {len(given)} intervals hold −1"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Where other programs keep the cores busy, put ``OMP_WAIT_POLICY=PASSIVE`` before
 spin while they wait for each other made training many times slower there.
 
 Phases: ``data`` (problems, tokenizer), ``sft`` (-> base/), ``rl`` (-> trained/), ``eval``. Each one writes
-its section of ``provenance.json``; ``eval`` also rewrites the block of numbers in ``README.md``.
+its section of ``provenance.json``. Responses are drawn by the toolkit's own sampler, but for TRL's.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -55,8 +55,15 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gradprobe import __version__  # noqa: E402
+from gradprobe.dump.on_policy import Tokens  # noqa: E402
+from gradprobe.dump.records import Rollout  # noqa: E402
 from gradprobe.problems.boxed import is_correct  # noqa: E402
+from gradprobe.rollouts.early_word import early_word, n_of_rarer_kind  # noqa: E402
+from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
+from gradprobe.rollouts.score import TokenScores, score_responses  # noqa: E402
 
+BATCH_TOKENS = 8192
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 # Qwen2's own split pattern: transformers' Qwen2Tokenizer puts it in whatever tokenizer.json says, so that a
@@ -402,34 +409,15 @@ def save_tokenizer(bpe: Tokenizer, folder: Path, max_positions: int) -> PreTrain
     return AutoTokenizer.from_pretrained(folder)
 
 
-def check_tokenizer(folder: Path, texts: Sequence[str]) -> int:
-    """Assert that AutoTokenizer and the tokenizers library agree on every text and that decoding gives the
-    text back; returns the number of texts. The Auto class rebuilds the tokenizer and may drop what it does
-    not know, which would show here and nowhere else."""
-    auto = AutoTokenizer.from_pretrained(folder)
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    auto_ids = auto(list(texts), add_special_tokens=False)["input_ids"]
-    raw_ids = [encoding.ids for encoding in raw.encode_batch(list(texts), add_special_tokens=False)]
-    for text, through_auto, through_raw in zip(texts, auto_ids, raw_ids, strict=True):
-        assert through_auto == through_raw, f"ids differ for {text!r}"
-        assert auto.decode(through_auto, skip_special_tokens=False) == text, f"no round trip for {text!r}"
-    return len(texts)
-
-
-def texts_to_check(settings: Settings, tokenizer: PreTrainedTokenizerBase, problems_file: Path) -> list[str]:
-    """All held-out prompts, thousands of solutions, and lines whose words the BPE has never seen."""
-    lines = problems_file.read_text(encoding="utf-8").splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines]
-    rng = random.Random(settings.seed + 4)
-    solutions = [worked_solution(draw_problem(rng), rng) for _ in range(5000)]
-    unseen = [
-        "Zürich — 東京 🙂\n\n  tabs\tand 1234567890",
-        "I'll\r\nsay: x²≠{y}",
-        f"Hi{IM_END}\n{IM_START}you",
-    ]
-    chats = [[{"role": "system", "content": text}] for text in unseen]
-    rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    return [*prompts, *solutions, *unseen, *rendered]
+def check_tokenizer(folder: Path, texts: Sequence[str]) -> None:
+    """Assert that AutoTokenizer and the tokenizers library agree on every text and that decoding gives it back: the
+    Auto class rebuilds the tokenizer and may drop what it does not know, which would show here and nowhere else."""
+    auto, raw = AutoTokenizer.from_pretrained(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    unseen = ["Zürich — 東京 🙂\n\n  tabs\tand 1234567890", "I'll\r\nsay: x²≠{y}", f"Hi{IM_END}\n{IM_START}you"]
+    for text in [*texts, *unseen]:
+        ids = auto(text, add_special_tokens=False)["input_ids"]
+        assert ids == raw.encode(text, add_special_tokens=False).ids, f"ids differ for {text!r}"
+        assert auto.decode(ids, skip_special_tokens=False) == text, f"no round trip for {text!r}"
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -484,117 +472,59 @@ def load_checkpoint(folder: Path) -> PreTrainedModel:
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-@dataclass
-class Rollouts:
-    """Sampled responses; every list has one entry per row, in the order of the rows that were asked for."""
-
-    texts: list[str]
-    lengths: list[int]
-    ended: list[bool]
-    entropies: list[list[float]]
-    log_probs: list[list[float]]
-
-
-@torch.inference_mode()
-def sample(
+def judged_rollouts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    generator: torch.Generator,
-) -> Rollouts:
-    """One response per prompt from the full softmax at temperature 1, all rows together on a KV cache.
-
-    This loop is our own rather than `generate` so that no setting of a generation_config.json can have a part
-    in it, and because it yields each token's entropy on the way.
-    """
-    stop_ids = torch.tensor([tokenizer.convert_tokens_to_ids(t) for t in (IM_END, END_OF_TEXT)])
-    batch = tokenizer(list(prompts), add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    mask = batch["attention_mask"]
-    inputs, positions, cache = batch["input_ids"], (mask.cumsum(1) - 1).clamp(min=0), None
-    alive = torch.ones(len(prompts), dtype=torch.bool)
-    tokens, entropies, log_probs, live = [], [], [], []
-    for _ in range(max_new_tokens):
-        out = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = out.past_key_values
-        log_softmax = out.logits[:, -1].float().log_softmax(-1)
-        probs = log_softmax.exp()
-        drawn = torch.multinomial(probs, 1, generator=generator)
-        tokens.append(drawn[:, 0])
-        entropies.append(-(probs * log_softmax).sum(-1))
-        log_probs.append(log_softmax.gather(1, drawn)[:, 0])
-        live.append(alive)
-        alive = alive & ~torch.isin(drawn[:, 0], stop_ids)
-        if not alive.any():
-            break
-        inputs, positions = drawn, positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(drawn)], dim=1)
-    return _collect(tokenizer, tokens, entropies, log_probs, live, ended=~alive)
-
-
-def _collect(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: list[torch.Tensor],
-    entropies: list[torch.Tensor],
-    log_probs: list[torch.Tensor],
-    live: list[torch.Tensor],
-    ended: torch.Tensor,
-) -> Rollouts:
-    """Cut each row where its response ended (the ending token counts as part of the response)."""
-    lengths = torch.stack(live, 1).sum(1).tolist()
-    rows = torch.stack(tokens, 1).tolist()
-    entropy_rows, log_prob_rows = torch.stack(entropies, 1).tolist(), torch.stack(log_probs, 1).tolist()
-    responses = [row[:n] for row, n in zip(rows, lengths, strict=True)]
-    return Rollouts(
-        texts=tokenizer.batch_decode(responses, skip_special_tokens=True),
-        lengths=lengths,
-        ended=ended.tolist(),
-        entropies=[row[:n] for row, n in zip(entropy_rows, lengths, strict=True)],
-        log_probs=[row[:n] for row, n in zip(log_prob_rows, lengths, strict=True)],
+    problems: Sequence[Problem],
+    n_samples: int,
+    settings: Settings,
+    seed: int,
+) -> list[Rollout]:
+    """`n_samples` responses to each problem from the full softmax at temperature 1, scored and judged."""
+    prompts = tokenizer([render_prompt(tokenizer, problem) for problem in problems], add_special_tokens=False)[
+        "input_ids"
+    ]
+    batches = sample_responses(
+        model,
+        prompts,
+        lambda p, s: rollout_uniforms(seed, p, s, settings.max_new_tokens),
+        Sampling(n_samples, settings.max_new_tokens, end_ids=end_ids_of(tokenizer)),
+        settings.eval_batch,
     )
+    sampled = [
+        (p, s, response)
+        for p, samples in enumerate(samples for batch in batches for samples in batch)
+        for s, response in enumerate(samples)
+    ]
+    scores: dict[int, TokenScores] = {}
+    for batch in score_responses(model, [prompts[p] for p, *_ in sampled], [ids for *_, ids in sampled], BATCH_TOKENS):
+        scores |= batch
+    texts = tokenizer.batch_decode([ids for *_, ids in sampled], skip_special_tokens=True)
+    return [
+        Rollout(
+            prompt_idx=p,
+            sample_idx=s,
+            problem_id=problems[p].text,
+            prompt_ids=prompts[p],
+            response_ids=ids,
+            entropies=scores[i].entropies.tolist(),
+            logprobs=scores[i].logprobs.tolist(),
+            response=texts[i],
+            ground_truth=str(problems[p].answer),
+            correct=is_correct(texts[i], str(problems[p].answer)),
+        )
+        for i, (p, s, ids) in enumerate(sampled)
+    ]
 
 
-def sample_many(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    rollouts: int,
-    settings: Settings,
-    seed: int,
-) -> Rollouts:
-    """`rollouts` responses for each problem, neighbours in the result, `eval_batch` rows at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [render_prompt(tokenizer, problem) for problem in problems for _ in range(rollouts)]
-    merged = Rollouts([], [], [], [], [])
-    for start in range(0, len(prompts), settings.eval_batch):
-        part = prompts[start : start + settings.eval_batch]
-        got = sample(model, tokenizer, part, settings.max_new_tokens, generator)
-        for field in dataclasses.fields(Rollouts):
-            getattr(merged, field.name).extend(getattr(got, field.name))
-    return merged
+def end_ids_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Any of them ends a response."""
+    return frozenset(tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT]))
 
 
-def validation_accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    settings: Settings,
-    seed: int,
-) -> float:
-    """Share of right answers, one rollout a problem."""
-    was_training = model.training
-    model.eval()
-    texts = sample_many(model, tokenizer, problems, 1, settings, seed).texts
-    model.train(was_training)
-    right = [is_correct(text, str(problem.answer)) for problem, text in zip(problems, texts, strict=True)]
-    return sum(right) / len(right)
+def accuracy_of(rollouts: Sequence[Rollout]) -> float:
+    """Share of right answers."""
+    return sum(rollout.correct for rollout in rollouts) / len(rollouts)
 
 
 # ------------------------------------------------------------------------------------------ phase: data
@@ -611,14 +541,13 @@ def run_data(out: Path, settings: Settings) -> dict[str, Any]:
     ]
     tokenizer = save_tokenizer(train_bpe(texts, settings.vocab_size), out / "base", settings.max_positions)
     write_problems(out / "problems.jsonl", held_out, tokenizer)
-    checked = check_tokenizer(out / "base", texts_to_check(settings, tokenizer, out / "problems.jsonl"))
     prompts = [render_prompt(tokenizer, problem) for problem in held_out]
+    check_tokenizer(out / "base", [*prompts, *texts])
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     return {
         "problems": len(held_out),
         "problems_by_kind": {kind: sum(p.kind == kind for p in held_out) for kind in sorted(KINDS)},
         "vocabulary": len(tokenizer),
-        "texts_checked_for_round_trip": checked,
         "prompt_tokens_mean": round(sum(lengths) / len(lengths), 2),
         "prompt_tokens_max": max(lengths),
     }
@@ -672,7 +601,9 @@ def run_sft(out: Path, settings: Settings) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         if step % settings.sft_check_every == 0:
-            accuracy = validation_accuracy(model, tokenizer, validation, settings, settings.seed + step)
+            model.eval()
+            accuracy = accuracy_of(judged_rollouts(model, tokenizer, validation, 1, settings, settings.seed + step))
+            model.train()
             history.append({"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy, 4)})
             log(f"sft step {step}: loss {loss.item():.3f}, validation accuracy {accuracy:.3f}")
             if accuracy >= settings.sft_stop_accuracy:
@@ -697,18 +628,6 @@ def reward_correct(completions: list[str], ground_truth: list[str], **_: Any) ->
     return [float(is_correct(text, truth)) for text, truth in zip(completions, ground_truth, strict=True)]
 
 
-def _import_trl() -> tuple[Any, Any, Any, Any, Any]:
-    """TRL's parts, which only the RL phase needs."""
-    try:
-        from datasets import Dataset
-        from transformers import PrinterCallback, TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError as error:
-        needed = f"the rl phase needs TRL ({error}); install it with: pip install trl datasets"
-        raise SystemExit(needed) from error
-    return Dataset, TrainerCallback, PrinterCallback, GRPOConfig, GRPOTrainer
-
-
 def _stop_callback(base_class: type, settings: Settings, history: list[dict[str, float]]) -> Any:
     """A callback that keeps the log and stops once the mean reward of the last steps is high enough: a model
     that no longer errs would leave no prompt with both right and wrong rollouts."""
@@ -721,8 +640,8 @@ def _stop_callback(base_class: type, settings: Settings, history: list[dict[str,
             history.append({"step": state.global_step, **entry})
             recent = [entry["reward"] for entry in history[-settings.rl_stop_window :]]
             if state.global_step % 10 == 0:
-                log(f"rl mean reward of last {len(recent)} steps {_mean(recent):.3f}; {history[-1]}")
-            if len(recent) == settings.rl_stop_window and _mean(recent) >= settings.rl_stop_reward:
+                log(f"rl mean reward of last {len(recent)} steps {statistics.fmean(recent):.3f}; {history[-1]}")
+            if len(recent) == settings.rl_stop_window and statistics.fmean(recent) >= settings.rl_stop_reward:
                 control.should_training_stop = True
 
     return StopAtReward()
@@ -730,7 +649,12 @@ def _stop_callback(base_class: type, settings: Settings, history: list[dict[str,
 
 def run_rl(out: Path, settings: Settings) -> dict[str, Any]:
     """GRPO with the DAPO loss, from the base checkpoint as it was saved."""
-    dataset_class, callback_class, printer_class, config_class, trainer_class = _import_trl()
+    try:
+        from datasets import Dataset
+        from transformers import PrinterCallback, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        raise SystemExit(f"the rl phase needs TRL ({error}); install it with: pip install trl datasets") from error
     tokenizer = AutoTokenizer.from_pretrained(out / "base")
     model = load_checkpoint(out / "base")
     # TRL gives its own settings to `generate`, which fills any that are unset from here.
@@ -741,7 +665,7 @@ def run_rl(out: Path, settings: Settings) -> dict[str, Any]:
     fresh = FreshProblems([*held_out, *validation], random.Random(settings.seed + 3))
     problems = fresh.take(settings.rl_max_steps * settings.rl_prompts_per_step, distinct=True)
     rows = [{"prompt": render_prompt(tokenizer, p), "ground_truth": str(p.answer)} for p in problems]
-    config = config_class(
+    config = GRPOConfig(
         output_dir=tempfile.gettempdir(),  # TRL asks for one, but writes nothing there without saves
         save_strategy="no",
         report_to="none",
@@ -767,15 +691,15 @@ def run_rl(out: Path, settings: Settings) -> dict[str, Any]:
         max_completion_length=settings.rl_max_new_tokens,
     )
     history: list[dict[str, float]] = []
-    trainer = trainer_class(
+    trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward_correct,
         args=config,
-        train_dataset=dataset_class.from_list(rows),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[_stop_callback(callback_class, settings, history)],
+        callbacks=[_stop_callback(TrainerCallback, settings, history)],
     )
-    trainer.remove_callback(printer_class)  # our own callback logs, in fewer words
+    trainer.remove_callback(PrinterCallback)  # our own callback logs, in fewer words
     trainer.train()
     save_checkpoint(trainer.model, out / "base", out / "trained")
     return {"steps": trainer.state.global_step, "history": history}
@@ -784,47 +708,22 @@ def run_rl(out: Path, settings: Settings) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ phase: eval
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def measure(folder: Path, problems: Sequence[Problem], settings: Settings) -> dict[str, Any]:
-    """What a saved checkpoint does on held-out problems, sampled from the full softmax at temperature 1."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_checkpoint(folder).eval()
-    count = settings.eval_rollouts
-    got = sample_many(model, tokenizer, problems, count, settings, settings.seed + 5)
-    right = [is_correct(text, str(problems[row // count].answer)) for row, text in enumerate(got.texts)]
-    per_prompt = [sum(right[start : start + count]) for start in range(0, len(right), count)]
-    mixed = sum(0 < hits < count for hits in per_prompt)
-    entropies = sorted((e for row in got.entropies for e in row), reverse=True)
-    top_fifth = math.ceil(len(entropies) / 5)
-    surprisals = [-value for row in got.log_probs for value in row]
-    hits_by_kind: dict[str, list[int]] = {}
-    for problem, hits in zip(problems, per_prompt, strict=True):
-        hits_by_kind.setdefault(problem.kind, []).append(hits)
+    """What a saved checkpoint does on held-out problems."""
+    tokenizer, n = AutoTokenizer.from_pretrained(folder), settings.eval_rollouts
+    rollouts = judged_rollouts(load_checkpoint(folder).eval(), tokenizer, problems, n, settings, settings.seed + 5)
+    kinds = sorted({problem.kind for problem in problems})
+    of_kind = {kind: [r for r in rollouts if problems[r.prompt_idx].kind == kind] for kind in kinds}
     return {
         "prompts": len(problems),
-        "rollouts_per_prompt": count,
-        "rollouts": len(right),
-        "correct": sum(right),
-        "accuracy": round(_mean(right), 4),
-        "accuracy_by_kind": {kind: round(_mean(hits) / count, 4) for kind, hits in sorted(hits_by_kind.items())},
-        "prompts_all_wrong": per_prompt.count(0),
-        "prompts_mixed": mixed,
-        "prompts_all_right": per_prompt.count(count),
-        "share_mixed": round(mixed / len(per_prompt), 4),
-        "response_tokens_mean": round(_mean(got.lengths), 2),
-        "response_tokens_max": max(got.lengths),
-        "share_ended_by_itself": round(_mean(got.ended), 4),
-        "entropy_mean": round(_mean(entropies), 4),
-        "entropy_top_20_percent_above": round(entropies[top_fifth - 1], 4),
-        "entropy_top_20_percent_mean": round(_mean(entropies[:top_fifth]), 4),
-        "entropy_median": round(entropies[len(entropies) // 2], 4),
-        # Equal to entropy_mean up to chance if and only if nothing narrowed or widened the softmax.
-        "surprisal_mean": round(_mean(surprisals), 4),
+        "rollouts": len(rollouts),
+        "accuracy": round(accuracy_of(rollouts), 4),
+        "accuracy_by_kind": {kind: round(accuracy_of(of), 4) for kind, of in of_kind.items()},
+        "share_mixed": round(sum(k > 0 for k in n_of_rarer_kind(rollouts)) / len(problems), 4),
+        # log π + H has mean 0 up to chance if and only if nothing narrowed or widened the softmax.
+        "said": list(early_word(rollouts, end_ids_of(tokenizer), Tokens.of(rollouts).test(True))),
         "example_prompt": problems[0].text,
-        "example_responses": got.texts[: min(3, count)],
+        "example_responses": [rollout.response for rollout in rollouts[: min(3, n)]],
     }
 
 
@@ -836,8 +735,7 @@ def run_eval(out: Path, settings: Settings) -> dict[str, Any]:
     assert [problem.text for problem in problems] == [meta["problem"] for meta in metas]
     result: dict[str, Any] = {}
     for name in ("base", "trained"):
-        texts = texts_to_check(settings, AutoTokenizer.from_pretrained(out / name), out / "problems.jsonl")
-        check_tokenizer(out / name, texts)
+        check_tokenizer(out / name, [problem.text for problem in problems])
         result[name] = measure(out / name, problems, settings)
         log(f"{name}: {json.dumps(result[name])}")
     result["gain"] = round(result["trained"]["accuracy"] - result["base"]["accuracy"], 4)
@@ -857,7 +755,7 @@ def log(line: str) -> None:
 
 def versions() -> dict[str, str]:
     """What the phase ran with."""
-    found = {"python": platform.python_version()}
+    found = {"gradprobe": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "trl", "accelerate", "datasets"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -872,55 +770,13 @@ def settings_of(phase: str, settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if not name.startswith(others)}
 
 
-def record_phase(out: Path, phase: str, section: dict[str, Any]) -> dict[str, Any]:
-    """Put the phase's section into provenance.json; returns the whole."""
+def record_phase(out: Path, phase: str, section: dict[str, Any]) -> None:
+    """Put the phase's section into provenance.json."""
     path = out / "provenance.json"
     whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    whole.pop("made_by", None)  # of the pair as it was; the sections say by which version they were made
     whole[phase] = section
     path.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return whole
-
-
-def numbers_block(whole: dict[str, Any]) -> str:
-    """The measured numbers as Markdown."""
-    result = whole["eval"]
-    rows = [
-        ("correct rollouts", lambda m: f"{m['correct']} of {m['rollouts']} ({100 * m['accuracy']:.1f} %)"),
-        *(
-            (f"accuracy, {kind}", lambda m, kind=kind: f"{100 * m['accuracy_by_kind'][kind]:.1f} %")
-            for kind in result["base"]["accuracy_by_kind"]
-        ),
-        ("prompts with both kinds", lambda m: f"{m['prompts_mixed']} of {m['prompts']}"),
-        ("prompts all wrong / all right", lambda m: f"{m['prompts_all_wrong']} / {m['prompts_all_right']}"),
-        (
-            "response tokens, mean (longest)",
-            lambda m: f"{m['response_tokens_mean']} ({m['response_tokens_max']})",
-        ),
-        ("rollouts that ended by themselves", lambda m: f"{100 * m['share_ended_by_itself']:.1f} %"),
-        ("entropy per token, mean (median), nats", lambda m: f"{m['entropy_mean']} ({m['entropy_median']})"),
-        (
-            "entropy of the top 20 % of tokens, mean (least), nats",
-            lambda m: f"{m['entropy_top_20_percent_mean']} ({m['entropy_top_20_percent_above']})",
-        ),
-        ("-log p of sampled tokens, mean", lambda m: f"{m['surprisal_mean']}"),
-    ]
-    lines = ["| | base | trained |", "|---|---|---|"]
-    lines += [f"| {name} | {show(result['base'])} | {show(result['trained'])} |" for name, show in rows]
-    lines += ["", *(f"- `{file}` sha256 `{digest}`" for file, digest in result["sha256"].items())]
-    times = ", ".join(f"{name} {section['wall_seconds']:.0f} s" for name, section in whole.items())
-    steps = f"Steps: SFT {whole['sft']['steps']}, RL {whole['rl']['steps']}."
-    lines += ["", f"{steps} Wall time by phase: {times}."]
-    return "\n".join(lines)
-
-
-def update_readme(path: Path, block: str) -> None:
-    """Replace what stands between the two marks of README.md, where there is one."""
-    if not path.exists():
-        return
-    begin, end = "<!-- numbers: begin -->", "<!-- numbers: end -->"
-    head, rest = path.read_text(encoding="utf-8").split(begin)
-    tail = rest.split(end)[1]
-    path.write_text(f"{head}{begin}\n{block}\n{end}{tail}", encoding="utf-8")
 
 
 PHASES: dict[str, Callable[[Path, Settings], dict[str, Any]]] = {
@@ -960,10 +816,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         section["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         section["versions"] = versions()
         section["settings"] = settings_of(phase, settings)
-        whole = record_phase(out, phase, section)
+        record_phase(out, phase, section)
         log(f"phase {phase}: {section['wall_seconds']} s")
-        if phase == "eval":
-            update_readme(out / "README.md", numbers_block(whole))
     return 0
 
 

@@ -4,22 +4,14 @@
 set -Eeuo pipefail
 
 project="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$project/.venv"
+stamp="$venv/.requirements" # what was asked for last time, one a line
 if [[ -n "${PYTHON:-}" ]]; then
     printf '%s\n' "$PYTHON"
-    exit 0
+    exit
 fi
-
-venv="$project/.venv"
-stamp="$venv/.requirements" # what has been installed: requirements.txt, then further requirements, one a line
-base="$(<"$project/requirements.txt")"
-installed=""
-if [[ -f "$stamp" ]]; then installed="$(<"$stamp")"; fi
-if [[ "$installed" != "$base"* ]]; then installed=""; fi # other versions are asked for now
-missing=()
-for requirement in "$@"; do
-    if [[ $'\n'"$installed"$'\n' != *$'\n'"$requirement"$'\n'* ]]; then missing+=("$requirement"); fi
-done
-if [[ -z "$installed" ]] || ((${#missing[@]} > 0)); then
+wanted="$(printf '%s\n' "$(<"$project/requirements.txt")" "$@")"
+if [[ ! -f "$stamp" ]] || grep -qvxF -f "$stamp" <<<"$wanted"; then
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
         printf 'error: python3 must be 3.10 or later; or set PYTHON to an interpreter with requirements.txt\n' >&2
         exit 2
@@ -27,8 +19,8 @@ if [[ -z "$installed" ]] || ((${#missing[@]} > 0)); then
     printf 'setting up %s (once; may take a few minutes)\n' "$venv" >&2
     [[ -x "$venv/bin/python" ]] || python3 -m venv "$venv" >&2
     # torch first and by its very version: asked for in any other way it may bring gigabytes of CUDA packages.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep -E '^torch==' <<<"$base")" >&2
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep -E '^torch==' <<<"$wanted")" >&2
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$project/requirements.txt" "$@" >&2
-    { printf '%s\n' "${installed:-$base}"; printf '%s\n' "${missing[@]}"; } >"$stamp"
+    printf '%s\n' "$wanted" >"$stamp"
 fi
 printf '%s\n' "$venv/bin/python"

@@ -2,15 +2,10 @@
 # (docs/cluster.md). The shards of each model are one job array; the model's merge waits for all of them, Exp 3's array
 # for that merge, the analyses for all merges, the plots for the analyses. What is done is not submitted. Each job runs
 # scripts/slurm_step.sh.
-# shellcheck shell=bash
-#
-# From run_exp1_exp2.sh: PROJECT DATASET OUT_ROOT SHARDS_PER_MODEL SLURM_ARGS SLURM_PROBE_ARGS SLURM_ANALYSIS_ARGS
-# python figures logs tags model_of parts experiments, die, say, label_of, and the functions that set the array `command`.
-# shellcheck disable=SC2154
+# shellcheck shell=bash disable=SC2154
 
 slurm_dir="$OUT_ROOT/slurm" # each step's command (scripts/slurm_step.sh), and `jobs`: "ID STEP" of what was submitted
 submitted=()                # ids of the jobs submitted by this process
-job_id=""                   # of the job that was submitted last
 after=()                    # ids of the jobs for which the next one waits
 
 submit_chain() {
@@ -28,74 +23,73 @@ submit_chain() {
         done
     done
     submit_analyses
-    print_jobs
+    if ((${#submitted[@]} == 0)); then
+        printf 'Nothing to submit: every step is done.\n'
+    else
+        printf '%d jobs submitted.\nWatch:   squeue --jobs=%s\nCancel:  scancel %s\n' "${#submitted[@]}" \
+            "$(join , "${submitted[@]}")" "${submitted[*]}"
+        printf 'If one fails, the same command again submits what is not done yet.\n'
+    fi
+    printf 'Logs:    %s\nResults: %s\n' "$logs" "$figures/report.html"
 }
 
 refuse_if_queued() { # two submissions of one study would write the same files
     [[ -s "$slurm_dir/jobs" ]] || return 0
-    local id live queued=()
+    local live queued
     live="$(squeue --noheader --user="$(id -un)" --format=%F)" || die "squeue doesn't answer; nothing was submitted" 1
-    while read -r id _; do
-        if grep -qxF -- "$id" <<<"$live"; then queued+=("$id"); fi
-    done <"$slurm_dir/jobs"
-    if ((${#queued[@]} > 0)); then
-        die "$OUT_ROOT: jobs of this study are queued or running: wait for them, or: scancel ${queued[*]}"
-    fi
+    queued="$(cut -d ' ' -f 1 "$slurm_dir/jobs" | grep -xF -e "${live:-none}" | paste -sd ' ')" || true
+    [[ -z "$queued" ]] || die "$OUT_ROOT: jobs of this study are queued or running: wait for them, or: scancel $queued"
 }
 
 # ---- steps ------------------------------------------------------------------------------------------------------
 
 submit_probes() { # part, tag: an array of its shards that aren't done -> after
-    local shard dump missing=() inputs=() indexes label dependency=() words
-    label="$(label_of "$1" "$2")"
-    if [[ -e "${model_of[$2]}" ]]; then inputs+=("${model_of[$2]}"); fi # else a name on the Hub
-    if [[ -e "${adapter_of[$2]-}" ]]; then inputs+=("${adapter_of[$2]}"); fi
-    if [[ "$1" == exp3 ]]; then
-        inputs+=("$OUT_ROOT/exp12_$2") # its rollouts
-    elif [[ -e "$DATASET" ]]; then
-        inputs+=("$DATASET")
-    fi
+    local label="${prefix_of[$1]}$2" shard dump missing=() inputs=() name
+    for name in "${model_of[$2]}" "${adapter_of[$2]-}" "$DATASET"; do # names on the Hub are no inputs
+        if [[ -e "$name" ]]; then inputs+=("$name"); fi
+    done
+    if [[ "$1" == exp3 ]]; then inputs+=("$OUT_ROOT/exp12_$2"); fi # its rollouts
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
         dump="$OUT_ROOT/$1_$2_s$shard"
         probe_command "$1" "$2" "$shard"
         if is_done "probe_$label.$shard" "${inputs[@]}" "$dump" && is_sound "$dump"; then continue; fi
-        write_step "probe_$label.$shard"
+        printf '%s\0' "${command[@]}" >"$slurm_dir/probe_$label.$shard"
         missing+=("$shard")
     done
     if ((${#missing[@]} == 0)); then return; fi
-    indexes="$(join , "${missing[@]}")"
-    depend_on_after
-    words_of "${SLURM_PROBE_ARGS:-}"
     # What a requeued shard says is added to the log of its first run.
-    submit "probe_$label" --array="$indexes" --output="$(log_pattern "$logs/$label")_s%a.log" --open-mode=append \
-        "${dependency[@]}" "${words[@]}"
-    say "probe $label: job $job_id, ${#missing[@]} of $SHARDS_PER_MODEL shards ($indexes)${after[*]:+, after ${after[*]}}"
-    after=("$job_id")
+    submit "probe_$label" "$SLURM_PROBE_ARGS" "${#missing[@]} of $SHARDS_PER_MODEL shards ($(join , "${missing[@]}"))" \
+        --array="$(join , "${missing[@]}")" --output="$(log_pattern "$logs/$label")_s%a.log" --open-mode=append
 }
 
 submit_merge() { # part, tag -> after
-    local shard dump="$OUT_ROOT/$1_$2" shards=() label
-    label="$(label_of "$1" "$2")"
-    for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do shards+=("${dump}_s$shard"); done
+    local dump="$OUT_ROOT/$1_$2" label="${prefix_of[$1]}$2"
     merge_command "$1" "$2"
-    if is_done "merge_$label.0" "${shards[@]}" "$dump" && is_sound "$dump"; then return; fi
-    submit_single "merge_$label" "$logs/merge_$label.log"
+    if is_done "merge_$label.0" "${command[@]:3}" "$dump" && is_sound "$dump"; then return; fi
+    printf '%s\0' "${command[@]}" >"$slurm_dir/merge_$label.0"
+    submit "merge_$label" "$SLURM_ANALYSIS_ARGS" "" --open-mode=truncate \
+        --output="$(log_pattern "$logs/merge_$label.log")"
 }
 
 submit_analyses() { # and the plots
-    local number tag part summary dumps summaries=() all_dumps=() analyses=()
-    for number in "${experiments[@]}"; do
-        part=exp12 dumps=() summary="$figures/exp${number}_summary.json"
-        if ((number == 3)); then part=exp3; fi
-        for tag in "${tags[@]}"; do dumps+=("$OUT_ROOT/${part}_$tag"); done
+    local name part inputs=() dumps waits=()
+    for name in "${analyses[@]}"; do
+        if [[ "$name" == exp3 ]]; then part=exp3; else part=exp12; fi
         read -r -a after <<<"${merges_of[$part]}"
-        experiment_command "$number"
-        is_done "exp$number.0" "${dumps[@]}" "$summary" || submit_single "exp$number" "$figures/exp$number.txt"
-        analyses+=("${after[@]}") all_dumps+=("${dumps[@]}") summaries+=("$summary")
+        dumps=("${tags[@]/#/"$OUT_ROOT/${part}_"}")
+        submit_analysis "$name" "${dumps[@]}" "$figures/${name}_summary.json"
+        inputs+=("${dumps[@]}" "$figures/${name}_summary.json") waits+=("${after[@]}")
     done
-    after=("${analyses[@]}")
-    plot_command
-    is_done plot.0 "${all_dumps[@]}" "${summaries[@]}" "$figures/plot.txt" || submit_single plot "$figures/plot.txt"
+    after=("${waits[@]}")
+    submit_analysis plot "${inputs[@]}" "$figures/plot.txt"
+}
+
+submit_analysis() { # its name, files and directories that it reads and makes
+    analysis_command "$1"
+    if is_done "$1.0" "${@:2}"; then return; fi
+    printf '%s\0' "${command[@]}" >"$slurm_dir/$1.0"
+    submit "$1" "$SLURM_ANALYSIS_ARGS" "" --output="$(log_pattern "$figures/$1.txt")" \
+        --error="$(log_pattern "$logs/$1.log")" --open-mode=truncate
 }
 
 # ---- what is done -------------------------------------------------------------------------------------------------
@@ -119,43 +113,19 @@ is_sound() { # dump: finished, and nothing in it is damaged
 
 # ---- sbatch -------------------------------------------------------------------------------------------------------
 
-submit_single() { # step, log; the arrays `command` and `after` -> after
-    local dependency=() words
-    depend_on_after
-    write_step "$1.0"
-    words_of "${SLURM_ANALYSIS_ARGS:-}"
-    submit "$1" --output="$(log_pattern "$2")" --open-mode=truncate "${dependency[@]}" "${words[@]}"
-    say "${1/_/ }: job $job_id, ${after[*]:+after }${after[*]:-at once}"
-    after=("$job_id")
-}
-
-depend_on_after() { # the array `after` -> dependency: an option of sbatch, none where there is nothing to wait for
-    dependency=()
+submit() { # step, options of its kind, what is to be said of it, further options of sbatch -> after
+    local words dependency=() answer
     if ((${#after[@]} > 0)); then dependency=(--dependency="afterok:$(join : "${after[@]}")"); fi
-}
-
-submit() { # step, options of sbatch -> job_id
-    local answer words
-    words_of "${SLURM_ARGS:-}"
+    words_of "$SLURM_ARGS $2"
     # --kill-on-invalid-dep: a job whose upstream has failed would otherwise wait for ever.
-    answer="$(sbatch --parsable --requeue --kill-on-invalid-dep=yes --job-name="$1" "${words[@]}" "${@:2}" \
-        "$PROJECT/scripts/slurm_step.sh" "$slurm_dir/$1")" || give_up "$1"
-    job_id="${answer%%;*}" # the cluster's name may follow
-    submitted+=("$job_id")
-    printf '%s %s\n' "$job_id" "$1" >>"$slurm_dir/jobs"
-}
-
-give_up() { # the step that sbatch refused
-    if ((${#submitted[@]} > 0)); then scancel "${submitted[@]}"; fi
-    die "sbatch refused ${1/_/ }, see above; nothing is left in the queue"
-}
-
-write_step() { # step.index; the array `command`
-    printf '%s\0' "${command[@]}" >"$slurm_dir/$1"
-}
-
-words_of() { # text -> words
-    read -r -d '' -a words <<<"$1" || true # no delimiter is there to be found
+    if ! answer="$(sbatch --parsable --requeue --kill-on-invalid-dep=yes --job-name="$1" "${@:4}" "${dependency[@]}" \
+        "${words[@]}" "$PROJECT/scripts/slurm_step.sh" "$slurm_dir/$1")"; then
+        if ((${#submitted[@]} > 0)); then scancel "${submitted[@]}"; fi
+        die "sbatch refused ${1/_/ }, see above; nothing is left in the queue"
+    fi
+    say "${1/_/ }: job ${answer%%;*}${3:+, $3}${after[*]:+, after ${after[*]}}" # the cluster's name may follow the id
+    after=("${answer%%;*}") submitted+=("${answer%%;*}")
+    printf '%s %s\n' "${answer%%;*}" "$1" >>"$slurm_dir/jobs"
 }
 
 join() { # separator, words
@@ -165,16 +135,4 @@ join() { # separator, words
 
 log_pattern() { # path -> the same for sbatch, which takes %a and the like for something else
     printf '%s' "${1//%/%%}"
-}
-
-print_jobs() {
-    if ((${#submitted[@]} == 0)); then
-        printf 'Nothing to submit: every step is done.\n'
-    else
-        printf '%d jobs submitted.\n' "${#submitted[@]}"
-        printf 'Watch:   squeue --jobs=%s\n' "$(join , "${submitted[@]}")"
-        printf 'Cancel:  scancel %s\n' "$(join ' ' "${submitted[@]}")"
-        printf 'If one fails, the same command again submits what is not done yet.\n'
-    fi
-    printf 'Logs:    %s\nResults: %s\n' "$logs" "$figures/report.html"
 }

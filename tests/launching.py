@@ -1,6 +1,7 @@
 """The launcher with a stub in the interpreter's place: what its steps do is up to the test, by variables."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,17 +15,17 @@ STUB = r"""#!/usr/bin/env bash
 set -u
 arguments=("$@")
 script="$(basename "$1")"; shift
-output=""; shard=""; check=""; bytes="$STUB_BYTES"
+output=""; shard=""; check=""; help=""; bytes="$STUB_BYTES"
 [[ "$script" != merge* ]] || output="$1"
 while (($#)); do
     case "$1" in --output-dir) output="$2" ;; --shard-index) shard="$2" ;; --check-only) check=1 ;;
-        --pool) bytes="$STUB_BYTES_POOLED" ;; esac
+        --pool) bytes="$STUB_BYTES_POOLED" ;; --help) help=1 ;; esac
     shift
 done
 step="$script${shard:+:$(basename "$output")}"
-if [[ -n "$check" ]]; then
+if [[ -n "$check$help" ]]; then
     printf '%s\n' "$step" >>"$STUB_CALLS.checks"
-    case " $STUB_REFUSE " in *" $step "*) printf 'error: --layer 99: the model has 2 layers\n' >&2; exit 2 ;; esac
+    case " $STUB_REFUSE " in *" $step "*) printf '%b\n' "$STUB_REFUSAL" >&2; exit 2 ;; esac
     printf 'a warning of some library\n' >&2
     printf '{"bytes_at_most": %s, "positions_at_most": 10, "row_dims": [8], "targets": 1}\n' "$bytes"
     exit 0
@@ -32,8 +33,9 @@ fi
 printf '%s\t%s\t%s\n' "$step" "${CUDA_VISIBLE_DEVICES-}" "${OMP_NUM_THREADS-}" >>"$STUB_CALLS"
 printf '%s\0' "${arguments[@]}" >>"$STUB_CALLS.arguments"
 printf 'this is %s\n' "$step"
+[[ "$script" != *exp3_signal* ]] || printf 'progress\n' >&2
 [[ -z "$shard" ]] || printf '%b' "$STUB_SAYS" >&2
-case " $STUB_FAIL " in *" $step "*) printf 'the reason stands \033[31mhere\n' >&2; exit 7 ;; esac
+case " $STUB_FAIL " in *" $step "*) printf 'the reason stands \033[31mhere\n' >&2; exit "$STUB_STATUS" ;; esac
 case " $STUB_KILLED " in *" $step "*) kill -KILL $$ ;; esac
 case " $STUB_DEAF " in *" $step "*) trap '' TERM; sleep 300 & sleep 300 ;; esac
 case " $STUB_HANG " in *" $step "*) sleep 300 & sleep 300 ;; esac
@@ -49,12 +51,7 @@ elif [[ -z "$shard" ]]; then
 fi
 """
 NVIDIA_SMI = "#!/usr/bin/env bash\nprintf '%s\\n' $STUB_GPUS\n"
-SETTINGS = (
-    "BASE_MODEL TRAINED_MODEL MODELS ADAPTERS DATASET OUT_ROOT GPUS SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES "
-    "MAX_NEW_TOKENS TEMPERATURE LAYER PARAM_SUFFIX ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT SEED DTYPE DEVICE LAUNCHER "
-    "PYTHON DRY_RUN MIN_MIXED_PROMPTS PROGRESS_SECONDS EXP3 EXP3_BINS EXP3_PROJECT EXP3_PARAM_SUFFIX EXP3_LAYER "
-    "EXP3_OBJECTIVE FIGURE_FORMAT"
-).split()
+SETTINGS = re.findall(r'^: "\$\{(\w+):=', (ROOT / "config.env").read_text(), re.MULTILINE)
 PROBES, POOLED_PROBES = (
     [f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in ("base", "trained") for i in (0, 1)]
     for part in ("exp12", "exp3")
@@ -81,16 +78,11 @@ def stub_environment(directory: Path) -> dict[str, str]:
         "TMPDIR": str(directory / "tmp"),
         "DEVICE": "cpu",
         "STUB_CALLS": str(directory / "calls"),
-        "STUB_FAIL": "",
-        "STUB_KILLED": "",
-        "STUB_SAYS": "",
-        "STUB_HANG": "",
-        "STUB_DEAF": "",
-        "STUB_REFUSE": "",
-        "STUB_BYTES": "1000",
-        "STUB_BYTES_POOLED": "1000",
+        **dict.fromkeys(("STUB_BYTES", "STUB_BYTES_POOLED"), "1000"),
+        **dict.fromkeys((f"STUB_{what}" for what in "FAIL KILLED SAYS HANG DEAF REFUSE GPUS".split()), ""),
+        "STUB_STATUS": "7",
+        "STUB_REFUSAL": "error: --layer 99: the model has 2 layers",
         "STUB_SLEEP": "0",
-        "STUB_GPUS": "",
     }
 
 

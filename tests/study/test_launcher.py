@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,8 +65,14 @@ def test_the_chain_runs_in_order(environment):
     assert ran[10:12] == [MERGE, MERGE]
     assert sorted(ran[12:15]) == ANALYSES[:3], "two of them at once"
     assert ran[15:] == ANALYSES[3:]
-    assert all(f"this is {script}" in result.stdout for script in ANALYSES[:3])
-    assert (Path(environment["OUT_ROOT"]) / "exp12_figures" / "exp3.txt").is_file()
+    n_cores = len(os.sched_getaffinity(0))
+    assert {call[2] for call in calls(environment)[:4]} == {str(n_cores // min(n_cores, 4))}, "threads are divided"
+    out = Path(environment["OUT_ROOT"])
+    results, where = result.stdout.split("\n\n")
+    assert results == f"this is {ANALYSES[3]}", "the three answers, once"
+    assert shlex.split(where)[-1] == f"{out}/exp12_figures/report.html"
+    assert (out / "exp12_figures" / "exp3.txt").read_text() == f"this is {ANALYSES[2]}\n"
+    assert (out / "logs" / "exp3.log").read_text() == "progress\n", "stderr stays out of the results"
     for label in ("exp3_base", "exp3_trained"):
         assert re.search(rf"^\S+  probe {label} shard 1: done in \d+ s$", result.stderr, re.MULTILINE)
         assert re.search(rf"^\S+  merge {label}: done in \d+ s$", result.stderr, re.MULTILINE)
@@ -80,9 +87,8 @@ def test_exp3_can_be_left_out(environment):
     assert sorted(ran[6:8]) == ANALYSES[:2]
     assert ran[8:] == ANALYSES[3:]
     assert "probe exp3" not in result.stderr
-    assert "analyze_exp3" not in result.stdout
     assert not list(Path(environment["OUT_ROOT"]).rglob("exp3*"))
-    assert sorted(calls(environment, ".checks")) == [[PROBES[0]], [PROBES[2]]]
+    assert sorted(calls(environment, ".checks")) == [[ANALYSES[1]], [PROBES[0]], [PROBES[2]]]
 
 
 def test_exp3_probes_the_merged_dumps_rollouts(environment):
@@ -90,10 +96,10 @@ def test_exp3_probes_the_merged_dumps_rollouts(environment):
     settings = {"EXP3_BINS": "12", "EXP3_PROJECT": "8x4", "SEED": "3", "PARAM_SUFFIX": "a,b", "LAYER": "1,2"}
     probes = planned(environment, "--pool", DTYPE="float32", EXP3_OBJECTIVE="dr-grpo", **settings)
     assert probes[3][1:] == [
-        *(str(ROOT / "probe_grad_vectors.py"), "--model-path", str(ROOT / "demo/trained"), "--pool", "bucket"),
-        *("--bins", "12", "--project", "8x4", "--param-suffix", "a,b", "--seed", "3"),
-        *("--device", "cpu", "--dtype", "float32", "--layer", "1,2", "--rollouts", f"{out}/exp12_trained"),
+        *(str(ROOT / "probe_grad_vectors.py"), "--model-path", str(ROOT / "demo/trained"), "--device", "cpu"),
+        *("--param-suffix", "a,b", "--layer", "1,2", "--seed", "3", "--dtype", "float32", "--verifier", "boxed"),
         *("--output-dir", f"{out}/exp3_trained_s1", "--shard-index", "1", "--num-shards", "2"),
+        *("--rollouts", f"{out}/exp12_trained", "--pool", "bucket", "--bins", "12", "--project", "8x4"),
     ]
     assert len(probes) == 4
     merges = planned(environment, str(ROOT / MERGE))
@@ -101,107 +107,107 @@ def test_exp3_probes_the_merged_dumps_rollouts(environment):
     (analysis,) = planned(environment, str(ROOT / "analyze_exp3_signal.py"), EXP3_OBJECTIVE="dr-grpo")
     dumps = [f"{tag}={out}/exp3_{tag}" for tag in ("base", "trained")]
     assert analysis[2:] == ["--output-dir", f"{out}/exp12_figures", "--objective", "dr-grpo", *dumps]
-    for script in ("analyze_exp1_compression.py", "analyze_exp3_signal.py", "plot_exp12_intuitive.py"):
+    for script in ANALYSES:
         (command,) = planned(environment, str(ROOT / script), FIGURE_FORMAT="pdf,svg")
         assert command[2:6] == ["--output-dir", f"{out}/exp12_figures", "--figure-format", "pdf,svg"]
 
 
 def test_exp3_has_a_weight_and_layer_of_its_own(environment):
-    settings = {"LAYER": "1", "EXP3_LAYER": "all", "EXP3_PARAM_SUFFIX": "all-linear", "PROBE_ARGS": "--layer 3"}
+    settings = {"LAYER": "1", "EXP3_LAYER": "all", "EXP3_PARAM_SUFFIX": "all-linear"}
     for words in planned(environment, "--pool", **settings):
-        assert (words.count("--layer"), words.count("--param-suffix")) == (1, 1)
-        after = dict(itertools.pairwise(words))
+        after = dict(itertools.pairwise(words))  # the last of a flag counts
         assert (after["--layer"], after["--param-suffix"]) == ("all", "all-linear")
     assert all("--layer" not in words for words in planned(environment, "--pool"))
 
 
-def test_exp3_loads_the_same_model_and_asks_nothing_of_prompts_and_sampling(environment):
-    kept = "--revision v2 --adapter a --tokenizer t --trust-remote-code --device-map auto --max-memory=0=70GiB "
-    kept += "--offload-dir off --device auto --attention eager --batch-tokens 512 --dtype float32 --layer 3 -q"
-    dropped = "--problem-key --answer-key=b --sampler openai --base-url http://x --verifier-seconds 3 --row-idx 7 "
-    dropped += "--correct-from reward --entropy-edges e --num-samples 4 --bins 3 --sample-rows 8 --temperature 2"
-    settings = {"CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be brief.", "PROMPT_TEMPLATE": "{problem}"}
-    settings |= {"PROBE_ARGS": f"{dropped} {kept}", "VERIFIER": "numeric"}
-    plain = planned(environment, "--pool")
-    for words, without in zip(planned(environment, "--pool", **settings), plain, strict=True):
-        place = words.index("--rollouts")
-        assert words[place - len(kept.split()) : place] == kept.split()
-        assert [word for word in words if word not in kept.split()] == [w for w in without if w not in kept.split()]
+def test_every_flag_in_probe_args_reaches_both_probes_and_wins(environment):
+    given = "--any-flag --device-map auto --max-memory=0=70GiB --seed 5 --layer 3 --dtype float32 -q"
+    settings = {"PROBE_ARGS": f" {given}\n", "SAMPLING_ARGS": "--sampler openai", "SEED": "4", "LAYER": "2"}
+    settings |= {"MIN_MIXED_PROMPTS": "3", "CHAT_TEMPLATE": "1"}
+    probes = planned(environment, "--seed", **settings)
+    assert len(probes) == 8
+    for words in probes:
+        assert " ".join(given.split()) in " ".join(words)
+        after = dict(itertools.pairwise(words))
+        assert (after["--seed"], after["--layer"], after["--dtype"]) == ("5", "3", "float32")
+        assert after["--min-mixed-prompts"] == "3"
+        assert "--chat-template" in words
+        assert ("--sampler" in words) == ("--pool" not in words)
+    assert all("--min-mixed-prompts" not in words for words in planned(environment, "--seed"))
 
 
-def test_problems_verdicts_and_further_flags_reach_the_probe(environment):
-    settings = {"PROMPT_TEMPLATE": "Q: {problem}\nA:", "CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be 'brief'."}
-    settings |= {"VERIFIER": "numeric", "PROBE_ARGS": "--batch-tokens  512 --attention eager", "DRY_RUN": "1"}
-    plan = launch(environment, **settings).stdout.splitlines()[1]
-    words = shlex.split(plan.replace("$'", "'").replace("\\n", "\n"))
-    after = dict(itertools.pairwise(words))
-    assert after["--prompt-template"] == "Q: {problem}\nA:"
-    assert after["--system-prompt"] == "Be 'brief'."
-    assert (after["--verifier"], after["--batch-tokens"], after["--attention"]) == ("numeric", "512", "eager")
-    assert "--chat-template" in words
+@pytest.mark.parametrize("flag", ["--bins 7", "--project=8x8", "--output-dir=x", "--layer 3"])
+def test_a_flag_that_could_not_reach_exp3_is_refused(environment, flag):
+    name, own_layer = flag.replace("=", " ").split()[0], {"EXP3_LAYER": "1"}
+    result = launch(environment, DRY_RUN="1", PROBE_ARGS=f"-q {flag}", **own_layer)
+    assert result.returncode == 2
+    assert f"error: PROBE_ARGS: {name} would not reach exp3, which has its own" in result.stderr
+    assert launch(environment, DRY_RUN="1", SAMPLING_ARGS=f"-q {flag}", **own_layer).returncode == 0
+
+
+def test_what_a_pooled_probe_cannot_take_is_refused_before_anything_runs(environment, tmp_path):
+    """By the real probe, which is asked of one made-up rollout."""
+    settings = {"PYTHON": sys.executable, "PROBE_ARGS": "--temperature 2 --row-idx 3", "LAYER": "99", "SEED": "-1"}
+    settings["MODELS"] = f"a={ROOT / 'demo' / 'base'}"
+    result = launch(environment, **settings)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1:] == ["error: SEED -1: must be at least 0 (model: a)"]
+    result = launch(environment, **settings | {"SEED": "0", "LAYER": "0"})
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1:] == [
+        "error: --temperature can't go with --rollouts, which brings its own; --row-idx can't go with EXP3_PROJECT, "
+        "which takes whole weights (PROBE_ARGS are for both probes, SAMPLING_ARGS for the first alone) (model: a)"
+    ]
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_problems_and_verdicts_reach_the_probe(environment):
+    settings = {"PROMPT_TEMPLATE": "Q: {problem}", "CHAT_TEMPLATE": "1", "SYSTEM_PROMPT": "Be 'brief'."}
+    for words in planned(environment, "--seed", **settings, VERIFIER="numeric"):
+        after = dict(itertools.pairwise(words))
+        assert (after["--prompt-template"], after["--system-prompt"]) == ("Q: {problem}", "Be 'brief'.")
+        assert after["--verifier"] == "numeric"
 
 
 def test_an_adapter_reaches_both_probes_of_its_model_alone(environment):
-    settings = {"MODELS": "base=demo/base rl=demo/base", "ADAPTERS": "rl=out/an_adapter", "DRY_RUN": "1"}
-    probes = [line for line in launch(environment, **settings).stdout.splitlines() if "probe_grad_vectors.py" in line]
+    probes = planned(environment, "--seed", MODELS="base=demo/base rl=demo/base", ADAPTERS="rl=out/an_adapter")
     assert len(probes) == 8
-    for line in probes:
-        after = dict(itertools.pairwise(shlex.split(line)))
-        is_rl = "_rl_s" in after["--output-dir"]
-        assert after.get("--adapter") == ("out/an_adapter" if is_rl else None)
+    for words in probes:
+        after = dict(itertools.pairwise(words))
+        assert after.get("--adapter") == ("out/an_adapter" if "_rl_s" in after["--output-dir"] else None)
 
 
-def test_one_shard_per_gpu(environment):
-    result = launch(environment, DEVICE="auto", GPUS="3,5", SHARDS_PER_MODEL="3", STUB_GPUS="0 1 2 3 4 5")
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({"GPUS": "3,5", "STUB_GPUS": "0 1 2 3 4 5"}, {"3", "5"}),
+        ({"STUB_GPUS": "0 1 No-devices-were-found"}, {"0", "1"}),
+    ],
+)
+def test_one_shard_per_gpu(environment, settings, used):
+    result = launch(environment, DEVICE="auto", SHARDS_PER_MODEL="3", **settings)
     assert result.returncode == 0, result.stderr
     probes = [call for call in calls(environment) if call[0].startswith("probe")]
     assert len(probes) == 12
-    assert {call[1] for call in probes} == {"3", "5"}
-
-
-def test_all_gpus_that_are_listed_are_used(environment):
-    result = launch(environment, DEVICE="auto", STUB_GPUS="0 1 No-devices-were-found")
-    assert result.returncode == 0, result.stderr
-    assert {call[1] for call in calls(environment)[:4]} == {"0", "1"}
-
-
-def test_threads_are_divided_on_a_cpu(environment):
-    launch(environment)
-    n_cores = len(os.sched_getaffinity(0))
-    probes = [call for call in calls(environment) if call[0].startswith("probe")]
-    assert {call[2] for call in probes} == {str(n_cores // min(n_cores, 4))}
+    assert {call[1] for call in probes} == used
 
 
 @pytest.mark.parametrize("tags", [["only"], ["base", "step-100", "step.500"]])
 def test_any_number_of_models(environment, tags):
-    models = " ".join(f"{tag}={ROOT / 'demo' / ('base' if tag == 'base' else 'trained')}" for tag in tags)
-    result = launch(environment, MODELS=f"  {models}\n")
-    assert result.returncode == 0, result.stderr
-    ran = steps(environment)
-    of_part, merges = 2 * len(tags), [MERGE] * len(tags)
-    for number, part in enumerate(("exp12", "exp3")):
-        begin = number * (of_part + len(tags))
-        probes = sorted(f"probe_grad_vectors.py:{part}_{tag}_s{i}" for tag in tags for i in (0, 1))
-        assert sorted(ran[begin : begin + of_part]) == probes
-        assert ran[begin + of_part :][: len(tags)] == merges
-    assert sorted(ran[2 * (of_part + len(tags)) :]) == ANALYSES
-    merged = [f"{tag}={environment['OUT_ROOT']}/exp12_{tag}" for tag in tags]
-    arguments = arguments_of_calls(environment)
+    models, out = "".join(f"  {tag}=hub/{tag}\n" for tag in tags), environment["OUT_ROOT"]
+    probes = planned(environment, "--seed", MODELS=models)
+    dumps = [f"{out}/{part}_{tag}_s{i}" for part in ("exp12", "exp3") for tag in tags for i in (0, 1)]
+    assert [dict(itertools.pairwise(words))["--output-dir"] for words in probes] == dumps
     for script in (ANALYSES[0], ANALYSES[1], ANALYSES[3]):
-        call = arguments[arguments.index(str(ROOT / script)) :][: 3 + len(tags)]
-        assert call == [str(ROOT / script), "--output-dir", f"{environment['OUT_ROOT']}/exp12_figures", *merged]
-
-
-def test_base_and_trained_are_plotted_by_name(environment):
-    plan = launch(environment, DRY_RUN="1").stdout.splitlines()[-1]
-    assert re.search(r"--base \S+ \S*exp12_base --trained", plan.replace("\\ ", " ").replace("'", ""))
+        (words,) = planned(environment, str(ROOT / script), MODELS=models)
+        assert words[2:] == ["--output-dir", f"{out}/exp12_figures", *(f"{tag}={out}/exp12_{tag}" for tag in tags)]
 
 
 def test_each_probe_of_a_model_is_checked_once(environment):
     launch(environment, SHARDS_PER_MODEL="3")
     checked = [call[0] for call in calls(environment, ".checks")]
     dumps = ("exp12_base_s0", "exp12_trained_s0", "exp3_base", "exp3_trained")
-    assert sorted(checked) == [f"probe_grad_vectors.py:{name}" for name in dumps]
+    assert sorted(checked) == ["analyze_exp3_signal.py", *(f"probe_grad_vectors.py:{name}" for name in dumps)]
 
 
 # ---- failures and interruptions --------------------------------------------------------------------------------------
@@ -261,59 +267,34 @@ def test_a_killed_step_is_told_in_our_words_alone(environment, tmp_path, has_set
     assert processes_of(environment) == []
 
 
-def test_too_few_mixed_prompts_end_the_run_in_one_line(environment):
+def test_a_step_that_says_why_it_stops_ends_the_run_in_one_line(environment):
     says = "error: --min-mixed-prompts 2: 0 of 64 (0%) prompts are mixed; with --min-mixed-prompts 0 it goes on\\n"
-    result = launch(environment, STUB_FAIL=PROBES[0], STUB_SAYS=says, MIN_MIXED_PROMPTS="2")
+    stops = {"STUB_FAIL": PROBES[0], "STUB_STATUS": "2", "STUB_SAYS": says}
+    result = launch(environment, MIN_MIXED_PROMPTS="2", **stops)
     assert result.returncode == 1
-    (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert re.fullmatch(
-        r"error: probe (base|trained) shard \d has stopped by MIN_MIXED_PROMPTS=2: 0 of 64 \(0%\) prompts are mixed; "
-        r"with MIN_MIXED_PROMPTS=0 it goes on",
-        said,
-    )
+    assert [line for line in result.stderr.splitlines() if "mixed" in line] == [
+        "error: probe base shard 0: MIN_MIXED_PROMPTS 2: 0 of 64 (0%) prompts are mixed; "
+        "with MIN_MIXED_PROMPTS 0 it goes on"
+    ]
     assert "the end of" not in result.stderr
 
 
-def test_min_mixed_prompts_reach_every_probe(environment):
-    assert all("--min-mixed-prompts" not in words for words in planned(environment, "--seed"))
-    probes = planned(environment, "--seed", MIN_MIXED_PROMPTS="3")
-    assert [dict(itertools.pairwise(words))["--min-mixed-prompts"] for words in probes] == ["3"] * 8
-    for words in planned(environment, "--seed", MIN_MIXED_PROMPTS="3", PROBE_ARGS="--min-mixed-prompts 7"):
-        given = [after for word, after in itertools.pairwise(words) if word == "--min-mixed-prompts"]
-        assert given == ["3", "7"], "the last of a flag counts"
-
-
-def test_a_second_run_continues_and_keeps_the_first_log(environment):
-    failing = PROBES[0]
+@pytest.mark.parametrize(("failing", "log"), [(PROBES[0], "base_s0"), (POOLED_PROBES[3], "exp3_trained_s1")])
+def test_a_second_run_continues_and_keeps_the_first_log(environment, failing, log):
     assert launch(environment, STUB_FAIL=failing).returncode == 1
     result = launch(environment)
     assert result.returncode == 0, result.stderr
     finished = [call[0] for call in calls(environment, ".finished")]
     assert sorted(finished) == PROBES + POOLED_PROBES, "each shard is computed once over both runs"
-    log = (Path(environment["OUT_ROOT"]) / "logs" / "base_s0.log").read_text()
-    assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", log, re.DOTALL)
+    text = (Path(environment["OUT_ROOT"]) / "logs" / f"{log}.log").read_text()
+    assert re.search(r"the reason stands .*\n==== \d{4}-\d\d-\d\d .* ====\nthis is probe", text, re.DOTALL)
 
 
-def test_a_second_run_continues_amid_exp3(environment):
-    assert launch(environment, STUB_FAIL=POOLED_PROBES[3]).returncode == 1
-    before = calls(environment, ".finished")
-    assert sorted(call[0] for call in before if call[0] in PROBES) == PROBES
-    result = launch(environment)
-    assert result.returncode == 0, result.stderr
-    finished = [call[0] for call in calls(environment, ".finished")]
-    assert sorted(finished) == PROBES + POOLED_PROBES
-    assert "==== " in (Path(environment["OUT_ROOT"]) / "logs" / "exp3_trained_s1.log").read_text()
-
-
-def test_the_tail_of_a_log_is_of_this_run(environment):
-    launch(environment, STUB_FAIL=PROBES[0])
-    result = launch(environment, STUB_FAIL=PROBES[0])
-    assert result.stderr.count("the reason stands") == 1
-
-
-def test_results_are_not_added_to_those_of_an_earlier_run(environment):
-    launch(environment)
-    assert launch(environment).stdout.count("this is analyze_exp1_compression.py") == 1
+def test_the_tail_of_a_log_and_results_are_of_this_run(environment):
+    assert [launch(environment, STUB_FAIL=PROBES[0]).stderr.count("the reason stands") for _ in range(2)] == [1, 1]
+    assert launch(environment).stdout == launch(environment).stdout
+    results = Path(environment["OUT_ROOT"]) / "exp12_figures" / "exp1.txt"
+    assert results.read_text() == f"this is {ANALYSES[0]}\n"
 
 
 def start_and_hang(environment: dict[str, str], how: str = "STUB_HANG") -> subprocess.Popen[str]:
@@ -359,45 +340,6 @@ def test_a_second_launcher_is_refused(environment):
     assert launch(environment).returncode == 0
 
 
-@pytest.mark.parametrize(("gpus", "is_warned"), [("0,1", True), ("1", True), ("2", False)])
-def test_a_second_launcher_on_a_gpu_in_use_says_so_and_runs(environment, tmp_path, gpus, is_warned):
-    """Two studies on one GPU may be meant; on one OUT_ROOT they never are."""
-    cards = {"DEVICE": "cuda", "STUB_GPUS": "0 1 2"}
-    first = start_and_hang({**environment, **cards, "GPUS": "0,1"})
-    other = {**environment, **cards, "GPUS": gpus, "OUT_ROOT": str(tmp_path / "other")}
-    second = launch({**other, "STUB_CALLS": str(tmp_path / "others calls")})
-    first.terminate()
-    first.communicate(timeout=30)
-    assert second.returncode == 0, second.stderr
-    said = re.findall(
-        r"warning: GPU (\d) is in use by another launcher \(process (\d+), OUT_ROOT=(.*)\): ", second.stderr
-    )
-    assert [gpu for gpu, *_ in said] == (gpus.split(",") if is_warned else [])
-    assert {int(process) for _, process, _ in said} <= {first.pid}
-    again = launch({**other, "OUT_ROOT": str(tmp_path / "third")})
-    assert "is in use" not in again.stderr, "a GPU is let go when its launcher and steps end"
-
-
-PLACES = (".lock", "config.resolved.env.part", "logs/base_s0.log", "logs/merge_base.log")
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ["link", "FIFO", "directory"])
-def test_what_lies_where_the_launcher_writes(environment, tmp_path, place, kind):
-    precious, planted = tmp_path / "precious", Path(environment["OUT_ROOT"]) / place
-    precious.write_text("all that I have")
-    planted.parent.mkdir(parents=True)
-    {"link": lambda: planted.symlink_to(precious), "FIFO": lambda: os.mkfifo(planted), "directory": planted.mkdir}[
-        kind
-    ]()
-    result = launch(environment)
-    assert precious.read_text() == "all that I have"
-    if result.returncode != 0:
-        assert shlex.quote(planted.name) in result.stderr
-        planted.rmdir() if kind == "directory" else planted.unlink()
-        assert launch(environment).returncode == 0
-
-
 def test_a_full_disk_is_a_failed_step_and_the_next_run_completes(environment):
     full = subprocess.run(
         ["bash", ROOT / "run_exp1_exp2.sh"],
@@ -416,82 +358,52 @@ def test_a_full_disk_is_a_failed_step_and_the_next_run_completes(environment):
     assert sorted(call[0] for call in calls(environment, ".finished")) == PROBES + POOLED_PROBES
 
 
-def test_without_setpriv_the_chain_runs_all_the_same(environment, tmp_path):
-    write_program(tmp_path / "bin" / "setpriv", "#!/bin/sh\nexit 127\n")
-    result = launch(environment)
-    assert result.returncode == 0, result.stderr
-    assert len(steps(environment)) == 16
-
-
 # ---- what is refused before anything begins --------------------------------------------------------------------------
 
 BAD_SETTINGS = [
-    ({"SHARDS_PER_MODEL": "0"}, "SHARDS_PER_MODEL=0: must be a whole number from 1"),
-    ({"SHARDS_PER_MODEL": "129"}, "SHARDS_PER_MODEL=129: more shards than prompts"),
-    ({"NUM_PROMPTS": "many"}, "NUM_PROMPTS=many: must be a whole number from 1"),
-    ({"NUM_PROMPTS": "-3"}, "NUM_PROMPTS=-3: must be a whole number from 1"),
-    ({"NUM_SAMPLES": "1.5"}, "NUM_SAMPLES=1.5: must be a whole number from 1"),
+    ({"SHARDS_PER_MODEL": "0"}, "SHARDS_PER_MODEL=0: must be a whole number above 0"),
+    ({"NUM_PROMPTS": "many"}, "NUM_PROMPTS=many: must be a whole number above 0"),
     ({"NUM_SAMPLES": "99999999999999999999"}, "NUM_SAMPLES=99999999999999999999: must be a whole number"),
-    ({"MAX_NEW_TOKENS": "0"}, "MAX_NEW_TOKENS=0: must be a whole number from 1"),
-    ({"MAX_NEW_TOKENS": "010"}, "MAX_NEW_TOKENS=010: must be a whole number from 1, without leading zeros"),
-    ({"BINS": "1"}, "BINS=1: must be a whole number from 2"),
-    ({"POS_PER_BIN_PER_ROLLOUT": "-1"}, "POS_PER_BIN_PER_ROLLOUT=-1: must be a whole number from 0"),
-    ({"SEED": "-1"}, "SEED=-1: must be a whole number from 0"),
-    ({"MIN_MIXED_PROMPTS": "all"}, "MIN_MIXED_PROMPTS=all: must be a whole number from 0"),
-    ({"PROGRESS_SECONDS": "0.5"}, "PROGRESS_SECONDS=0.5: must be a whole number from 0"),
-    ({"SEED": "a[$(touch pwned)]"}, "SEED=a\\[\\$\\(touch\\ pwned\\)\\]: must be a whole number from 0"),
-    ({"TEMPERATURE": "0"}, "TEMPERATURE=0: must be a number above 0"),
-    ({"TEMPERATURE": "0.0e5"}, "TEMPERATURE=0.0e5: must be a number above 0"),
-    ({"TEMPERATURE": "nan"}, "TEMPERATURE=nan: must be a number above 0"),
-    ({"TEMPERATURE": "-1"}, "TEMPERATURE=-1: must be a number above 0"),
-    ({"DTYPE": "float16"}, "DTYPE=float16: must be auto, bfloat16 or float32"),
+    ({"EXP3_BINS": "010"}, "EXP3_BINS=010: must be a whole number above 0, without leading zeros"),
+    ({"PROGRESS_SECONDS": "0.5"}, "PROGRESS_SECONDS=0.5: must be a whole number above 0"),
     ({"DEVICE": "tpu"}, "DEVICE=tpu: must be auto, cuda or cpu"),
     ({"DEVICE": "cuda"}, "DEVICE=cuda: nvidia-smi lists no GPU"),
     ({"LAUNCHER": "magic"}, "LAUNCHER=magic: must be local or slurm"),
     ({"DRY_RUN": "yes"}, "DRY_RUN=yes: must be 0 or 1"),
-    ({"GPUS": "0,x"}, "GPUS=0\\,x: x is not the number of a GPU"),
-    ({"GPUS": "0,,1"}, "GPUS=0\\,\\,1: '' is not the number of a GPU"),
-    ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
-    ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi does not list 8, but 0 1"),
     ({"EXP3": "yes"}, "EXP3=yes: must be 0 or 1"),
-    ({"EXP3_BINS": "1"}, "EXP3_BINS=1: must be a whole number from 2"),
-    ({"EXP3_PROJECT": "16"}, "EXP3_PROJECT=16: must be rows x columns, like 16x16"),
-    ({"EXP3_PROJECT": "0x16"}, "EXP3_PROJECT=0x16: must be rows x columns, like 16x16"),
-    ({"EXP3_OBJECTIVE": "ppo"}, "EXP3_OBJECTIVE=ppo: must be dapo, grpo, dr-grpo or reinforce"),
-    ({"FIGURE_FORMAT": "png,eps"}, "FIGURE_FORMAT=png\\,eps: must be some of png, pdf and svg, like pdf,svg"),
-    ({"DATASET": "/nowhere/problems.jsonl"}, "DATASET=/nowhere/problems.jsonl: no such file"),
-    ({"CHAT_TEMPLATE": "yes"}, "CHAT_TEMPLATE=yes: must be 0 or 1"),
-    ({"BASE_MODEL": "/nowhere/base"}, "model base=/nowhere/base: no such directory"),
-    ({"TRAINED_MODEL": "./no such"}, "model trained=./no\\ such: no such directory"),
-    ({"TRAINED_MODEL": "etc/passwd"}, "model trained=etc/passwd: no such directory"),
-    ({"MODELS": "Qwen/Qwen2.5-1.5B"}, "MODELS: Qwen/Qwen2.5-1.5B is not TAG=PATH"),
+    ({"GPUS": "0,x"}, "GPUS=0\\,x: 'x' is no GPU's number"),
+    ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
+    ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi lists 0 1, not 8"),
+    ({"MODELS": "Qwen/Qwen2.5-1.5B"}, "MODELS: 'Qwen/Qwen2.5-1.5B' is not TAG=PATH"),
     ({"MODELS": "a=x a=y"}, "MODELS: tag a is given twice"),
-    ({"MODELS": "a/b=x"}, "MODELS: a/b=x: a tag has letters"),
-    ({"MODELS": "-a=x"}, "MODELS: -a=x: a tag has letters"),
-    ({"MODELS": "a=x a_s0=y"}, "MODELS: tag a_s0: exp12_a_s0 is the name of another directory"),
-    ({"MODELS": "figures=x"}, "MODELS: tag figures: exp12_figures is the name of another directory"),
-    ({"MODELS": "a=x exp3_a=y"}, "MODELS: tag exp3_a: its logs would be those of Exp 3 of a"),
+    ({"MODELS": "a/b=x"}, "MODELS: 'a/b=x': a tag has letters"),
+    ({"MODELS": "a=x a_s0=y"}, "MODELS: tag a_s0: files of this name are others of the study"),
+    ({"MODELS": "figures=x"}, "MODELS: tag figures: files of this name"),
+    ({"MODELS": "a=x exp3_a=y"}, "MODELS: tag exp3_a: files of this name"),
+    ({"ADAPTERS": "tuned=somewhere"}, "ADAPTERS: 'tuned=somewhere': no model has the tag tuned"),
     ({"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python: no such program"),
-    ({"OUT_ROOT": "/etc/passwd"}, "OUT_ROOT=/etc/passwd: /etc/passwd is not a directory"),
-    ({"OUT_ROOT": "/etc/passwd/out"}, "OUT_ROOT=/etc/passwd/out: /etc/passwd is not a directory"),
-    ({"OUT_ROOT": "/proc/out"}, "OUT_ROOT=/proc/out: "),
-    ({"STUB_REFUSE": PROBES[0]}, "--layer 99: the model has 2 layers (model: base)"),
-    ({"STUB_REFUSE": f"{PROBES[0]} {PROBES[2]}"}, "--layer 99: the model has 2 layers (model: base trained)"),
-    ({"STUB_REFUSE": "probe_grad_vectors.py:exp3_base"}, "Exp 3: --layer 99: the model has 2 layers (model: base)"),
+    ({"OUT_ROOT": "/etc/passwd/out"}, "OUT_ROOT=/etc/passwd/out: mkdir: "),
+    ({"STUB_REFUSE": PROBES[0], "LAYER": "99"}, "error: LAYER 99: the model has 2 layers (model: base)"),
     (
-        {"STUB_REFUSE": f"{PROBES[0]} probe_grad_vectors.py:exp3_base"},
-        "error: --layer 99: the model has 2 layers (model: base)",
+        {"STUB_REFUSE": f"{PROBES[0]} {PROBES[2]}", "PROBE_ARGS": "--layer 99"},
+        "error: --layer 99: the model has 2 layers (model: base trained)",
     ),
-    ({"ADAPTERS": "tuned=somewhere"}, "ADAPTERS: tuned=somewhere is not TAG=PATH with the tag of a model"),
-    ({"STUB_BYTES_POOLED": str(2**34)}, "up to 65536.0 GiB are needed there, "),  # a rollout: 2 models × 1024, twice
-    ({"STUB_BYTES_POOLED": str(10**18 - 1)}, "up to 8388608.0 GiB are needed there, "),
-    ({"STUB_BYTES": str(2**50)}, "up to 8388608.0 GiB are needed there, "),
+    ({"STUB_REFUSE": "probe_grad_vectors.py:exp3_base", "EXP3_LAYER": "99"}, "error: EXP3_LAYER 99: the model has 2"),
+    (
+        {"STUB_REFUSE": PROBES[0], "STUB_REFUSAL": "usage: a\\nb\\nx.py: error: argument --seed: invalid"},
+        "error: argument SEED: invalid (model: base)",
+    ),
+    (
+        {"STUB_REFUSE": ANALYSES[2], "STUB_REFUSAL": "usage: a\\nx.py: error: argument --objective: invalid choice"},
+        "error: argument EXP3_OBJECTIVE: invalid choice",
+    ),
+    ({"STUB_BYTES_POOLED": str(2**33)}, "up to 655360 GiB are needed there, "),  # 2 models × 2 copies × 20480 rows
+    ({"STUB_BYTES": str(2**50)}, "up to 8388608 GiB are needed there, "),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
-def test_bad_settings_are_refused(environment, settings, message, tmp_path):
-    before = sorted(tmp_path.iterdir())
+def test_bad_settings_are_refused(environment, settings, message):
     result = launch(environment, **settings)
     assert result.returncode == 2
     *before_it, error = result.stderr.splitlines()
@@ -500,18 +412,16 @@ def test_bad_settings_are_refused(environment, settings, message, tmp_path):
     assert all("  checking models and data before" in line for line in before_it), "one line a problem"
     assert result.stdout == ""
     assert steps(environment) == []
-    assert [file for file in sorted(tmp_path.iterdir()) if file.name != "calls.checks"] == before
-    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_all_problems_are_reported_at_once(environment):
-    settings = {"BINS": "1", "SEED": "x", "GPUS": "0 0", "DATASET": "/nowhere", "BASE_MODEL": "./no", "DTYPE": "int8"}
-    result = launch(environment, **settings)
+    settings = {"NUM_SAMPLES": "1.5", "EXP3": "2", "GPUS": "0 0", "MODELS": "-a=x", "DEVICE": "tpu"}
+    result = launch(environment, **settings, STUB_GPUS="0")
     assert result.returncode == 2
     lines = result.stderr.splitlines()
     assert len(lines) == len(settings)
     assert all(line.startswith("error: ") for line in lines)
-    assert all(name in result.stderr for name in ("BINS", "SEED", "GPUS", "DATASET", "model base", "DTYPE"))
+    assert all(name in result.stderr for name in settings)
 
 
 def test_what_is_finished_needs_no_room(environment):
@@ -523,7 +433,7 @@ def test_what_is_finished_needs_no_room(environment):
     assert launch(environment, STUB_BYTES=str(2**50), STUB_BYTES_POOLED=str(2**50)).returncode == 0
     (out / "exp12_base_s1" / "manifest.json").unlink()
     result = launch(environment, STUB_BYTES=str(2**50))
-    assert "1048575.9 GiB are needed" in result.stderr, "one shard, less what lies there"
+    assert "up to 1048575 GiB are needed" in result.stderr, "one shard, less what lies there"
 
 
 @pytest.mark.parametrize("text", ["if then\n", "exit 0\n", "false\n", 'X="$NO_SUCH_VARIABLE"\n'])
@@ -538,7 +448,8 @@ def test_a_broken_file_of_settings_is_refused(environment, tmp_path, text):
 def test_a_hub_name_and_a_hub_data_set_need_not_exist(environment):
     result = launch(environment, BASE_MODEL="Qwen/Qwen2.5-1.5B", DATASET="hf:openai/gsm8k", DRY_RUN="1")
     assert result.returncode == 0, result.stderr
-    assert "--model-path Qwen/Qwen2.5-1.5B --dataset hf:openai/gsm8k" in result.stdout
+    assert "--model-path Qwen/Qwen2.5-1.5B " in result.stdout
+    assert "--dataset hf:openai/gsm8k " in result.stdout
 
 
 # ---- settings, and where they are kept -------------------------------------------------------------------------------
@@ -555,20 +466,10 @@ def test_dry_run_prints_the_plan_and_touches_nothing(environment, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_settings_come_from_the_file_and_the_environment_wins(environment, tmp_path):
-    config = tmp_path / "my study.env"
-    config.write_text((ROOT / "config.env").read_text().replace("SEED:=0", "SEED:=8").replace("BINS:=5", "BINS:=4"))
-    plan = launch(environment, config, DRY_RUN="1", BINS="7").stdout
-    assert "--seed 8" in plan
-    assert "--bins 7" in plan
-
-
-def test_a_file_may_leave_settings_out(environment, tmp_path):
-    (tmp_path / "short.env").write_text('SEED=8\nMODELS=("a=x y" b=z)\n')
-    plan = launch(environment, "short.env", cwd=tmp_path, DRY_RUN="1").stdout
-    assert "--seed 8" in plan
-    assert "--bins 5" in plan
-    assert "--model-path x\\ y" in plan
+def test_settings_come_from_the_environment_then_the_file_then_the_defaults(environment, tmp_path):
+    (tmp_path / "my study.env").write_text(': "${SEED:=8}"\n: "${BINS:=4}"\nMODELS=("a=x y" b=z)\n')
+    plan = launch(environment, "my study.env", cwd=tmp_path, DRY_RUN="1", BINS="7").stdout
+    assert all(f" {flag} " in plan for flag in ("--seed 8", "--bins 7", "--num-samples 8", "--model-path x\\ y"))
 
 
 def test_the_resolved_configuration_runs_the_same_study(environment, tmp_path):
@@ -582,10 +483,9 @@ def test_the_resolved_configuration_runs_the_same_study(environment, tmp_path):
     plan = launch(environment, tmp_path / "my.env", cwd=tmp_path, DRY_RUN="1", **settings).stdout
     others = {name: value for name, value in environment.items() if name not in ("OUT_ROOT", "PYTHON", "DEVICE")}
     assert plan.count("--temperature 0.7") == 4
-    absolute = plan.replace("models/b", f"{tmp_path}/models/b").replace(
-        f"--dataset {tmp_path.name}", f"--dataset {tmp_path}/{tmp_path.name}"
-    )
-    assert launch(others, saved, DRY_RUN="1").stdout == absolute != plan
+    assert f"--model-path {tmp_path}/models/b\\ 1" in plan, "local paths are absolute"
+    assert f"--dataset {tmp_path}/{tmp_path.name}.jsonl" in plan
+    assert launch(others, saved, DRY_RUN="1").stdout == plan
     assert "--seed 12" in launch(others, saved, DRY_RUN="1", SEED="12").stdout
     names = re.findall(r'^: "\$\{(\w+):=', (ROOT / "config.env").read_text(), re.MULTILINE)
     text = saved.read_text()
@@ -612,7 +512,7 @@ def copy_of_the_project(project: Path) -> None:
         ({"DATASET": "data.parquet"}, ["pyarrow"]),
         ({"VERIFIER": "numeric"}, ["math-verify"]),
         ({"DATASET": "hf:openai/gsm8k", "VERIFIER": "math-verify"}, ["datasets", "pyarrow", "math-verify"]),
-        ({"PROBE_ARGS": "--sampler openai --base-url http://localhost:8000"}, ["urllib3"]),
+        ({"SAMPLING_ARGS": "--sampler=openai --base-url http://localhost:8000"}, ["urllib3"]),
         ({"DATASET": "saved", "PROBE_ARGS": "--adapter a"}, ["datasets", "pyarrow", "peft"]),
     ],
 )
@@ -665,58 +565,6 @@ def test_awkward_paths_everywhere(environment, tmp_path):
     assert not list(tmp_path.rglob("pwned"))
 
 
-SLURM = """
-submit_chain() {
-    local tag
-    printf '%s\\n' "python=$python" "figures=$figures" "logs=$logs" "shards=$SHARDS_PER_MODEL"
-    for tag in "${tags[@]}"; do
-        probe_command exp12 "$tag" 1 && printf '<%s>' "${command[@]}"
-        merge_command exp12 "$tag" && printf '<%s>' "${command[@]}"
-        probe_command exp3 "$tag" 1 && printf '<%s>' "${command[@]}"
-    done
-    experiment_command 1 && printf '<%s>' "${command[@]}"
-    plot_command && printf '<%s>\\n' "${command[@]}"
-}
-"""
-
-
-def test_another_scheduler_gets_the_commands(environment, tmp_path):
-    project = tmp_path / "project"
-    copy_of_the_project(project)
-    (tmp_path / "data").touch()
-    settings = {"LAUNCHER": "slurm", "MODELS": "a=hub/a b=hub/b c=hub/c", "DATASET": str(tmp_path / "data")}
-    settings |= {"DEVICE": "cuda", "GPUS": "0,9"}
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for directory in reversed(os.environ["PATH"].split(":")):  # all that are here but Slurm's
-        for program in Path(directory).glob("*"):
-            (programs / program.name).unlink(missing_ok=True)
-            (programs / program.name).symlink_to(program)
-    for name in ("sbatch", "squeue", "scancel"):
-        (programs / name).unlink(missing_ok=True)
-    missing = launch(environment, root=project, PATH=str(programs), **settings)
-    assert missing.returncode == 2
-    assert [line.split(": ")[-1] for line in missing.stderr.splitlines()] == [
-        f"{name} is not in PATH" for name in ("sbatch", "squeue", "scancel")
-    ]
-    for name in ("sbatch", "squeue", "scancel"):
-        (programs / name).symlink_to(programs / "true")
-
-    (project / "scripts" / "slurm.sh").write_text(SLURM)
-    result = launch(environment, root=project, PATH=str(programs), **settings)
-    assert result.returncode == 0, result.stderr
-    out = environment["OUT_ROOT"]
-    assert f"python={environment['PYTHON']}\nfigures={out}/exp12_figures\nlogs={out}/logs\nshards=2\n" in result.stdout
-    assert f"<--output-dir><{out}/exp12_b_s1>" in result.stdout
-    assert f"<--rollouts><{out}/exp12_b><--output-dir><{out}/exp3_b_s1>" in result.stdout
-    assert f"<{out}/exp12_c><{out}/exp12_c_s0><{out}/exp12_c_s1>" in result.stdout
-    assert "<--device><cuda>" in result.stdout
-    assert result.stdout.count(f"<a={out}/exp12_a><b={out}/exp12_b><c={out}/exp12_c>") == 1
-    assert steps(environment) == []
-    assert calls(environment, ".checks") == [["probe_grad_vectors.py:nothing"]] * 6
-    assert (Path(out) / "config.resolved.env").exists()
-
-
 SBATCH = r"""#!/usr/bin/env bash
 # Takes a job and never runs it: notes its name, what it waits for and its array, and gives it a number.
 printf '%s\n' "$@" | sed -n 's/^--\(job-name\|dependency\|array\)=//p' | paste -sd' ' >>"$STUB_CALLS.jobs"
@@ -744,11 +592,25 @@ def test_jobs_of_slurm_wait_for_what_they_read(environment, tmp_path, exp3, jobs
     write_program(tmp_path / "bin" / "sbatch", SBATCH)
     for name in ("squeue", "scancel"):
         write_program(tmp_path / "bin" / name, "#!/bin/sh\n")
-    result = launch(environment, LAUNCHER="slurm", EXP3=exp3)
+    result = launch(environment, LAUNCHER="slurm", EXP3=exp3, DEVICE="cuda", GPUS="0,9")
     assert result.returncode == 0, result.stderr
     assert Path(environment["STUB_CALLS"] + ".jobs").read_text().splitlines() == jobs.split("; ")
     assert "merge base: job 2, after 1\n" in result.stderr
+    assert steps(environment) == []
+    assert ["probe_grad_vectors.py:nothing"] in calls(environment, ".checks"), "compared with no dump from here"
+    command = (Path(environment["OUT_ROOT"]) / "slurm" / "probe_base.1").read_text().split("\0")
+    assert dict(itertools.pairwise(command))["--device"] == "cuda"
     if exp3 == "1":
         assert "probe exp3_base: job 3, 2 of 2 shards (0,1), after 2\n" in result.stderr
         command = (Path(environment["OUT_ROOT"]) / "slurm" / "probe_exp3_base.1").read_text().split("\0")
         assert command[command.index("--rollouts") + 1] == f"{environment['OUT_ROOT']}/exp12_base"
+
+
+def test_slurm_without_its_programs_is_refused(environment, tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "env", "date", "sed", "nproc", "dirname", "flock", "setpriv"):
+        (programs / name).symlink_to(shutil.which(name))
+    missing = launch(environment, PATH=str(programs), LAUNCHER="slurm")
+    assert missing.returncode == 2
+    assert missing.stderr.splitlines() == [f"error: {n} is not in PATH" for n in ("sbatch", "squeue", "scancel")]
