@@ -57,6 +57,15 @@ class Softmax:
         gradient = self.others.scatter_(-1, self._top, 1.0).mul_((-1 / (1 + self.weight))[:, None].type_as(self.others))
         return gradient.scatter_(-1, ids[:, None], not_drawn.type_as(gradient))
 
+    def log_prob_along(self, ids: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """[n] float64, how fast log π of `ids`, [n], moves where the logits move by `change`, [n, vocab].
+
+        Σ_{j≠y} π_j (ż_y − ż_j): a sum over the other words, so that it is exact where the model is certain too.
+        """
+        behind = change.gather(-1, ids[:, None]) - change
+        of_top = behind.gather(-1, self._top)[:, 0].double()
+        return (torch.linalg.vecdot(self.others, behind).double() + of_top) / (1 + self.weight)
+
     def _drawn(self, ids: torch.Tensor) -> torch.Tensor:
         return self.others.gather(-1, ids[:, None])[:, 0].double()
 
