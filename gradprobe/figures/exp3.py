@@ -33,6 +33,7 @@ from .look import (
     text_figure,
     wrapped,
 )
+from .step import STEP, draw_step
 
 HEADLINE = "exp3_headline.png"
 KEEP_TOP = "exp3_keep_top.png"
@@ -55,8 +56,12 @@ Numbers = Mapping[str, Any]
 
 def draw_exp3(summary: Summary) -> dict[str, Figure]:
     """The figures of the analysis by file name; the trajectory's where there are checkpoints enough, of one rule."""
-    subjects, numbers = subjects_of(summary), list(summary.values())
-    drawn = {HEADLINE: draw_headline(subjects, numbers), KEEP_TOP: draw_kept(subjects, numbers)}
+    drawn = {STEP: draw_step(summary)} if any("step" in one for one in summary.values()) else {}
+    pooled = {tag: one for tag, one in summary.items() if "signal" in one}
+    if not pooled:
+        return drawn
+    subjects, numbers = subjects_of(pooled), list(pooled.values())
+    drawn |= {HEADLINE: draw_headline(subjects, numbers), KEEP_TOP: draw_kept(subjects, numbers)}
     if not _are_rules(numbers) and len(subjects) >= MIN_OF_TRAJECTORY:
         drawn[TRAJECTORY] = draw_trajectory(subjects, numbers)
     return drawn

@@ -36,6 +36,11 @@ class Softmax:
         """[n] float64, nats: of terms that are all positive."""
         return self.weight.log1p() - torch.linalg.vecdot(self.others, self._below).double() / (1 + self.weight)
 
+    @property
+    def sum_p2(self) -> torch.Tensor:
+        """[n] float64, Σ π²."""
+        return (1 + torch.linalg.vecdot(self.others, self.others).double()) / (1 + self.weight) ** 2
+
     def log_prob(self, ids: torch.Tensor) -> torch.Tensor:
         """[n] float64, log π of the words `ids`, [n], nats."""
         return self._below.gather(-1, ids[:, None])[:, 0].double() - self.weight.log1p()

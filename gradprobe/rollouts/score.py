@@ -27,12 +27,14 @@ class TokenScores(NamedTuple):
         logprobs: log π of the token, nats, float32.
         tail_mass: 1 - max π, float64: the chance of all words but the likeliest, exact also where that is tiny.
         logit_norms: ‖onehot - π‖, the length of ∇ log π with respect to the logits, float32.
+        sum_p2: Σ π², float64.
     """
 
     entropies: np.ndarray
     logprobs: np.ndarray
     tail_mass: np.ndarray
     logit_norms: np.ndarray
+    sum_p2: np.ndarray
 
 
 Measure = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -167,4 +169,4 @@ def score_block(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Te
     """[n, vocab], [n] -> what `TokenScores` holds, on the CPU."""
     dtype, softmax = logits.dtype, Softmax(logits)
     scores = softmax.entropy.to(dtype), softmax.log_prob(token_ids).to(dtype), softmax.tail_mass
-    return *(x.cpu() for x in scores), softmax.logit_norm(token_ids).to(dtype).cpu()
+    return *(x.cpu() for x in scores), softmax.logit_norm(token_ids).to(dtype).cpu(), softmax.sum_p2.cpu()
