@@ -21,6 +21,7 @@ from .look import (
     Subject,
     bucket_axis,
     bucket_places,
+    caption,
     grid,
     heading,
     new_figure,
@@ -161,7 +162,7 @@ def draw_kept(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
         ]
         ax.set_title("\n".join([f"{TITLES[measure]}, at {CLAIMED_SHARE:.0%} of the tokens", *read]), loc="left")
     if untold:
-        figure.supxlabel("\n".join(untold), x=0.01, ha="left", color=NOTE_COLOUR, fontsize=10)
+        caption(axes["signal_share"], "\n".join(map(wrapped, untold)))
     handles: list[Any] = [
         Line2D([], [], color=colour, marker="o", label=name)
         for name, colour, one in zip(names, colours, numbers, strict=True)

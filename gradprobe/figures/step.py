@@ -15,7 +15,7 @@ from ..exp3.signal import CLAIMED_SHARE
 from ..exp3.summary import at
 from .look import (
     CONTROL_COLOUR,
-    NOTE_COLOUR,
+    caption,
     new_figure,
     panel_title,
     styled,
@@ -53,7 +53,7 @@ def draw_step(summary: Summary) -> Figure:
         said = f"the {CLAIMED_SHARE:.0%} of highest entropy carry {top} of the gain (t = {t})"
         ax.set_title(f"{panel_title(subject, subjects)}\n{wrapped(said)}", loc="left")
     if untold:
-        figure.supxlabel("\n".join(map(wrapped, untold)), x=0.01, ha="left", color=NOTE_COLOUR, fontsize=10)
+        caption(axes[0], "\n".join(map(wrapped, untold)))
     handles = [Line2D([], [], color=_colour(rule), label=rule, linewidth=2.2) for rule in told[0][1]["keep_top"]]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, title="kept first by")
     step = told[0][1]
