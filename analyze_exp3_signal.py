@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Exp 3: which tokens carry the expected update, which its noise, and what does keeping only the top 20% do?
 
-Reads pooled dumps (`probe_grad_vectors.py --pool bucket`), a prompt at a time. Per bucket: its share of the tokens, of
-the signal (the update that prompts share, freed of noise, with its 95% interval) and of the noise; then, with the
-highest, the lowest or random tokens kept: the cosine with the full update and the prompts that a batch needs. No share
-is given where no signal is seen. Writes `exp3_summary.json`, `exp3_headline.png`, `exp3_keep_top.png` and, of three or
-more checkpoints, `exp3_trajectory.png`; tables go to stdout.
+Along the step that RL took, of dumps whose rollouts tell of it (`probe_grad_vectors.py --step-to`, `--step-from`): the
+gain of the objective to first order, and which share of it the highest tokens by each rule, each bucket and each word
+carry; `exp3_step.png`. Of pooled dumps (`--pool bucket`), read a prompt at a time: each bucket's share of the signal
+(the update that prompts share, freed of noise) and of the noise, and with the highest, the lowest or random tokens kept
+the cosine with the full update and the prompts that a batch needs; `exp3_headline.png`, `exp3_keep_top.png` and, of
+three or more checkpoints, `exp3_trajectory.png`. All with 95% intervals over prompts; no share is given where no signal
+is seen. Writes `exp3_summary.json`; tables go to stdout.
 
 The study's dumps, results in out/exp12/exp12_figures:
-    python analyze_exp3_signal.py base=out/exp12/exp3_base trained=out/exp12/exp3_trained
+    python analyze_exp3_signal.py base=out/exp12/exp12_base trained=out/exp12/exp12_trained
 
 Rules to choose tokens by, side by side: the same rollouts pooled with other --bucket-by:
     python analyze_exp3_signal.py --output-dir out/rules entropy=out/e surprisal=out/s position=out/p random=out/r
@@ -23,7 +25,7 @@ from gradprobe.analysis.inputs import about_study, default_output_dir, open_dump
 from gradprobe.analysis.summaries import write_results
 from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
 from gradprobe.exp3.measure import measure_dumps, refusal
-from gradprobe.exp3.summary import SUMMARY, numbers_of, tables_of
+from gradprobe.exp3.summary import SUMMARY, numbers_of, tables_of, with_measured_gains
 from gradprobe.exp3.weights import OBJECTIVES
 from gradprobe.figures.exp3 import draw_exp3
 from gradprobe.figures.look import add_format_flag, save
@@ -32,7 +34,7 @@ from gradprobe.figures.look import add_format_flag, save
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dumps", nargs="+", metavar="TAG=DUMP", help="pooled dumps, with a name for each")
+    parser.add_argument("dumps", nargs="+", metavar="TAG=DUMP", help="dumps along a step, or pooled, each with a name")
     parser.add_argument(
         "--output-dir", type=Path, metavar="D", help="made if needed (default: exp12_figures beside the first dump)"
     )
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
     results, others = measure_dumps(dumps, args.objective)
     numbers = {tag: numbers_of(targets, results[tag], others[tag]) for tag, targets in dumps.items()}
-    summary = about_study(numbers, dumps, differences)
+    summary = about_study(with_measured_gains(numbers, dumps, results), dumps, differences)
     written = write_results(
         output_dir, SUMMARY, summary, lambda: save(draw_exp3(summary), output_dir, args.figure_format)
     )

@@ -98,7 +98,7 @@ def pooled_of(dump: Dump) -> Pooled:
     code_of = {key: code for code, key in enumerate(keys)}
     codes = np.array([code_of[key] for key in dump.prompt_keys], np.int64)
     columns = np.array([list(facts) for facts in rollouts.values()], np.float64).reshape(-1, 3)
-    is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any() and not _is_judged_anew(dump.manifest)
+    is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any() and not is_judged_anew(dump.manifest)
     return Pooled(
         grads=dump.grads,
         prompt=codes[dump.prompt],
@@ -116,7 +116,8 @@ def pooled_of(dump: Dump) -> Pooled:
     )
 
 
-def _is_judged_anew(manifest: Mapping[str, Any]) -> bool:
+def is_judged_anew(manifest: Mapping[str, Any]) -> bool:
+    """Whether a verifier was to judge in the place of whoever gave the rewards."""
     return (manifest.get("rollouts_from") or {}).get("correct_from") == "verifier"
 
 

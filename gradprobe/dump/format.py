@@ -7,6 +7,7 @@ row), `manifest.json` (written last: a directory without it is unfinished) and, 
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ MANIFEST = "manifest.json"
 ROLLOUTS = "rollouts.jsonl"
 SETTINGS = "settings.json"
 PROGRESS = "progress.jsonl"
+WITHIN_A_HUB = re.compile(r"[\w.-]+/[^/\\]+|[^/\\]+")
 FORMAT_VERSION = 2
 EXACT_SINCE = 2
 """Since this version gradients of tokens of which the model is certain are exact; before, rounding ate them."""
@@ -172,6 +174,11 @@ def is_pooled(manifest: Mapping[str, Any]) -> bool:
 def model_of(manifest: Mapping[str, Any]) -> str:
     """Path or name of what was probed; of a model with an adapter, which others may share, that of the adapter."""
     return manifest.get("adapter_path", manifest["model_path"])
+
+
+def model_name(path: str) -> str:
+    """A model as a reader knows it: `owner/name` of a hub, or the last part of a path."""
+    return path if WITHIN_A_HUB.fullmatch(path) else re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 
 def target_name(manifest: Mapping[str, Any]) -> str:

@@ -39,6 +39,9 @@ class Rollout(Line):
         bucket_scores: what tokens were put into buckets by where that is not their entropy, one each; else empty.
         reward: a number where one is known.
         token_texts: what each response token by itself decodes to, for people; empty in older files.
+        sum_p2: Σ π², one per response token; empty in older files.
+        step: ⟨∇ log π_t, Δ⟩ along the manifest's step, nats, one per response token; empty without one.
+        step_logprobs: log-probs of the response tokens under the step's other end, nats; empty without one.
     """
 
     prompt_idx: PromptKey
@@ -55,6 +58,9 @@ class Rollout(Line):
     bucket_scores: list[float] = field(default_factory=list)
     reward: float | None = None
     token_texts: list[str] = field(default_factory=list)
+    sum_p2: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    step_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,9 @@ ROLLOUT_KINDS = {
     "token_texts": TEXTS.optional(),
     "bucket_scores": PER_TOKEN.optional(),
     "reward": NUMBER.or_null(),
+    "sum_p2": PER_TOKEN.optional(),
+    "step": PER_TOKEN.optional(),
+    "step_logprobs": PER_TOKEN.optional(),
 }
 
 
@@ -166,7 +175,7 @@ def _rollout_faults(record: dict[str, Any]) -> Iterator[str]:
     n_tokens = len(record["response_ids"])
     if not n_tokens == len(record["entropies"]) == len(record["logprobs"]):
         yield "response_ids, entropies and logprobs differ in length"
-    for name in ("tail_mass", "token_texts", "bucket_scores"):
+    for name in ("tail_mass", "token_texts", "bucket_scores", "sum_p2", "step", "step_logprobs"):
         if len(record.get(name) or [0] * n_tokens) != n_tokens:
             yield f"response_ids and {name} differ in length"
     if not record["prompt_ids"]:

@@ -4,13 +4,13 @@ Three questions, each with an answer in short and a statement per tag: a verdict
 rests on. Then what limits them. A number without an interval is not said where it would need one.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.summaries import Summary
 from ..analysis.text import CANT_TELL, counted, estimate, number, share, share_estimate, with_interval
+from ..dump.format import model_name
 from ..dump.on_policy import MIN_RARE_TOKENS, OFF_POLICY, ON_POLICY
 from ..exp1.summary import TRUSTED, compared, random_span, span, top_bucket, what_would_tell
 from ..exp3.signal import CLAIMED_SHARE, SEEN
@@ -21,7 +21,6 @@ OTHER_REASONS = (
     "Why an estimate of ρ differs from the −1 that theory fixes: noise; at most a few positions of a rollout and "
     "bucket, and means in the place of sums; prompts of different difficulty pooled; rare tokens that did not come up."
 )
-WITHIN_A_HUB = re.compile(r"[\w.-]+/[^/\\]+|[^/\\]+")
 
 Numbers = Mapping[str, Any]
 
@@ -240,12 +239,7 @@ def _huge(numbers: Numbers) -> str:
     return f"{said} (ESS), which its raw PR cannot exceed"
 
 
-def model_name(path: str) -> str:
-    """A model as a reader knows it: `owner/name` of a hub, or the last part of a path."""
-    return shortened(path if WITHIN_A_HUB.fullmatch(path) else re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path, 80)
-
-
 def named_model(tag: str, path: str) -> str:
     """`base = Qwen2.5-1.5B`; the tag alone where it is the model's name."""
-    name = model_name(path)
+    name = shortened(model_name(path), 80)
     return tag if tag == name else f"{tag} = {name}"

@@ -21,6 +21,7 @@ from .look import (
     Subject,
     bucket_axis,
     bucket_places,
+    caption,
     grid,
     heading,
     new_figure,
@@ -33,6 +34,7 @@ from .look import (
     text_figure,
     wrapped,
 )
+from .step import STEP, draw_step
 
 HEADLINE = "exp3_headline.png"
 KEEP_TOP = "exp3_keep_top.png"
@@ -55,8 +57,12 @@ Numbers = Mapping[str, Any]
 
 def draw_exp3(summary: Summary) -> dict[str, Figure]:
     """The figures of the analysis by file name; the trajectory's where there are checkpoints enough, of one rule."""
-    subjects, numbers = subjects_of(summary), list(summary.values())
-    drawn = {HEADLINE: draw_headline(subjects, numbers), KEEP_TOP: draw_kept(subjects, numbers)}
+    drawn = {STEP: draw_step(summary)} if any("step" in one for one in summary.values()) else {}
+    pooled = {tag: one for tag, one in summary.items() if "signal" in one}
+    if not pooled:
+        return drawn
+    subjects, numbers = subjects_of(pooled), list(pooled.values())
+    drawn |= {HEADLINE: draw_headline(subjects, numbers), KEEP_TOP: draw_kept(subjects, numbers)}
     if not _are_rules(numbers) and len(subjects) >= MIN_OF_TRAJECTORY:
         drawn[TRAJECTORY] = draw_trajectory(subjects, numbers)
     return drawn
@@ -156,7 +162,7 @@ def draw_kept(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
         ]
         ax.set_title("\n".join([f"{TITLES[measure]}, at {CLAIMED_SHARE:.0%} of the tokens", *read]), loc="left")
     if untold:
-        figure.supxlabel("\n".join(untold), x=0.01, ha="left", color=NOTE_COLOUR, fontsize=10)
+        caption(axes["signal_share"], "\n".join(map(wrapped, untold)))
     handles: list[Any] = [
         Line2D([], [], color=colour, marker="o", label=name)
         for name, colour, one in zip(names, colours, numbers, strict=True)

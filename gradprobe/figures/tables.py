@@ -7,7 +7,7 @@ from typing import Any
 
 from ..analysis.summaries import Summary
 from ..analysis.text import MISSING, Table, share, share_estimate
-from .answers import model_name
+from ..dump.format import model_name
 from .look import shortened
 from .rollouts import Commonest
 

@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 log = logging.getLogger(__name__)
 
 
 def pad_right(sequences: list[list[int]], device: torch.device) -> torch.Tensor:
-    """Token ids as one [batch, length] tensor, zeros behind each row's own tokens."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return pad_sequence(rows, batch_first=True).to(device)
+    """Token ids as one [batch, length] tensor, each row's last token again behind its own.
+
+    Not a padding token: its embedding is zero, where a norm has no derivative, and NaN would spread (Gemma 3n).
+    """
+    longest = max(map(len, sequences))
+    rows = [sequence + (sequence[-1:] or [0]) * (longest - len(sequence)) for sequence in sequences]
+    return torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids with zeros before them, and a mask that is 0 there, both [batch, length]."""
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    of_both = rows, [torch.ones_like(row) for row in rows]
-    ids, mask = (pad_sequence(of_one, batch_first=True, padding_side="left") for of_one in of_both)
-    return ids.to(device), mask.to(device)
+    """Token ids with each row's first token again before them, and a mask that is 0 there, both [batch, length]."""
+    longest = max(map(len, sequences))
+    ids = [sequence[:1] * (longest - len(sequence)) + sequence for sequence in sequences]
+    mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
 
 
 Result = TypeVar("Result")

@@ -36,6 +36,11 @@ class Softmax:
         """[n] float64, nats: of terms that are all positive."""
         return self.weight.log1p() - torch.linalg.vecdot(self.others, self._below).double() / (1 + self.weight)
 
+    @property
+    def sum_p2(self) -> torch.Tensor:
+        """[n] float64, Σ π²."""
+        return (1 + torch.linalg.vecdot(self.others, self.others).double()) / (1 + self.weight) ** 2
+
     def log_prob(self, ids: torch.Tensor) -> torch.Tensor:
         """[n] float64, log π of the words `ids`, [n], nats."""
         return self._below.gather(-1, ids[:, None])[:, 0].double() - self.weight.log1p()
@@ -56,6 +61,15 @@ class Softmax:
         not_drawn = self.not_drawn(ids)[:, None]
         gradient = self.others.scatter_(-1, self._top, 1.0).mul_((-1 / (1 + self.weight))[:, None].type_as(self.others))
         return gradient.scatter_(-1, ids[:, None], not_drawn.type_as(gradient))
+
+    def log_prob_along(self, ids: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """[n] float64, how fast log π of `ids`, [n], moves where the logits move by `change`, [n, vocab].
+
+        Σ_{j≠y} π_j (ż_y − ż_j): a sum over the other words, so that it is exact where the model is certain too.
+        """
+        behind = change.gather(-1, ids[:, None]) - change
+        of_top = behind.gather(-1, self._top)[:, 0].double()
+        return (torch.linalg.vecdot(self.others, behind).double() + of_top) / (1 + self.weight)
 
     def _drawn(self, ids: torch.Tensor) -> torch.Tensor:
         return self.others.gather(-1, ids[:, None])[:, 0].double()

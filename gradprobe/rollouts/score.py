@@ -1,6 +1,7 @@
 """What the full softmax says of every response token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +27,18 @@ class TokenScores(NamedTuple):
         logprobs: log π of the token, nats, float32.
         tail_mass: 1 - max π, float64: the chance of all words but the likeliest, exact also where that is tiny.
         logit_norms: ‖onehot - π‖, the length of ∇ log π with respect to the logits, float32.
+        sum_p2: Σ π², float64.
     """
 
     entropies: np.ndarray
     logprobs: np.ndarray
     tail_mass: np.ndarray
     logit_norms: np.ndarray
+    sum_p2: np.ndarray
+
+
+Measure = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+"""Takes the model, hidden states, [n, hidden], and the tokens that they predict, [n], and gives numbers, [n] each."""
 
 
 def score_responses(
@@ -40,14 +47,33 @@ def score_responses(
     responses: list[list[int]],
     batch_tokens: int | Budget,
 ) -> Iterator[dict[int, TokenScores]]:
-    """Score every response token by a teacher-forced pass, full softmax, temperature 1.
+    """Score every response token by a teacher-forced pass, full softmax, temperature 1; see `each_token`.
+
+    Yields:
+        For one batch: each response's scores by its index.
+    """
+    for batch in each_token(model, prompts, responses, batch_tokens, _score, torch.inference_mode):
+        yield {i: TokenScores._make(of_response) for i, of_response in batch.items()}
+
+
+def each_token(
+    model: nn.Module,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    batch_tokens: int | Budget,
+    measure: Measure,
+    context: Callable[[], AbstractContextManager],
+) -> Iterator[dict[int, tuple[np.ndarray, ...]]]:
+    """What a teacher-forced pass says of every response token.
 
     Args:
         prompts, responses: token ids; prompts not empty.
         batch_tokens: padded tokens in one forward pass, a prompt's counted for each of its responses.
+        measure: of a batch's tokens.
+        context: entered around each batch.
 
     Yields:
-        For one batch: each response's scores by its index.
+        For one batch: each response's numbers, [n_tokens] each, by its index.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     refuse_lengths(model, max(lengths, default=0), "`rollouts`")
@@ -57,17 +83,17 @@ def score_responses(
     for hidden_states, length_of in ((_states_behind_shared_prompts, shared), (_states, alone)):
         members = list(length_of)
 
-        @torch.inference_mode()
-        def run(batch: list[int], states=hidden_states, members=members) -> TokenScores:
+        def run(batch: list[int], states=hidden_states, members=members) -> list[np.ndarray]:
             batch = [members[j] for j in batch]
-            predicting = states(model, [prompts[i] for i in batch], [responses[i] for i in batch])
-            token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
-            return _score(model, torch.cat(predicting), token_ids.to(predicting[0].device))
+            with context():
+                predicting = torch.cat(states(model, [prompts[i] for i in batch], [responses[i] for i in batch]))
+                token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
+                return [of.cpu().numpy() for of in measure(model, predicting, token_ids.to(predicting.device))]
 
         for batch, scores in run_in_batches(list(length_of.values()), budget, run):
             cuts = np.cumsum([len(responses[members[j]]) for j in batch])[:-1]
             of_each = zip(*(np.split(score, cuts) for score in scores), strict=True)
-            yield dict(zip([members[j] for j in batch], map(TokenScores._make, of_each), strict=True))
+            yield dict(zip([members[j] for j in batch], of_each, strict=True))
 
 
 def _lengths_behind_shared_prompts(prompts: list[list[int]], responses: list[list[int]]) -> dict[int, int]:
@@ -119,17 +145,28 @@ def _states_behind_shared_prompts(
     return [of[: len(response)] for of, response in zip(torch.cat([first, later], dim=1), responses, strict=True)]
 
 
-def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> TokenScores:
-    """[n, hidden], [n] -> scores of [n]; the vocabulary is never unfolded for all n at once."""
+def _score(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[n, hidden], [n] -> what `TokenScores` holds."""
+    return in_blocks(model, hidden, token_ids, score_block)
+
+
+def in_blocks(
+    model: nn.Module,
+    hidden: torch.Tensor,
+    token_ids: torch.Tensor,
+    of_logits: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+) -> tuple[torch.Tensor, ...]:
+    """`of_logits`, [n, vocab] and [n], in blocks: the vocabulary is never unfolded for all n at once."""
     step = positions_per_head_block(model)
-    blocks = [score_block(head_logits(model, hidden[:0]), token_ids[:0])]
-    for start in range(0, len(hidden), step):
-        blocks.append(score_block(head_logits(model, hidden[start : start + step]), token_ids[start : start + step]))
-    return TokenScores(*(torch.cat(parts).numpy() for parts in zip(*blocks, strict=True)))
+    starts = range(0, max(1, len(hidden)), step)
+    blocks = [
+        of_logits(head_logits(model, hidden[start : start + step]), token_ids[start : start + step]) for start in starts
+    ]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 def score_block(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[n, vocab], [n] -> what `TokenScores` holds, on the CPU."""
     dtype, softmax = logits.dtype, Softmax(logits)
     scores = softmax.entropy.to(dtype), softmax.log_prob(token_ids).to(dtype), softmax.tail_mass
-    return *(x.cpu() for x in scores), softmax.logit_norm(token_ids).to(dtype).cpu()
+    return *(x.cpu() for x in scores), softmax.logit_norm(token_ids).to(dtype).cpu(), softmax.sum_p2.cpu()
