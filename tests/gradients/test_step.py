@@ -5,12 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from architectures import FAMILIES, VOCAB_SIZE, certain_of_family, tiny_of_family
-from engine_runs import likeliest_responses
+from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
 from tiny import plain_log_prob
 
-from gradprobe.common.errors import InputError
-from gradprobe.gradients.step import along_step, described, refuse_other_parameters, subtract
+from gradprobe.gradients.step import along_step, subtract
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
