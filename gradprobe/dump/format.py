@@ -29,6 +29,8 @@ ROLLOUTS = "rollouts.jsonl"
 SETTINGS = "settings.json"
 PROGRESS = "progress.jsonl"
 WITHIN_A_HUB = re.compile(r"[\w.-]+/[^/\\]+|[^/\\]+")
+PLACES = ("path", "from", "to")
+"""Of a data set, of rollouts, and of a step's ends."""
 FORMAT_VERSION = 2
 EXACT_SINCE = 2
 """Since this version gradients of tokens of which the model is certain are exact; before, rounding ate them."""
@@ -162,8 +164,8 @@ def prompt_hashes_of(manifest: Mapping[str, Any]) -> dict[PromptKey, str] | None
 
 
 def without_path(fact: Any) -> Any:
-    """What a manifest says of something, without the place where it lay: a moved file is the same file."""
-    return {key: value for key, value in fact.items() if key != "path"} if isinstance(fact, dict) else fact
+    """What a manifest says of something, without the places where it lay: a moved file is the same file."""
+    return {k: value for k, value in fact.items() if k not in PLACES} if isinstance(fact, dict) else fact
 
 
 def is_pooled(manifest: Mapping[str, Any]) -> bool:

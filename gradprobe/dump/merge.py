@@ -27,7 +27,7 @@ KEYS = {
     **dict.fromkeys(("target", "row_idx", "row_dim", "bins", "num_samples_per_prompt"), SAME),
     **dict.fromkeys(("pos_per_bin_per_rollout", "max_new_tokens", "temperature", "dtype", "attention"), SAME),
     **dict.fromkeys(("sampling", "rollouts_from", "prompts", "pooling", "bucket_by", "projection", "end_ids"), SAME),
-    "left_out": SAME,
+    **dict.fromkeys(("left_out", "step"), SAME),
     **dict.fromkeys(("device", "versions", "threads", "batch_tokens", "sample_rows"), SAME_BUT_FOR_ROUNDING),
     **dict.fromkeys(("num_prompts", "num_rollouts", "num_positions", "num_correct_rollouts"), SUMMED),
     **dict.fromkeys(("num_response_tokens", "num_nonfinite_rows", "num_zero_rows"), SUMMED),

@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..common.errors import InputError
+from ..common.errors import InputError, reason_of
 from ..model.batches import Budget
 from ..model.softmax import Softmax
 from ..rollouts.score import each_token, in_blocks
@@ -35,12 +35,15 @@ def refuse_other_parameters(model: nn.Module, other: nn.Module, what: str) -> No
 
 
 @torch.no_grad()
-def subtract(end: nn.Module, start: nn.Module) -> dict[str, torch.Tensor]:
-    """Δ = end − start by the parameters' names, in the place of the end's weights: there is no third model."""
-    step = dict(end.named_parameters())
-    for name, parameter in start.named_parameters():
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        step[name].copy_(step[name].to(wide) - parameter.to(step[name].device, wide))
+def subtract(end: nn.Module, start: nn.Module, into: nn.Module) -> dict[str, torch.Tensor]:
+    """Δ = end − start by the parameters' names, in the place of the weights of `into`, which is one of both.
+
+    It may be another model of that shape, too. A tensor at a time, so that there is no third model.
+    """
+    ends, starts, step = (dict(model.named_parameters()) for model in (end, start, into))
+    for name, place in step.items():
+        wide = torch.promote_types(place.dtype, torch.float32)
+        place.copy_(ends[name].to(place.device, wide) - starts[name].to(place.device, wide))
     return step
 
 
@@ -50,7 +53,8 @@ def described(step: dict[str, torch.Tensor]) -> dict[str, Any]:
         "parameters": sum(delta.numel() for delta in step.values()),
         "unchanged": sum(int((delta == 0).sum()) for delta in step.values()),
         "unchanged_tensors": [name for name, delta in step.items() if not delta.any()],
-        "norm": float(sum(float(delta.double().square().sum()) for delta in step.values()) ** 0.5),
+        "norm": float(f"{sum(float(delta.double().square().sum()) for delta in step.values()) ** 0.5:.6g}"),
+        "attention": ATTENTION,
     }
 
 
@@ -77,8 +81,29 @@ def along_step(
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _dual_parameters(model, step):
             yield
 
-    for batch in each_token(model, prompts, responses, batch_tokens, _derivatives, dual):
-        yield {i: of_response for i, (of_response,) in batch.items()}
+    try:
+        with _attention_with_derivatives(model):
+            for batch in each_token(model, prompts, responses, batch_tokens, _derivatives, dual):
+                yield {i: of_response for i, (of_response,) in batch.items()}
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward AD" not in str(error):
+            raise
+        whose = f"no step can be taken along: {type(model).__name__} runs a kernel without a forward derivative"
+        raise InputError(f"{whose} ({reason_of(error)})") from error
+
+
+@contextmanager
+def _attention_with_derivatives(model: nn.Module) -> Iterator[None]:
+    """Inside, sdpa or eager attention; flash attention's kernels have no forward derivatives."""
+    before = model.config._attn_implementation
+    if before in ("eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _derivatives(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -26,7 +26,7 @@ from .plan import Plan
 
 log = logging.getLogger(__name__)
 
-ROLLOUTS, GRADIENTS = "rollouts", "gradients"
+ROLLOUTS, STEP, STEPPED, GRADIENTS = "rollouts", "step", "stepped", "gradients"
 COMPUTING = "computing"
 AS_BEGUN = ("batch_tokens", "sample_rows")
 """What of `computing` a dump is finished with as it was begun, whatever is asked for now."""
@@ -117,17 +117,21 @@ class Progress:
     Attributes:
         chunks: of rollouts that are there: their entries, of which `notes` is what was said beside them.
         batches: of gradients that are there: their entries, with `items` (rollouts), `seconds` and `batch_tokens`.
+        steps: of the chunks that were taken along a step: their entries, with what was found.
+        stepped: what is said of the step once the file of rollouts holds all of it; else None.
     """
 
     def __init__(self, output_dir: Path, prompts: Sequence[list[PromptKey]]):
         self._file, self._record_file = output_dir / contract.ROLLOUTS, output_dir / contract.PROGRESS
         self._prompts = json.loads(json.dumps(prompts))
-        found = list(_entries(self._record_file))
-        self.batches = [entry for entry in found if entry["kind"] == GRADIENTS]
-        self.chunks = self._sound_chunks([entry for entry in found if entry["kind"] == ROLLOUTS])
-        if n_lost := len(found) - len(self.chunks) - len(self.batches):
+        found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (ROLLOUTS, STEP, STEPPED, GRADIENTS)}
+        for entry in _entries(self._record_file):
+            found[entry["kind"]].append(entry)
+        self.batches, self.steps, self._stepped = found[GRADIENTS], found[STEP], found[STEPPED][-1:]
+        self.chunks = self._sound_chunks(found[ROLLOUTS])
+        if n_lost := len(found[ROLLOUTS]) - len(self.chunks):
             log.info(f"{self._file}: {n_lost} batches are torn or changed, they are sampled again")
-            self.batches = []
+            self.batches, self.steps, self._stepped = [], self.steps[: len(self.chunks)], []
         self._begin_record()
 
     def add_rollouts(self, rollouts: list[Rollout], notes: dict[str, Any]) -> None:
@@ -142,6 +146,33 @@ class Progress:
         self._rollouts.close()
         replace(aside(self._file), self._file)
         return list(iter_rollouts(self._file))
+
+    @property
+    def stepped(self) -> dict[str, Any] | None:
+        """What was said of the step when the last of it was written; None while some is missing."""
+        return self._stepped[0]["said"] if self._stepped else None
+
+    def add_step(self, found: list[dict[str, list[float]]]) -> None:
+        """Keep what one chunk's rollouts are along the step, in their order; on disk when this returns."""
+        self.steps.append({"kind": STEP, "found": found})
+        self.add(self.steps[-1])
+
+    def finish_step(self, rollouts: list[Rollout], sizes: Sequence[int], said: dict[str, Any]) -> None:
+        """Write the rollouts again, with their step. The record says both what the file was and what it will be.
+
+        Args:
+            rollouts: all, with their step.
+            sizes: how many of them each chunk has.
+            said: of the step.
+        """
+        ends, of_file = [], iter(rollouts)
+        with aside(self._file).open("wb") as stream:
+            for size in sizes:
+                part = itertools.islice(of_file, size)
+                ends.append(append_lines(stream, (rollout.to_record() for rollout in part)))
+        self._stepped = [{"kind": STEPPED, "ends": ends, "said": said}]
+        self.add(self._stepped[0])
+        replace(aside(self._file), self._file)
 
     def begin_gradients(self, directories: list[Path], row_dims: list[int], n_rows: list[int]) -> None:
         """Open every target's file; `batches` are those that are sound. `n_rows`: of each rollout."""
@@ -193,6 +224,14 @@ class Progress:
             replace(self._file, aside(self._file))
         self._rollouts = aside(self._file).open("a+b")
         self._rollouts.seek(0)
+        if self._stepped and self._stepped[0]["ends"]:
+            end, crc32 = self._stepped[0]["ends"][0]
+            if zlib.crc32(self._rollouts.read(end)) == crc32:  # it was written again, with the step
+                ends = self._stepped[0]["ends"]
+                found = [{**entry, "end": e, "crc32": c} for entry, (e, c) in zip(found, ends, strict=True)]
+            else:
+                self._stepped = []
+            self._rollouts.seek(0)
         kept, end = [], 0
         for entry, due in zip(found, self._prompts, strict=False):
             content = self._rollouts.read(entry["end"] - end)
@@ -205,7 +244,7 @@ class Progress:
 
     def _begin_record(self) -> None:
         """Write the record of what is kept, whole or not at all, and open it for more."""
-        write_jsonl(self._record_file, map(_sealed, [*self.chunks, *self.batches]))
+        write_jsonl(self._record_file, map(_sealed, [*self.chunks, *self.steps, *self._stepped, *self.batches]))
         self._record = self._record_file.open("ab")
 
 

@@ -18,6 +18,7 @@ from ..common.files import read_json
 from ..dump import format as contract
 from ..dump.buckets import BUCKET, POOLING, fit_edges
 from ..dump.on_policy import are_same_weights
+from ..gradients.step import refuse_other_parameters
 from ..gradients.targets import AnyTarget, Projection, expand_projected, expand_targets
 from ..model.checkpoint import (
     end_token_ids,
@@ -31,6 +32,7 @@ from ..model.decoder import context_length
 from ..model.identity import FileStates, checkpoint_identity, file_states, hardware_of
 from ..model.past import refuse_lengths, refuse_without_cache
 from ..model.placement import Placement, read_placement
+from ..model.source import CheckpointSource
 from ..problems.data_set import ProblemSet, load_problems, shard_of_study
 from ..problems.gym import ENTRY, GYM_VERIFIER
 from ..problems.templates import encode_prompts, preview, read_template, render_prompts
@@ -48,6 +50,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class StepEnd:
+    """Another checkpoint at an end of a step, and its files as they were when its identity was made."""
+
+    source: CheckpointSource
+    identity: dict[str, str]
+    files: FileStates
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that is decided before a weight is loaded.
 
@@ -59,6 +70,7 @@ class Plan:
         device: takes the model, unless there is a placement.
         computing: what rounds sums in another order and changes nothing else: `threads` on a CPU, `batch_tokens`
             (padded, in one pass) and `sample_rows`.
+        step_ends: the ends of a step that are other checkpoints, under "to" and "from"; empty without one.
         facts: all that changes the dump's bytes, as the manifest has it.
         checkpoint_files: as they were when their identity was made.
     """
@@ -75,6 +87,7 @@ class Plan:
     dtype: torch.dtype
     attention: str
     computing: dict[str, int]
+    step_ends: dict[str, StepEnd]
     facts: dict[str, Any]
     checkpoint_files: FileStates
 
@@ -116,6 +129,11 @@ def make_plan(settings: ProbeSettings) -> Plan:
     dtype, attention = resolve_dtype(settings.dtype, device), resolve_attention(settings.attention, skeleton)
     model_identity = checkpoint_identity(settings.checkpoint, skeleton)
     edges = given_edges(settings) or edges_of_file(settings, source, facts_of_source, model_identity)
+    step_ends = ends_of_step(settings, skeleton, model_identity)
+    step = facts_of_step(settings, step_ends, model_identity)
+    if step is None and are_same_weights((facts_of_source.get("rollouts_from") or {}).get("identity"), model_identity):
+        step = facts_of_source.get("step")  # what was taken along one before stays true
+    facts_of_source.pop("step", None)
     # 4. What makes the dump this one and no other.
     facts = {
         "format_version": contract.FORMAT_VERSION,
@@ -135,6 +153,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
         "seed": settings.seed,
         "entropy_edges": edges and edges["entropy_edges"],
         **({POOLING: BUCKET, "bucket_by": settings.bucket_by} if settings.is_pooled else {}),
+        **({} if step is None else {"step": step}),
         **facts_of_source,
     }
     output = settings.output_dir
@@ -155,6 +174,7 @@ def make_plan(settings: ProbeSettings) -> Plan:
             "batch_tokens": settings.batch_tokens or BATCH_TOKENS[device.type],
             "sample_rows": settings.sample_rows,
         },
+        step_ends=step_ends,
         facts=facts,
         checkpoint_files=checkpoint_files,
     )
@@ -171,6 +191,32 @@ def targets_of(settings: ProbeSettings, skeleton: nn.Module) -> list[AnyTarget]:
             n, names = left_out["n_parameters"], first_of(left_out["names"])
             log.info(f"note: all-linear takes no part of {n} parameters that lie in no linear map: {names}")
     return targets
+
+
+def ends_of_step(settings: ProbeSettings, skeleton: nn.Module, model: dict[str, str]) -> dict[str, StepEnd]:
+    """The other checkpoints of a step, with the same parameters as the probed one, and not that itself."""
+    ends = {}
+    for end, source in settings.step_ends.items():
+        files, other = file_states(source), load_skeleton(source)
+        refuse_other_parameters(skeleton, other, f"`step_{end}` {source.path}")
+        ends[end] = StepEnd(source, checkpoint_identity(source, other), files)
+    identities = [model, *(end.identity for end in ends.values())][-2:]
+    if ends and are_same_weights(*identities):
+        raise InputError(f"`step_{next(iter(ends))}`: both ends of the step are the same weights")
+    return ends
+
+
+def facts_of_step(settings: ProbeSettings, ends: dict[str, StepEnd], model: dict[str, str]) -> dict[str, Any] | None:
+    """What the manifest says of the step before it is taken; None without one."""
+    if not ends:
+        return None
+    paths = {end: of.source.adapter or of.source.path for end, of in ends.items()}
+    probed = settings.adapter or settings.model_path
+    return {
+        **{end: paths.get(end, probed) for end in ("from", "to")},
+        "identities": {end: ends[end].identity if end in ends else model for end in ("from", "to")},
+        "logprobs_of": "to" if "to" in ends else "from",
+    }
 
 
 def given_edges(settings: ProbeSettings) -> dict[str, Any] | None:
@@ -338,6 +384,7 @@ def read_rollout_source(
         "num_samples_per_prompt": origin.get("num_samples_per_prompt", max(source.rows_per_prompt)),
         "dataset": origin.get("dataset"),
         "sampling": origin.get("sampling"),
+        "step": origin.get("step"),
         "rollouts_from": {
             "path": str(files[0]) if len(files) == 1 else [str(file) for file in files],
             "sha256": found.report.sha256,

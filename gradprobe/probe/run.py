@@ -36,6 +36,7 @@ from .output import Progress
 from .plan import Plan, fitted_edges
 from .rules import bucket_scores, rng_of
 from .self_check import refuse_unfit
+from .step import along_step_of
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, An
         for line in early_word(rollouts, checkpoint.end_ids, on_policy):
             log.info(line)
         refuse_too_few_mixed(rollouts, settings.min_mixed_prompts, plan.source.rows_per_prompt)
+        rollouts, step = along_step_of(plan, checkpoint, rollouts, prompts, growing, watch)
         if settings.sample_only:
             return
         edges = plan.edges or fitted_edges(tokens.score, settings.bins)
@@ -72,6 +74,7 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, An
         write_gradients(plan, engine, rollouts, chosen, growing, watch)
     lines = lines_of(plan, rollouts, chosen, np.array(edges["entropy_edges"]))
     common = manifest_of(plan, checkpoint, edges, rollouts)
+    common |= {"step": common["step"] | step} if step else {}
     common["on_policy"] = asdict(tokens.test(claims_on_policy(common)))
     refuse_changed_model(plan, checkpoint)  # weights may have been read until now
     for directory, target, row_dim in zip(plan.directories, plan.targets, plan.row_dims, strict=True):
@@ -199,6 +202,8 @@ def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tok
             "entropies": scores[i].entropies.tolist(),
             "logprobs": scores[i].logprobs.tolist(),
             "tail_mass": scores[i].tail_mass.tolist(),
+            "sum_p2": scores[i].sum_p2.tolist(),
+            **({} if "step" in plan.facts and not plan.step_ends else {"step": [], "step_logprobs": []}),
         }
         rollout = replace(rollout, **per_token)
         by_rule = bucket_scores(plan.settings.bucket_by, plan.settings.seed, rollout, scores[i].logit_norms)

@@ -200,6 +200,16 @@ class ProbeSettings:
     entropy_edges: Path | None = flag("take the edges of another dump's manifest.json", "MANIFEST")
     seed: int = flag("of prompts, sampling and positions", default=0, least=0)
 
+    step_to: str | None = flag(
+        "along the step from the probed checkpoint to this one, the derivative of each token's log-prob",
+        "CKPT",
+        never_with="`device_map`",
+        group="the step that training took: what is not named is the probed model itself",
+    )
+    step_from: str | None = flag("the step from this checkpoint", "CKPT", never_with="`device_map`")
+    step_to_adapter: str | None = flag("adapter merged into --step-to (default of that, then: --model-path)", "A")
+    step_from_adapter: str | None = flag("adapter merged into --step-from (likewise)", "A")
+
     device: str = flag(
         "auto, cuda or cpu",
         default="auto",
@@ -244,6 +254,16 @@ class ProbeSettings:
     def checkpoint(self) -> CheckpointSource:
         """Which checkpoint is probed."""
         return CheckpointSource(self.model_path, self.revision, self.adapter, self.trust_remote_code, self.tokenizer)
+
+    @property
+    def step_ends(self) -> dict[str, CheckpointSource]:
+        """The ends of the step that are other checkpoints, under "to" and "from"; empty without a step."""
+        named = {"to": (self.step_to, self.step_to_adapter), "from": (self.step_from, self.step_from_adapter)}
+        return {
+            end: CheckpointSource(path or self.model_path, None, adapter, self.trust_remote_code)
+            for end, (path, adapter) in named.items()
+            if path is not None or adapter is not None
+        }
 
     def check(self) -> None:
         """Raise `InputError` with every value that can't be, and every two that can't go together."""

@@ -60,7 +60,7 @@ def by_autograd(model, step, prompt: list[int], response: list[int]) -> list[flo
 @pytest.mark.usefixtures("float64_throughout")
 def test_every_token_s_derivative_equals_the_sum_over_all_parameters(family):
     model = tiny_of_family(family)
-    step = subtract(moved(model), model)
+    step = subtract(end := moved(model), model, end)
     prompts, responses = rollouts_of(4)
     found = derivatives(model, step, prompts, responses)
     for prompt, response, mine in zip(prompts, responses, found, strict=True):
