@@ -22,13 +22,11 @@ from gradprobe.analysis.summaries import LAYOUT, write_results
 from gradprobe.common.console import add_common_flags, progress, script_main
 from gradprobe.dump.format import model_name
 from gradprobe.figures.look import add_format_flag, save
-from gradprobe.figures.step_weights import WEIGHTS, draw_weights, table_by_kind
+from gradprobe.figures.step_weights import SUMMARY, WEIGHTS, draw_weights, table_by_kind
 from gradprobe.gradients.step import refuse_other_parameters
 from gradprobe.gradients.step_weights import weights_of_step
 from gradprobe.model.checkpoint import load_checkpoint, load_skeleton
 from gradprobe.model.source import CheckpointSource
-
-SUMMARY = "step_summary.json"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

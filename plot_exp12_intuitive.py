@@ -48,6 +48,7 @@ from gradprobe.figures.look import Figure, add_format_flag, save, subjects_of
 from gradprobe.figures.replication import REPLICATION, draw_replication
 from gradprobe.figures.report import REPORT, render_report
 from gradprobe.figures.rollouts import see_rollouts
+from gradprobe.figures.step_weights import SUMMARY as STEP_SUMMARY
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
     answers, manifests = answers_of(exp1, exp2, exp3), {tag: source.manifest for tag, source in sources.items()}
     beside = [name for summary in (exp1, exp2, exp3) for one in summary.values() for name in one["files"]]
+    beside += files_of_step(output_dir / STEP_SUMMARY, exp3)
     names = sorted({name for name in (*beside, *written) if name.endswith(".png")})
     pictures = {name: (output_dir / name).read_bytes() for name in names if (output_dir / name).exists()}
     seen = {tag: see_rollouts(one.path, one.manifest, entropy_edges(exp3.get(tag))) for tag, one in sources.items()}
@@ -151,9 +153,16 @@ def exp3_of_this_study(file: Path, sources: Mapping[str, Source]) -> dict[str, d
     return {} if reasons else found or {}
 
 
+def files_of_step(file: Path, exp3: Summary) -> list[str]:
+    """The figures of the step itself, where it is the one along which Exp 3 looks."""
+    found = read_json(file) if file.exists() else {}
+    steps = [(one["step"]["from"], one["step"]["to"]) for one in exp3.values() if "step" in one]
+    return found["files"] if (found.get("from"), found.get("to")) in steps else []
+
+
 def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
-    """Those of one tag's Exp 3; None where it has none, or chose tokens by something else."""
-    return signal["edges"] if signal and signal["bucket_by"] == "entropy" else None
+    """Those of one tag's pooled gradients; None where it has none, or chose tokens by something else."""
+    return signal["edges"] if signal and "signal" in signal and signal["bucket_by"] == "entropy" else None
 
 
 def draw_several(exp1: Summary, exp2: Summary, sources: Mapping[str, Source]) -> dict[str, Figure]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The experiments from start to end: probe the shards of every model (one per GPU, or as many at once as the CPU
-# has cores), merge, probe the same rollouts again for Exp 3, merge, analyse, plot.
+# has cores), merge, where asked for probe the same rollouts again, pooled, for Exp 3, analyse, plot.
 #
 #     bash run_exp1_exp2.sh                     the study in config.env: by default the demo pair
 #     bash run_exp1_exp2.sh my_study.env        another file of settings
@@ -52,9 +52,12 @@ source "$PROJECT/scripts/steps.sh"
 # Which dumps there are of each model: OUT_ROOT/PART_TAG, of shards OUT_ROOT/PART_TAG_sN; their logs are PREFIX and TAG.
 declare -A prefix_of=([exp12]="" [exp3]=exp3_)
 parts=(exp12) analyses=(exp1 exp2)
-if [[ "$EXP3" != 0 ]]; then parts+=(exp3) analyses+=(exp3); fi
 device="$DEVICE" python="${PYTHON:-$PROJECT/.venv/bin/python}"
 read_settings
+if [[ "$EXP3" == 1 ]]; then parts+=(exp3); fi
+if ((${#tags[@]} < 2)); then STEP=0; fi # no step lies between one model and itself
+if [[ "$EXP3$STEP" != 00 ]]; then analyses+=(exp3); fi
+if [[ "$STEP" == 1 ]]; then analyses+=(step); fi
 
 # ---- what to run, and where -------------------------------------------------------------------------------------
 
@@ -78,12 +81,28 @@ probe_command() { # part, tag, shard -> the array `command`, and those of its fl
     if [[ "$CHAT_TEMPLATE" == 1 ]]; then command+=(--chat-template); fi
     if [[ "$1" == exp12 ]]; then
         add_flags DATASET NUM_PROMPTS NUM_SAMPLES MAX_NEW_TOKENS TEMPERATURE ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT
+        if [[ "$STEP" == 1 ]]; then add_step step- "$2"; fi
         command+=("${probe_args[@]}" "${sampling_args[@]}" "${own[@]}")
     else
         own+=(--rollouts "$OUT_ROOT/exp12_$2" --pool bucket --bins "$EXP3_BINS" --project "$EXP3_PROJECT")
         own+=(${EXP3_LAYER:+--layer "$EXP3_LAYER"} ${EXP3_PARAM_SUFFIX:+--param-suffix "$EXP3_PARAM_SUFFIX"})
         command+=("${probe_args[@]}" "${own[@]}")
     fi
+}
+
+add_step() { # prefix of the flags, tag -> the array `command`: the step from the first model to the last, without tag
+    local end tag
+    for end in from to; do
+        if [[ "$end" == from ]]; then tag="${tags[0]}"; else tag="${tags[-1]}"; fi
+        if [[ "$tag" == "$2" ]]; then continue; fi
+        command+=("--$1$end" "${model_of[$tag]}" ${adapter_of[$tag]:+"--$1$end-adapter" "${adapter_of[$tag]}"})
+    done
+}
+
+step_command() { # -> the array `command`: what the step itself is like
+    command=("$python" "$PROJECT/describe_step.py" --output-dir "$figures")
+    add_flags FIGURE_FORMAT
+    add_step "" ""
 }
 
 add_flags() { # names of settings -> the array `command`: the flags of these names, of all that are not empty
@@ -100,12 +119,13 @@ merge_command() { # part, tag -> the array `command`
     for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do command+=("${merged}_s$shard"); done
 }
 
-analysis_command() { # exp1, exp2, exp3 or plot -> the array `command`
+analysis_command() { # exp1, exp2, exp3, step or plot -> the array `command`
     local script tag part=exp12
+    if [[ "$1" == step ]]; then step_command && return; fi
     case "$1" in
         exp1) script=analyze_exp1_compression.py ;;
         exp2) script=analyze_exp2_direction.py ;;
-        exp3) script=analyze_exp3_signal.py part=exp3 ;;
+        exp3) script=analyze_exp3_signal.py part="${parts[-1]}" ;;
         plot) script=plot_exp12_intuitive.py ;;
     esac
     command=("$python" "$PROJECT/$script" --output-dir "$figures")

@@ -28,7 +28,7 @@ make_absolute() { # name of a variable: if it holds the relative path of somethi
 
 read_settings() { # -> tags, model_of, adapter_of, gpus, probe_args, sampling_args; local paths become absolute
     local name programs words
-    for name in DRY_RUN CHAT_TEMPLATE EXP3; do [[ "${!name}" =~ ^[01]$ ]] || problem_with "$name" "must be 0 or 1"; done
+    for name in DRY_RUN CHAT_TEMPLATE STEP EXP3; do [[ "${!name}" =~ ^[01]$ ]] || problem_with "$name" "must be 0 or 1"; done
     for name in SHARDS_PER_MODEL NUM_PROMPTS NUM_SAMPLES EXP3_BINS PROGRESS_SECONDS; do
         [[ "${!name}" =~ ^[1-9][0-9]{0,8}$ || "$name=${!name}" == PROGRESS_SECONDS=0 ]] ||
             problem_with "$name" "must be a whole number above 0, without leading zeros and of 9 digits at most"
@@ -153,7 +153,7 @@ ask_scripts() { # of every probe, without loading weights, and of the analyses' 
             start "checking $tag for $part" "$checks/$part $tag" - 0 "${where[@]}" "${command[@]}"
         done
     done
-    analysis_command "${analyses[-1]}" # which has the flags of the others too
+    analysis_command exp3 # which has the flags of the others too
     start "checking the analyses" "$checks/analyses" - 0 "${where[@]}" "${command[@]}" --help
     while ((${#name_of[@]} > 0)); do wait_for_one && unset "name_of[ended]"; done
 }
@@ -191,6 +191,7 @@ in_settings() { # exp12, exp3 or analyses, what its script says of flags -> the 
         if [[ -z "${!name-}" || "$by_hand" == *" $flag "* || "$1 $name" == "exp12 EXP3_"* ]]; then continue; fi
         for end in ' ' ':' ',' ';'; do text="${text//"$flag$end"/"$name$end"}"; done # other flags begin like this one
     done
+    if [[ "$text" == *--step-* ]]; then text+="(STEP=0 leaves the step out) "; fi
     if [[ "$1" == exp3 && -n "$PROBE_ARGS" ]]; then
         text+="(PROBE_ARGS are for both probes, SAMPLING_ARGS for the first alone)"
     fi

@@ -68,6 +68,7 @@ def step_numbers(result: StepSignal, words: Sequence[str], step: Mapping[str, An
     return found | {
         "from": model_name(step["from"]),
         "to": model_name(step["to"]),
+        "at": {"to": "from", "from": "to"}[step["logprobs_of"]],
         "gain": found["gain"] | {"reason": reason_of_step(result)},
         "measured_gain": None,
         "linearity": {"correlation": correlation, "slope": slope},

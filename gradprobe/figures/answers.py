@@ -14,6 +14,7 @@ from ..dump.format import model_name
 from ..dump.on_policy import MIN_RARE_TOKENS, OFF_POLICY, ON_POLICY
 from ..exp1.summary import TRUSTED, compared, random_span, span, top_bucket, what_would_tell
 from ..exp3.signal import CLAIMED_SHARE, SEEN
+from ..exp3.summary import at, said_of_noise
 from .look import shortened
 
 NOT_MEASURED = "which tokens carry the signal was not measured"
@@ -152,6 +153,46 @@ def _cancel(numbers: Numbers) -> tuple[str, list[str]]:
 
 
 def _signal(numbers: Numbers) -> tuple[str, list[str]]:
+    """Along RL's step where there is one, with what pooled gradients say beside it; else these alone."""
+    if "step" not in numbers:
+        return _pooled(numbers)
+    verdict, said = _step(numbers["step"])
+    if "signal" in numbers:
+        beside, _ = _pooled(numbers)
+        said.append(f"pooled gradients, without the step: {beside}")
+    return verdict, said
+
+
+def _step(step: Numbers) -> tuple[str, list[str]]:
+    gain, curve = step["gain"], step["keep_top"]["entropy"]
+    looks_ahead = step["at"] == "from"
+    where = f"along the step to {step['to']}" if looks_ahead else f"going on along the step from {step['from']}"
+    if gain["reason"]:
+        verdict = f"{CANT_TELL} which tokens carry it: {where} no gain is seen"
+        return verdict, [gain["reason"]]
+    top = share_estimate(at(curve, CLAIMED_SHARE)["share"])
+    what = "gain" if gain["t"] > 0 else "loss"
+    verdict = f"the top {CLAIMED_SHARE:.0%} of the tokens by entropy carry {top} of the {what} {where}"
+    others = ", ".join(f"{share_estimate(at(curve, of)['share'])} by {of:.0%}" for of in (0.1, 0.3))
+    by_rule = ", ".join(
+        f"{share_estimate(at(of_rule, CLAIMED_SHARE)['share'])} by {rule}"
+        for rule, of_rule in step["keep_top"].items()
+        if rule not in ("entropy", "random")
+    )
+    said = [
+        f"t = {number(gain['t'], 1)} over {counted(step['n_prompts'], 'prompt')}, p = {number(gain['p_value'], 4)}",
+        f"{others} of the tokens",
+        f"the top {CLAIMED_SHARE:.0%} by other rules: {by_rule}",
+    ]
+    if step["measured_gain"] is not None:
+        said.append(
+            f"in expected reward {estimate(step['reward_gain'])} to first order, {number(step['measured_gain'], 2)} "
+            "as measured between its ends"
+        )
+    return verdict, said
+
+
+def _pooled(numbers: Numbers) -> tuple[str, list[str]]:
     top = f"the top {CLAIMED_SHARE:.0%} of the tokens by {numbers['bucket_by']}"
     if numbers["signal"]["verdict"] != SEEN:
         return f"{CANT_TELL} which tokens carry it", [numbers["signal"]["reason"]]
@@ -178,8 +219,12 @@ def _signal(numbers: Numbers) -> tuple[str, list[str]]:
 def limits_of(exp1: Summary, exp2: Summary, exp3: Summary, manifests: Summary) -> list[Limit]:
     """What the answers hang on: prompts, rare tokens, whose rollouts these are, huge gradients."""
     limits = [Limit("prompts", _sentences(exp2, _prompts))]
-    if exp3:
-        limits.append(Limit("prompts for the signal", _sentences(exp3, _prompts_of_signal)))
+    pooled = {tag: one for tag, one in exp3.items() if "signal" in one}
+    if pooled:
+        limits.append(Limit("prompts for the signal", _sentences(pooled, _prompts_of_signal)))
+    steps = {tag: one["step"] for tag, one in exp3.items() if "step" in one}
+    if steps:
+        limits.append(Limit("the step", _sentences(steps, _straight)))
     limits.append(Limit("rare tokens", _sentences(exp2, _rare)))
     limits.append(Limit("on-policy?", _sentences(manifests, _policy)))
     looking = sorted({one["bucket_by"] for one in exp3.values() if one["is_chosen_by_prefix"] is False})
@@ -211,6 +256,14 @@ def _prompts_of_signal(numbers: Numbers) -> str:
     scale = numbers["noise_scale_prompts"]
     needs = f"; signal equals noise at {estimate(scale, 0)}" if scale["ci95"] is not None else ""
     return f"{counted(numbers['n_prompts'], 'prompt')}, {numbers['n_prompts_mixed']} with both outcomes{needs}"
+
+
+def _straight(step: Numbers) -> str:
+    straight, noise = step["linearity"], f"; {said_of_noise(step)}" if step["noise"] else ""
+    return (
+        f"d against the real change of log π: correlation {number(straight['correlation'], 2)}, slope "
+        f"{number(straight['slope'], 2)}{noise}"
+    )
 
 
 def _rare(numbers: Numbers) -> str:

@@ -22,11 +22,14 @@ from .answers import Answer, limits_of, named_model, summed_up
 from .checkpoints import EXP12_TRAJECTORY
 from .replication import REPLICATION
 from .rollouts import RolloutsSeen, RolloutText
+from .step import STEP
+from .step_weights import WEIGHTS
 from .tables import commonest_tables, left_out_table, settings_table
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-FIGURES_OF_ANSWERS = ("exp1_headline.png", "exp2_headline.png", "exp3_headline.png")
+FIGURES_OF_ANSWERS = (("exp1_headline.png",), ("exp2_headline.png",), (STEP, "exp3_headline.png"))
+"""Of each answer the first that there is."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,19 @@ def render_report(
     """
     seen = {tag: one for tag, one in rollouts.items() if one is not None}
     pictures = {name: Picture(name, base64.b64encode(content).decode()) for name, content in figures.items()}
-    others = [picture for name, picture in pictures.items() if name not in FIGURES_OF_ANSWERS]
+    shown = [next((name for name in names if name in pictures), None) for names in FIGURES_OF_ANSWERS]
+    others = [picture for name, picture in pictures.items() if name not in shown]
     first = next(iter(exp1.values()))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=summed_up(answers),
         subtitle=f"{target_name(first)}, {first['row_dim']:,} numbers a gradient: "
         + "; ".join(named_model(tag, numbers["model"]) for tag, numbers in exp1.items()),
-        answers=list(zip(answers, map(pictures.get, FIGURES_OF_ANSWERS), strict=True)),
+        answers=[(answer, pictures.get(name or "")) for answer, name in zip(answers, shown, strict=True)],
         limits=limits_of(exp1, exp2, exp3, manifests),
         facts={tag: one.facts for tag, one in seen.items()},
         texts=_texts(seen),
+        has_step=any(token.push for one in seen.values() for text in one.texts for token in text.tokens),
         sections=[
             section
             for section in _sections(exp1, exp2, exp3, manifests, others, seen)
@@ -129,6 +134,7 @@ def _sections(
             tables[2],
             named("exp3_"),
         ),
+        Section("What the step itself is like", figures=named(WEIGHTS)),
         Section("Over checkpoints", figures=named(EXP12_TRAJECTORY)),
         Section("Other rows and layers", figures=named(REPLICATION)),
         Section("Settings", tables=[settings_table(manifests)]),
@@ -158,6 +164,9 @@ MEANINGS = (
     ("log π + H (z)", "nats a token; 0 in the mean where tokens are drawn from the model itself; z: standard errors."),
     ("p", "labels permuted over the rollouts of a prompt. Its null is that rollouts are exchangeable, which perfectly "
      "aligned ones are: a large p does not mean ρ = 0."),
+    ("the step, its gain", "Δ, from the first checkpoint's weights to the last's; d = ⟨∇ log π, Δ⟩ of every token, "
+     "over all parameters; the gain is what the objective's update would win along Δ, to first order; t: in standard "
+     "errors over prompts. No share of it is given where |t| is below 2."),
     ("signal", "the squared length of the expected update, from products of different prompts only, so without noise; "
      "seen where it is above 0 at the 95% level."),
     ("noise scale", "the prompts at which the update's signal equals its noise: smaller batches are mostly noise."),

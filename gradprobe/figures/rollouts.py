@@ -122,5 +122,5 @@ def _facts(rollouts: Sequence[Rollout], manifest: Mapping[str, Any]) -> Iterable
 def _cut(rollout: Rollout) -> Rollout:
     """Its first tokens, as far as a page shows them."""
     kept = slice(MAX_TOKENS_SHOWN)
-    per_token = ("token_texts", "entropies", "bucket_scores")
+    per_token = ("token_texts", "entropies", "bucket_scores", "step")
     return replace(rollout, **{name: getattr(rollout, name)[kept] for name in per_token})

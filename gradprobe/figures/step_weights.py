@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from ..analysis.text import MISSING, Table, number, share
 from .look import NOTE_COLOUR, new_figure, styled
 
+SUMMARY = "step_summary.json"
 WEIGHTS = "step_weights.png"
 IN_A_LAYER = re.compile(r"^.*?\.(\d+)\.(.+?)(?:\.weight)?$")
 MEASURES = {

@@ -105,7 +105,7 @@ def commonest_tables(
         ranges = [f"{low:.2g} to {high:.2g}" for low, high in itertools.pairwise(edges)]
         rows = [[str(i), ranges[i], _with_shares(found)] for i, found in enumerate(commonest)]
         tables.append(Table(f"{tag}: by bucket of entropy", ["bucket", "nats", TOKENS], rows, is_words=True))
-    if of_signal and signal is not None:
+    if of_signal and signal is not None and "per_bucket" in signal:
         rows = [
             [bucket, share(found["share_of_tokens"]), share_estimate(found["signal_share"]), _with_shares(tokens)]
             for (bucket, found), tokens in zip(signal["per_bucket"].items(), of_signal, strict=True)

@@ -23,6 +23,7 @@ class Token:
     Attributes:
         text: escaped: what a model writes reaches no terminal raw.
         shade: from 0 to 1, its entropy in the highest bucket's lower edge, cut off at twice that.
+        push: from -1 to 1, where RL's step pushes it, in the rollout's largest but one in twenty; 0 without a step.
         is_high: whether it is in the highest bucket.
         is_picked: whether its gradient is in the dump.
     """
@@ -32,6 +33,7 @@ class Token:
     shade: float
     is_high: bool
     is_picked: bool
+    push: float = 0.0
 
 
 def head_of(rollout: Rollout) -> str:
@@ -68,9 +70,11 @@ def shaded(rollout: Rollout, edges: np.ndarray, picked: Collection[int]) -> Iter
         picked: positions whose gradients were taken.
     """
     buckets, high = buckets_of(rollout, edges), max(edges[-2], 1e-9)
+    d = np.array(rollout.step or [0.0] * len(rollout.entropies))
+    pushes = np.clip(d / max(float(np.quantile(np.abs(d), 0.95)) if len(d) else 0.0, 1e-12), -1.0, 1.0)
     for k, (text, entropy) in enumerate(zip(rollout.token_texts, rollout.entropies, strict=True)):
         shade = min(max(entropy, 0.0) / (2 * high), 1.0)
-        yield Token(visible(text), entropy, shade, bool(buckets[k] == len(edges) - 2), k in picked)
+        yield Token(visible(text), entropy, shade, bool(buckets[k] == len(edges) - 2), k in picked, float(pushes[k]))
 
 
 def _code_of(dump: Dump, key: PromptKey) -> int:
