@@ -1,4 +1,4 @@
-"""A study that grows: further shards hold the prompts behind the old ones, and merge with them into the larger study."""
+"""A study that grows: further shards hold the prompts behind the old ones, and merge with them."""
 
 import json
 import os
