@@ -26,7 +26,7 @@ CROSS = {
     *("cross_bucket_ceiling", "cross_bucket_ceiling_detail", "cross_bucket_null"),
 }
 PER_TAG = {"n_positions", "row_dim", "target", "row_idx", "projection", "model", "manifest_sha256", "per_bucket"}
-PER_TAG |= {"draws", "differences", "layout", "bins", "norm_by_surprisal"} | CROSS
+PER_TAG |= {"draws", "differences", "files", "layout", "bins", "norm_by_surprisal"} | CROSS
 FIGURES = {
     f"exp1_{name}.png" for name in ("headline", "bin4_energy", "cumulative_energy", "cross_bucket_cosine", "norms")
 }
