@@ -72,11 +72,18 @@ submit_merge() { # part, tag -> after
 }
 
 submit_analyses() { # and the plots
-    local name part inputs=() dumps waits=()
+    local name part tag inputs=() dumps waits=()
     for name in "${analyses[@]}"; do
-        if [[ "$name" == exp3 ]]; then part=exp3; else part=exp12; fi
-        read -r -a after <<<"${merges_of[$part]}"
-        dumps=("${tags[@]/#/"$OUT_ROOT/${part}_"}")
+        after=() dumps=()
+        if [[ "$name" == step ]]; then # which reads the models alone
+            for tag in "${tags[0]}" "${tags[-1]}"; do
+                if [[ -e "${model_of[$tag]}" ]]; then dumps+=("${model_of[$tag]}"); fi # names on the Hub are no inputs
+            done
+        else
+            if [[ "$name" == exp3 ]]; then part="${parts[-1]}"; else part=exp12; fi
+            read -r -a after <<<"${merges_of[$part]}"
+            dumps=("${tags[@]/#/"$OUT_ROOT/${part}_"}")
+        fi
         submit_analysis "$name" "${dumps[@]}" "$figures/${name}_summary.json"
         inputs+=("${dumps[@]}" "$figures/${name}_summary.json") waits+=("${after[@]}")
     done

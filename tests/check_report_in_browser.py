@@ -1,5 +1,7 @@
 """Open a report in headless Chromium: it renders, the console stays quiet, it fits a phone, and its tables a screen.
 
+Its rollouts are shaded along the step, too, once the box for that is ticked.
+
 All that is folded is opened first. On a phone tables scroll in their own boxes.
 
     python tests/check_report_in_browser.py out/exp12/exp12_figures/report.html [SCREENSHOT.png]
@@ -22,10 +24,14 @@ PROBE = """<!doctype html><title>waiting</title><iframe id="page" width="{width}
   const page = document.getElementById("page").contentDocument, images = [...page.images];
   const folded = [...page.querySelectorAll("details")], closed = page.documentElement.scrollWidth;
   folded.forEach(one => one.open = true);
+  const pushed = [...page.querySelectorAll(".reading span")].filter(one => one.style.getPropertyValue("--u"));
+  const colours = () => pushed.map(one => getComputedStyle(one).backgroundColor), before = colours();
+  page.getElementById("by-step")?.click();
+  const turned = colours().filter((colour, i) => colour != before[i]).length;
   document.title = ["measured", Math.max(closed, page.documentElement.scrollWidth),
     page.documentElement.clientWidth, images.length,
     images.filter(i => i.complete && i.naturalWidth > 0).length, page.querySelectorAll("script").length,
-    folded.length, page.querySelectorAll(".answer").length, page.querySelectorAll(".reading span").length,
+    folded.length, page.querySelectorAll(".answer").length, page.querySelectorAll(".reading span").length, turned,
     Math.max(...[...page.querySelectorAll(".scroll")].map(one => one.scrollWidth - one.clientWidth))].join(" ");
 }});</script>"""
 
@@ -51,7 +57,7 @@ def main(report: Path, screenshot: Path | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         (*_, overhang), _ = measure(report, SCREEN_WIDTH, scratch)
         found, console = measure(report, PHONE_WIDTH, scratch)
-        scroll_width, client_width, n_images, n_loaded, n_scripts, n_folded, n_answers, n_tokens, _ = found
+        scroll_width, client_width, n_images, n_loaded, n_scripts, n_folded, n_answers, n_tokens, n_turned, _ = found
         if screenshot is not None:
             size = "--window-size=1100,6000"
             chromium(f"{scratch}/profile", size, f"--screenshot={screenshot.resolve()}", report.resolve().as_uri())
@@ -61,6 +67,7 @@ def main(report: Path, screenshot: Path | None = None) -> int:
     assert n_loaded == n_images >= 6, "an image did not load"
     assert overhang == 0, f"a table is {overhang} px wider than the page at {SCREEN_WIDTH} px"
     assert n_tokens > 0, "no token is shown"
+    assert n_turned > n_tokens / 10, "no token is shaded by where the step pushes it"
     assert n_scripts == 0
     assert n_folded >= 4, "nothing is folded"
     assert n_answers == 3, "the page does not lead with three answers"

@@ -77,6 +77,7 @@ def stub_environment(directory: Path) -> dict[str, str]:
         "OUT_ROOT": str(directory / "out 'root'"),
         "TMPDIR": str(directory / "tmp"),
         "DEVICE": "cpu",
+        "EXP3": "1",  # all that the chain can have
         "STUB_CALLS": str(directory / "calls"),
         **dict.fromkeys(("STUB_BYTES", "STUB_BYTES_POOLED"), "1000"),
         **dict.fromkeys((f"STUB_{what}" for what in "FAIL KILLED SAYS HANG DEAF REFUSE GPUS".split()), ""),

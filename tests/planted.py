@@ -191,3 +191,54 @@ def write_planted_signal(
     sums = rng.standard_normal((*shape, dim)) / np.sqrt(dim)
     sums += (correct - 0.5)[:, :, None, None] * added
     return write_pooled_dump(path, sums, correct, rng.integers(1, 7, shape), **others)
+
+
+def plant_step(
+    dump: Path, strength: np.ndarray, *, at: str = "from", names: tuple[str, str] = ("base", "trained")
+) -> Path:
+    """Lets a dump's rollouts tell of a step along which tokens of bucket b gain by `strength[b]` where correct.
+
+    Args:
+        dump: with rollouts.
+        strength: [bins].
+        at: the end of the step at which the dump's model stands.
+        names: of the step's ends, which are their identities, too.
+    """
+    rng, bins = np.random.default_rng(0), len(strength)
+    lines = []
+    for line in (dump / "rollouts.jsonl").read_text().splitlines():
+        rollout = json.loads(line)
+        bucket = (np.array(rollout["entropies"]) * bins).astype(int)
+        d = (rollout["correct"] - 0.5) * strength[bucket] + 0.05 * rng.standard_normal(len(bucket))
+        shift = 0.5 * d + 0.01 * rng.standard_normal(len(bucket))
+        other = np.array(rollout["logprobs"]) + (shift if at == "from" else -shift)
+        words = [f" word{index}" for index in bucket.tolist()]
+        lines.append(rollout | {"step": d.tolist(), "step_logprobs": other.tolist(), "token_texts": words})
+    (dump / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = json.loads((dump / "manifest.json").read_text())
+    ends = dict(zip(("from", "to"), names, strict=True))
+    step = {**{end: f"models/{name}" for end, name in ends.items()}, "identities": ends, "parameters": 100}
+    step |= {"logprobs_of": {"from": "to", "to": "from"}[at], "unchanged": 0, "unchanged_tensors": [], "norm": 1.0}
+    (dump / "manifest.json").write_text(json.dumps(manifest | {"step": step, "model_identity": ends[at]}))
+    return dump
+
+
+def write_dump_along_step(
+    path: Path, strength: np.ndarray, *, seed: int = 0, at: str = "from", **manifest: Any
+) -> Path:
+    """A dump of one token per rollout and bucket, with rollouts that tell of a step (`plant_step`)."""
+    pooled = write_planted_signal(path, 0 * strength, seed=seed, **manifest)
+    lines = [json.loads(line) for line in (pooled / "meta.jsonl").read_text().splitlines()]
+    own = {"row", "prompt_idx", "sample_idx", "bin", "entropy", "correct", "logprob"}
+    first = {(line["prompt_idx"], line["sample_idx"]): 0 for line in lines}
+    for line in lines:
+        key = line["prompt_idx"], line["sample_idx"]
+        n_tokens, line["pos"] = line["n_tokens"], first[key]
+        first[key] += n_tokens
+    tokens = [{key: line[key] for key in (*own, "pos")} | {"token_id": 1} for line in lines]
+    (pooled / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in tokens))
+    content = json.loads((pooled / "manifest.json").read_text()) | {"row_idx": 0, "pos_per_bin_per_rollout": 1}
+    for key in ("pooling", "bucket_by", "projection"):
+        del content[key]
+    (pooled / "manifest.json").write_text(json.dumps(content))
+    return plant_step(pooled, strength, at=at)

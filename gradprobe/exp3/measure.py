@@ -40,8 +40,11 @@ class DumpSignal:
 
 def refusal(dump: Dump) -> str | None:
     """Why Exp 3 can't read a dump; None where it can."""
-    if dump.is_pooled or "step" in dump.manifest:
+    has_rollouts, has_step = find_rollouts(dump.path) is not None, "step" in dump.manifest
+    if dump.is_pooled or (has_step and has_rollouts):
         return None
+    if has_step:
+        return "its rollouts.jsonl, which tells of the step, is not there"
     return "neither pooled (`pool` bucket) nor along a step (`step_to`, `step_from`), of which Exp 3 needs one"
 
 

@@ -18,6 +18,7 @@ from .look import (
     caption,
     new_figure,
     panel_title,
+    shortened,
     styled,
     subjects_of,
     text_figure,
@@ -57,7 +58,8 @@ def draw_step(summary: Summary) -> Figure:
     handles = [Line2D([], [], color=_colour(rule), label=rule, linewidth=2.2) for rule in told[0][1]["keep_top"]]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, title="kept first by")
     step = told[0][1]
-    figure.suptitle(f"{ASKED}\nfrom {step['from']} to {step['to']}, all parameters, {step['objective']}")
+    ends = " ".join(f"{end} {shortened(step[end])}" for end in ("from", "to"))
+    figure.suptitle(f"{ASKED}\n{wrapped(ends + ', all parameters, ' + step['objective'])}")
     return figure
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..analysis.text import MISSING, Table, number, share
-from .look import NOTE_COLOUR, new_figure, styled
+from .look import NOTE_COLOUR, new_figure, shortened, styled
 
 SUMMARY = "step_summary.json"
 WEIGHTS = "step_weights.png"
@@ -76,7 +76,8 @@ def draw_weights(step: Step) -> Figure:
         values = [[kinds[kind].get(layer, {}).get(measure) for layer in layers] for kind in kinds]
         _heat_map(ax, np.array(values, dtype=float).reshape(len(kinds), len(layers)), layers, list(kinds), measure)
         ax.set_title(title, loc="left")
-    figure.suptitle(f"What did the step change? from {step['from']} to {step['to']}")
+    ends = " ".join(f"{end} {shortened(step[end])}" for end in ("from", "to"))
+    figure.suptitle(f"What did the step change? {ends}")
     return figure
 
 

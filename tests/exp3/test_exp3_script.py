@@ -155,7 +155,7 @@ def test_rows_of_a_rollout_that_is_not_there_are_bad_input(tmp_path, capsys):
         pooled_of(open_dumps({"a": dump})["a"][0])
 
 
-def test_dumps_of_single_tokens_are_refused(tmp_path, capsys):
+def test_a_dump_of_single_tokens_without_a_step_is_refused(tmp_path, capsys):
     dump = planted.write_dump(tmp_path / "tokens", np.eye(5), np.arange(5))
     assert analyze_exp3_signal.main(["--output-dir", str(tmp_path / "out"), f"a={dump}"]) == 2
     error = capsys.readouterr().err

@@ -31,6 +31,7 @@ ANALYSES = [
     "analyze_exp1_compression.py",
     "analyze_exp2_direction.py",
     "analyze_exp3_signal.py",
+    "describe_step.py",
     "plot_exp12_intuitive.py",
 ]
 MERGE = "merge_grad_vector_shards.py"
@@ -63,13 +64,13 @@ def test_the_chain_runs_in_order(environment):
     assert ran[4:6] == [MERGE, MERGE]
     assert sorted(ran[6:10]) == POOLED_PROBES
     assert ran[10:12] == [MERGE, MERGE]
-    assert sorted(ran[12:15]) == ANALYSES[:3], "two of them at once"
-    assert ran[15:] == ANALYSES[3:]
+    assert sorted(ran[12:16]) == ANALYSES[:4], "two of them at once"
+    assert ran[16:] == ANALYSES[4:]
     n_cores = len(os.sched_getaffinity(0))
     assert {call[2] for call in calls(environment)[:4]} == {str(n_cores // min(n_cores, 4))}, "threads are divided"
     out = Path(environment["OUT_ROOT"])
     results, where = result.stdout.split("\n\n")
-    assert results == f"this is {ANALYSES[3]}", "the three answers, once"
+    assert results == f"this is {ANALYSES[4]}", "the three answers, once"
     assert shlex.split(where)[-1] == f"{out}/exp12_figures/report.html"
     assert (out / "exp12_figures" / "exp3.txt").read_text() == f"this is {ANALYSES[2]}\n"
     assert (out / "logs" / "exp3.log").read_text() == "progress\n", "stderr stays out of the results"
@@ -78,17 +79,69 @@ def test_the_chain_runs_in_order(environment):
         assert re.search(rf"^\S+  merge {label}: done in \d+ s$", result.stderr, re.MULTILINE)
 
 
-def test_exp3_can_be_left_out(environment):
-    result = launch(environment, EXP3="0", STUB_BYTES_POOLED=str(2**50))
+def test_by_default_no_rollout_is_probed_twice(environment):
+    """Exp 3 reads the dumps that tell of the step."""
+    del environment["EXP3"]
+    result = launch(environment, STUB_BYTES_POOLED=str(2**50))
     assert result.returncode == 0, result.stderr
     ran = steps(environment)
     assert sorted(ran[:4]) == PROBES
     assert ran[4:6] == [MERGE, MERGE]
-    assert sorted(ran[6:8]) == ANALYSES[:2]
-    assert ran[8:] == ANALYSES[3:]
+    assert sorted(ran[6:10]) == ANALYSES[:4]
+    assert ran[10:] == ANALYSES[4:]
     assert "probe exp3" not in result.stderr
+    assert sorted(calls(environment, ".checks")) == [[ANALYSES[2]], [PROBES[0]], [PROBES[2]]]
+    out = environment["OUT_ROOT"]
+    for settings, part in (({}, "exp12"), ({"EXP3": "1"}, "exp3")):
+        (words,) = planned(environment, str(ROOT / ANALYSES[2]), **settings)
+        assert words[-2:] == [f"{tag}={out}/{part}_{tag}" for tag in ("base", "trained")]
+
+
+def test_without_the_step_and_pooled_gradients_there_is_no_exp3(environment):
+    result = launch(environment, EXP3="0", STEP="0")
+    assert result.returncode == 0, result.stderr
+    ran = steps(environment)
+    assert sorted(ran[6:8]) == ANALYSES[:2]
+    assert ran[8:] == ANALYSES[4:]
+    assert not any("--step" in word for word in arguments_of_calls(environment))
     assert not list(Path(environment["OUT_ROOT"]).rglob("exp3*"))
-    assert sorted(calls(environment, ".checks")) == [[ANALYSES[1]], [PROBES[0]], [PROBES[2]]]
+
+
+def ends_of_step(words: list[str]) -> dict[str, str]:
+    return {flag: value for flag, value in itertools.pairwise(words) if re.match("--(step-)?(from|to)", flag)}
+
+
+@pytest.mark.parametrize("tags", [["base", "trained"], ["base", "half", "trained"]])
+def test_every_model_is_probed_along_the_step_from_the_first_to_the_last(environment, tags):
+    models = " ".join(f"{tag}=hub/{tag}" for tag in tags)
+    ends = {"base": {"--step-to": "hub/trained"}, "trained": {"--step-from": "hub/base"}}
+    ends["half"] = ends["base"] | ends["trained"]
+    probes = planned(environment, "--seed", MODELS=models)
+    assert len(probes) == 4 * len(tags)
+    for words in probes:
+        tag = dict(itertools.pairwise(words))["--model-path"].removeprefix("hub/")
+        assert ends_of_step(words) == ({} if "--pool" in words else ends[tag]), "pooled gradients carry it on"
+    (words,) = planned(environment, str(ROOT / "describe_step.py"), MODELS=models)
+    assert ends_of_step(words) == {"--from": "hub/base", "--to": "hub/trained"}
+
+
+def test_a_step_between_adapters_names_both(environment):
+    settings = {"MODELS": "base=hub/m sft=hub/m rl=hub/m", "ADAPTERS": "rl=an/adapter sft=other", "EXP3": "0"}
+    to_rl, from_base = {"--step-to": "hub/m", "--step-to-adapter": "an/adapter"}, {"--step-from": "hub/m"}
+    for words in planned(environment, "--seed", **settings):
+        tag = re.search(r"exp12_(\w+)_s", dict(itertools.pairwise(words))["--output-dir"])[1]
+        assert ends_of_step(words) == {"base": to_rl, "sft": from_base | to_rl, "rl": from_base}[tag]
+    (words,) = planned(environment, str(ROOT / "describe_step.py"), **settings)
+    assert ends_of_step(words) == {"--from": "hub/m", "--to": "hub/m", "--to-adapter": "an/adapter"}
+
+
+@pytest.mark.parametrize("settings", [{"MODELS": "only=hub/only"}, {"STEP": "0"}])
+def test_one_model_has_no_step_and_it_can_be_left_out(environment, settings):
+    lines = launch(environment, DRY_RUN="1", **settings).stdout
+    assert "--step" not in lines
+    assert "describe_step.py" not in lines
+    assert "analyze_exp3_signal.py" in lines, "of pooled gradients"
+    assert "analyze_exp3_signal.py" not in launch(environment, DRY_RUN="1", **settings | {"EXP3": "0"}).stdout
 
 
 def test_exp3_probes_the_merged_dumps_rollouts(environment):
@@ -148,7 +201,7 @@ def test_a_flag_that_could_not_reach_exp3_is_refused(environment, flag):
 def test_what_a_pooled_probe_cannot_take_is_refused_before_anything_runs(environment, tmp_path):
     """By the real probe, which is asked of one made-up rollout."""
     settings = {"PYTHON": sys.executable, "PROBE_ARGS": "--temperature 2 --row-idx 3", "LAYER": "99", "SEED": "-1"}
-    settings["MODELS"] = f"a={ROOT / 'demo' / 'base'}"
+    settings |= {"MODELS": f"a={ROOT / 'demo' / 'base'}", "PROGRESS_SECONDS": "0"}
     result = launch(environment, **settings)
     assert result.returncode == 2
     assert result.stderr.splitlines()[1:] == ["error: SEED -1: must be at least 0 (model: a)"]
@@ -198,7 +251,7 @@ def test_any_number_of_models(environment, tags):
     probes = planned(environment, "--seed", MODELS=models)
     dumps = [f"{out}/{part}_{tag}_s{i}" for part in ("exp12", "exp3") for tag in tags for i in (0, 1)]
     assert [dict(itertools.pairwise(words))["--output-dir"] for words in probes] == dumps
-    for script in (ANALYSES[0], ANALYSES[1], ANALYSES[3]):
+    for script in (ANALYSES[0], ANALYSES[1], ANALYSES[4]):
         (words,) = planned(environment, str(ROOT / script), MODELS=models)
         assert words[2:] == ["--output-dir", f"{out}/exp12_figures", *(f"{tag}={out}/exp12_{tag}" for tag in tags)]
 
@@ -371,6 +424,7 @@ BAD_SETTINGS = [
     ({"LAUNCHER": "magic"}, "LAUNCHER=magic: must be local or slurm"),
     ({"DRY_RUN": "yes"}, "DRY_RUN=yes: must be 0 or 1"),
     ({"EXP3": "yes"}, "EXP3=yes: must be 0 or 1"),
+    ({"STEP": "2"}, "STEP=2: must be 0 or 1"),
     ({"GPUS": "0,x"}, "GPUS=0\\,x: 'x' is no GPU's number"),
     ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
     ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi lists 0 1, not 8"),
@@ -579,12 +633,13 @@ wc -l <"$STUB_CALLS.jobs"
             "1",
             "probe_base 0,1; merge_base afterok:1; probe_exp3_base 0,1 afterok:2; merge_exp3_base afterok:3; "
             "probe_trained 0,1; merge_trained afterok:5; probe_exp3_trained 0,1 afterok:6; "
-            "merge_exp3_trained afterok:7; exp1 afterok:2:6; exp2 afterok:2:6; exp3 afterok:4:8; plot afterok:9:10:11",
+            "merge_exp3_trained afterok:7; exp1 afterok:2:6; exp2 afterok:2:6; exp3 afterok:4:8; step; "
+            "plot afterok:9:10:11:12",
         ),
         (
             "0",
             "probe_base 0,1; merge_base afterok:1; probe_trained 0,1; merge_trained afterok:3; exp1 afterok:2:4; "
-            "exp2 afterok:2:4; plot afterok:5:6",
+            "exp2 afterok:2:4; exp3 afterok:2:4; step; plot afterok:5:6:7:8",
         ),
     ],
 )
