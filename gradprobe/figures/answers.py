@@ -85,11 +85,7 @@ def summed_up(answers: Sequence[Answer]) -> str:
 
 
 def _directions_in_short(exp1: Summary) -> str:
-    said = [
-        f"{tag} spans {_directions(numbers)[0]}"
-        for tag, numbers in exp1.items()
-        if len(exp1) == 1 or compared(numbers)
-    ]
+    said = [f"{tag} spans {_directions(one)[0]}" for tag, one in exp1.items() if len(exp1) == 1 or _against(one)]
     return f"in the bucket of highest entropy {'; '.join(said)}"
 
 
@@ -101,23 +97,26 @@ def _directions(numbers: Numbers) -> tuple[str, list[str]]:
         return CANT_TELL, [said]
     random = number(random_span(found["n"], numbers["row_dim"]), 1)
     said += f" directions, each gradient scaled to length 1; random ones would span {random}"
-    return _against(numbers) or f"{span(found)} directions", [said]
+    against = _against(numbers)
+    if against is None:
+        return f"{span(found)} directions", [said]
+    verdict, why = against
+    return verdict, [*([why] if why else []), said]
 
 
-def _against(numbers: Numbers) -> str:
-    """What a tag is against the first in the bucket of highest entropy; empty for the first itself."""
+def _against(numbers: Numbers) -> tuple[str, str] | None:
+    """What a tag is against the first in the bucket of highest entropy, and what would tell; None for the first."""
     known = compared(numbers)
     if known is None:
-        return ""
+        return None
     first, ratios, paired = known
     found = (ratios or {}).get(top_bucket(numbers)[0])
     if found is None or found["ci95"] is None:
-        why = paired["reason"] or what_would_tell(found) or "no number"
-        return f"more or fewer directions than {first}? {CANT_TELL}: {why}"
+        return f"more or fewer directions than {first}? {CANT_TELL}", paired["reason"] or what_would_tell(found) or ""
     words = {"larger": f"more directions than {first}", "smaller": f"fewer directions than {first}"}
-    times = f"{with_interval(found['ratio'], found['ci95'], 3)} times {first}'s at equal n"
-    undecided = f"; {what_would_tell(found)}" if found["verdict"] not in words else ""
-    return f"{words.get(found['verdict'], f'as many directions as {first} as far as can be told')}: {times}{undecided}"
+    verdict = words.get(found["verdict"], f"as many directions as {first} as far as can be told")
+    times = f"{with_interval(found['ratio'], found['ci95'], 3)} times at equal n"
+    return f"{verdict}: {times}", what_would_tell(found) or ""
 
 
 def _by_verdict(summary: Summary, verdict: Callable[[Numbers], str], what: str) -> str:
