@@ -346,19 +346,24 @@ def compare_step(bench: Bench, responses: list[list[int]], entropies: list[np.nd
     score = lambda: sum(map(len, score_responses(other, prompts, responses, batch_tokens)))  # noqa: E731
     score()
     step = subtract(other, bench.model, into=load_checkpoint(bench.args.step_to, bench.model.device, other.dtype).model)
-    edges, row = fit_edges(np.concatenate(entropies), BINS), [Target(len(layer_list(bench.model)[1]) // 2, SUFFIX, 0)]
-    engine = GradientEngine(bench.model, row)
+    layer = len(layer_list(bench.model)[1]) // 2
+    row, weight = [Target(layer, SUFFIX, 0)], expand_projected(bench.model, str(layer), SUFFIX, Projection(16, 16, 0))
 
-    def gradients(chosen: list[Chosen]) -> int:
-        return sum(len(rows) for _, rows, _ in engine.batches(prompts, responses, chosen, batch_tokens))
+    def gradients(targets: list[Target], chosen: list[Chosen]) -> int:
+        batches = GradientEngine(bench.model, targets).batches(prompts, responses, chosen, batch_tokens)
+        return sum(len(rows) for _, rows, _ in batches)
 
-    picked = [Chosen.each(positions) for positions in choose(entropies)]
-    pooled = [Chosen.pooled(bucket_of(e, edges)) for e in entropies]
+    def pooled(bins: int) -> list[Chosen]:
+        edges = fit_edges(np.concatenate(entropies), bins)
+        return [Chosen.pooled(bucket_of(e, edges)) for e in entropies]
+
+    picked, of_5, of_20 = [Chosen.each(positions) for positions in choose(entropies)], pooled(BINS), pooled(20)
     ways: dict[str, Callable[[], int]] = {
         "log-probs under the other end": score,
         "along the step": lambda: sum(map(len, along_step(bench.model, step, prompts, responses, batch_tokens))),
-        "pooled in 5 buckets, one row": lambda: gradients(pooled),
-        "20 picked tokens, one row": lambda: gradients(picked),
+        "pooled in 5 buckets, one row": lambda: gradients(row, of_5),
+        "pooled in 20 buckets, one weight 16x16": lambda: gradients(weight, of_20),
+        "20 picked tokens, one row": lambda: gradients(row, picked),
     }
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(bench.args.repeats):
