@@ -9,7 +9,7 @@
 #     MODELS="base=my/base step100=my/step100 step200=my/step200" bash run_exp1_exp2.sh
 #     bash run_exp1_exp2.sh out/exp12/config.resolved.env      the study that was run there, once more
 #
-# The same command again continues: what is finished and valid is left alone. Logs are in OUT_ROOT/logs. Exit status: 0
+# The same command again continues: what is finished and valid is left alone; with more NUM_PROMPTS it adds these. Logs are in OUT_ROOT/logs. Exit status: 0
 # done, 2 bad settings (nothing was begun), 1 a step failed (all others are stopped), 128 + N ended by signal N.
 set -Eeuo pipefail
 set -m # each step in a process group of its own, so that it can be stopped with all its children
@@ -55,6 +55,7 @@ parts=(exp12) analyses=(exp1 exp2)
 device="$DEVICE" python="${PYTHON:-$PROJECT/.venv/bin/python}"
 read_settings
 if [[ "$EXP3" == 1 ]]; then parts+=(exp3); fi
+read_sizes
 if ((${#tags[@]} < 2)); then STEP=0; fi # no step lies between one model and itself
 if [[ "$EXP3$STEP" != 00 ]]; then analyses+=(exp3); fi
 if [[ "$STEP" == 1 ]]; then analyses+=(step); fi
@@ -64,7 +65,7 @@ if [[ "$STEP" == 1 ]]; then analyses+=(step); fi
 # Analyses work on many small matrices too, where threads that wait for each other cost more than they bring: with
 # both of two cores, Exp 1 of the demo took twice as long as with one.
 analysis_threads=$(((n_cores + 1) / 2))
-n_jobs=$((${#tags[@]} * SHARDS_PER_MODEL)) n_slots=1 threads=""
+n_jobs=$((${#tags[@]} * n_shards)) n_slots=1 threads=""
 if ((${#gpus[@]} > 0)); then
     device=cuda n_slots=${#gpus[@]}
 elif [[ "$LAUNCHER" == local ]]; then
@@ -74,13 +75,16 @@ fi
 figures="$OUT_ROOT/exp12_figures" logs="$OUT_ROOT/logs"
 
 probe_command() { # part, tag, shard -> the array `command`, and those of its flags that nothing may override, `own`
-    own=(--output-dir "$OUT_ROOT/$1_$2_s$3" --shard-index "$3" --num-shards "$SHARDS_PER_MODEL")
+    local set=$(($3 / SHARDS_PER_MODEL))
+    own=(--output-dir "$OUT_ROOT/$1_$2_s$3" --shard-index $(($3 % SHARDS_PER_MODEL)) --num-shards "$SHARDS_PER_MODEL")
     command=("$python" "$PROJECT/probe_grad_vectors.py" --model-path "${model_of[$2]}")
     command+=(${adapter_of[$2]:+--adapter "${adapter_of[$2]}"} --device "$device")
     add_flags PARAM_SUFFIX LAYER SEED DTYPE PROMPT_TEMPLATE SYSTEM_PROMPT VERIFIER MIN_MIXED_PROMPTS
     if [[ "$CHAT_TEMPLATE" == 1 ]]; then command+=(--chat-template); fi
     if [[ "$1" == exp12 ]]; then
-        add_flags DATASET NUM_PROMPTS NUM_SAMPLES MAX_NEW_TOKENS TEMPERATURE ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT
+        command+=(--num-prompts "${sizes[set]}")
+        if ((set > 0)); then command+=(--skip-prompts "${sizes[set - 1]}"); fi
+        add_flags DATASET NUM_SAMPLES MAX_NEW_TOKENS TEMPERATURE ROW_IDX BINS POS_PER_BIN_PER_ROLLOUT
         if [[ "$STEP" == 1 ]]; then add_step step- "$2"; fi
         command+=("${probe_args[@]}" "${sampling_args[@]}" "${own[@]}")
     else
@@ -116,7 +120,7 @@ add_flags() { # names of settings -> the array `command`: the flags of these nam
 merge_command() { # part, tag -> the array `command`
     local shard merged="$OUT_ROOT/$1_$2"
     command=("$python" "$PROJECT/merge_grad_vector_shards.py" "$merged")
-    for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do command+=("${merged}_s$shard"); done
+    for ((shard = 0; shard < $(shards_of "$1"); shard++)); do command+=("${merged}_s$shard"); done
 }
 
 analysis_command() { # exp1, exp2, exp3, step or plot -> the array `command`
@@ -215,7 +219,7 @@ run_probes() { # part: the shards of every model, as many at once as there are s
     mapfile -t free_slots < <(seq 0 $((n_slots - 1)))
     for tag in "${tags[@]}"; do
         label="${prefix_of[$1]}$tag"
-        for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
+        for ((shard = 0; shard < $(shards_of "$1"); shard++)); do
             if ((${#free_slots[@]} == 0)); then finish_one; fi
             slot="${free_slots[0]}" free_slots=("${free_slots[@]:1}")
             if [[ "$device" == cuda ]]; then

@@ -49,6 +49,23 @@ read_settings() { # -> tags, model_of, adapter_of, gpus, probe_args, sampling_ar
     refuse_problems
 }
 
+read_sizes() { # -> sizes, n_shards: a study that was smaller grows by further shards, of the prompts behind the old ones
+    local settings size=0
+    sizes=()
+    while :; do
+        settings="$OUT_ROOT/exp12_${tags[0]}_s$((${#sizes[@]} * SHARDS_PER_MODEL))/settings.json"
+        size="$(sed -nE 's/.*"num_prompts_of_study": ([0-9]+).*/\1/p' "$settings" 2>/dev/null | head -n 1)" || true
+        if [[ -z "$size" ]] || ((size >= NUM_PROMPTS)); then break; fi
+        sizes+=("$size")
+    done
+    sizes+=("$NUM_PROMPTS")
+    n_shards=$((${#sizes[@]} * SHARDS_PER_MODEL))
+}
+
+shards_of() { # part -> how many shards each model has, printed
+    if [[ "$1" == exp12 ]]; then printf '%d' "$n_shards"; else printf '%d' "$SHARDS_PER_MODEL"; fi
+}
+
 read_models() { # MODELS, or its short form, and ADAPTERS -> tags, model_of, adapter_of
     local pairs pair tag
     read_pairs MODELS
@@ -206,10 +223,10 @@ check_disk_space() { # gradients of shards and their merged copies, less what is
         for tag in "${tags[@]}"; do
             bytes="${bytes_of[$part $tag]}"
             if [[ "$part" == exp3 ]]; then ((bytes *= n_prompts * NUM_SAMPLES * EXP3_BINS)); fi
-            for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
+            for ((shard = 0; shard < $(shards_of "$part"); shard++)); do
                 add_need "$OUT_ROOT/${part}_${tag}_s$shard" "$bytes"
             done
-            add_need "$OUT_ROOT/${part}_$tag" $((SHARDS_PER_MODEL * bytes))
+            add_need "$OUT_ROOT/${part}_$tag" $(($(shards_of "$part") * bytes))
         done
     done
     free="$(df --block-size=1 --output=avail -- "$OUT_ROOT" | tail -n 1)"

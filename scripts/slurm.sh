@@ -49,7 +49,7 @@ submit_probes() { # part, tag: an array of its shards that aren't done -> after
         if [[ -e "$name" ]]; then inputs+=("$name"); fi
     done
     if [[ "$1" == exp3 ]]; then inputs+=("$OUT_ROOT/exp12_$2"); fi # its rollouts
-    for ((shard = 0; shard < SHARDS_PER_MODEL; shard++)); do
+    for ((shard = 0; shard < $(shards_of "$1"); shard++)); do
         dump="$OUT_ROOT/$1_$2_s$shard"
         probe_command "$1" "$2" "$shard"
         if is_done "probe_$label.$shard" "${inputs[@]}" "$dump" && is_sound "$dump"; then continue; fi
@@ -58,7 +58,7 @@ submit_probes() { # part, tag: an array of its shards that aren't done -> after
     done
     if ((${#missing[@]} == 0)); then return; fi
     # What a requeued shard says is added to the log of its first run.
-    submit "probe_$label" "$SLURM_PROBE_ARGS" "${#missing[@]} of $SHARDS_PER_MODEL shards ($(join , "${missing[@]}"))" \
+    submit "probe_$label" "$SLURM_PROBE_ARGS" "${#missing[@]} of $(shards_of "$1") shards ($(join , "${missing[@]}"))" \
         --array="$(join , "${missing[@]}")" --output="$(log_pattern "$logs/$label")_s%a.log" --open-mode=append
 }
 

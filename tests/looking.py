@@ -14,7 +14,9 @@ def assert_nothing_is_cut_off(figure: Figure, name: str = "") -> None:
     figure.canvas.draw()
     page, axes = figure.bbox.padded(1), figure.findobj(Axes)
     ticks = {tick for ax in axes for tick in (*ax.get_xticklabels(), *ax.get_yticklabels())}
-    for text in set(figure.findobj(Text)) - ticks:
+    hidden = {text for ax in axes if not ax.get_visible() for text in ax.findobj(Text)}
+    hidden |= {axis.label for ax in axes if not ax.axison for axis in (ax.xaxis, ax.yaxis)}
+    for text in set(figure.findobj(Text)) - ticks - hidden:
         if text.get_text():
             box = text.get_window_extent()
             assert page.x0 <= box.x0 <= box.x1 <= page.x1, f"{name}: {text.get_text()!r} is cut off"

@@ -39,6 +39,10 @@ KEYS = {
 save for rounding, of which a reader is told, summed, or made anew. Others are the first shard's."""
 
 
+OF_THE_SET = ("num_prompts_of_study", "prompts_sha256")
+"""Of what shards share: other in each set of shards by which a study has grown."""
+
+
 def keys_that_are(kind: str) -> list[str]:
     """Those of `KEYS`."""
     return [key for key, its_kind in KEYS.items() if its_kind == kind]
@@ -115,7 +119,19 @@ def differences_in_rounding(shards: list[Dump]) -> Iterator[str]:
 
 
 def missing_shards(shards: list[Dump]) -> Iterator[str]:
-    """Shards of an i-of-n set that are not there; those of the original don't say."""
+    """Shards of an i-of-n set that are not there; the original's don't say. A study that grew has several sets."""
+    sets: dict[int, list[Dump]] = {}
+    for shard in shards:
+        sets.setdefault(_skipped(shard.manifest), []).append(shard)
+    end = 0
+    for skipped, of_set in sorted(sets.items()):
+        if skipped != end:
+            yield f"{of_set[0].path}: begins behind the study's first {skipped} prompts, of which {end} are there"
+        end = (of_set[0].manifest.get("sampling") or {}).get("num_prompts_of_study", 0)
+        yield from _missing_of_set(of_set)
+
+
+def _missing_of_set(shards: list[Dump]) -> Iterator[str]:
     parts = [shard.manifest.get("shard") or {} for shard in shards]
     first, *others = dict.fromkeys(part.get("num_shards") for part in parts)
     if others:
@@ -123,6 +139,11 @@ def missing_shards(shards: list[Dump]) -> Iterator[str]:
             yield f"{shard.path}: is shard {part.get('index')} of {part.get('num_shards')}"
     elif missing := sorted(set(range(first or 0)) - {part.get("index") for part in parts}):
         yield f"shard {first_of(missing)} of {first} is missing (they count from 0)"
+
+
+def _skipped(manifest: dict[str, Any]) -> int:
+    """How many of the study's prompts come before those of a shard's set."""
+    return (manifest.get("shard") or {}).get("skip_prompts", 0)
 
 
 def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -135,6 +156,8 @@ def differing_keys(first: dict[str, Any], other: dict[str, Any]) -> Iterator[tup
     data_keys = ["dataset"] if (first.get("dataset") or {}).keys() & (other.get("dataset") or {}).keys() else []
     for key in (*model_keys, *seed_keys, *data_keys, *keys_that_are(SAME)):
         here, there = (contract.without_path(manifest.get(key)) for manifest in (first, other))
+        if _skipped(first) != _skipped(other) and isinstance(here, dict) and isinstance(there, dict):
+            here, there = ({k: v for k, v in fact.items() if k not in OF_THE_SET} for fact in (here, there))
         if here != there:
             yield key, json.dumps(here), json.dumps(there)
 
@@ -282,6 +305,7 @@ def merged_manifest(shards: list[Dump], edges: dict[str, Any], content: Content)
     return {
         **{key: value for key, value in manifests[0].items() if KEYS.get(key) not in (SUMMED, OF_ONE_SHARD)},
         **{key: sum(manifest[key] for manifest in manifests) for key in summed},
+        **_of_the_grown_study(manifests),
         **merged_prompts(shards),
         **edges,
         **{key: rows for key, rows in faulty.items() if all(key in manifest for manifest in manifests)},
@@ -291,6 +315,16 @@ def merged_manifest(shards: list[Dump], edges: dict[str, Any], content: Content)
         "shard_seeds": [manifest.get("seed") for manifest in manifests],
         "shard_seconds": [manifest.get("seconds") for manifest in manifests],
     }
+
+
+def _of_the_grown_study(manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where a study has grown: the sampling of its last set, and no hash over the prompts of one."""
+    last = max(manifests, key=_skipped)
+    if _skipped(last) == 0:
+        return {}
+    facts = {key: manifests[0].get(key) for key in ("dataset", "prompts")}
+    of_all = {key: {k: v for k, v in fact.items() if k not in OF_THE_SET} for key, fact in facts.items() if fact}
+    return {**of_all, "sampling": last["sampling"]}
 
 
 def merge_target(out_dir: Path, shards: list[Dump], rollout_files: list[Path] | None) -> tuple[Path, dict[str, Any]]:

@@ -50,25 +50,27 @@ def numbers_of(dumps: Sequence[Dump], of_first: DumpSignal, others: Sequence[Exp
         if others:
             summary["replication"] = _replication(dumps, [numbers, *map(signal_numbers, others)])
     if of_first.step is not None:
-        summary["step"] = step_numbers(of_first.step, of_first.words, manifest["step"])
+        summary["step"] = step_numbers(of_first.step, of_first.words, manifest)
     return summary
 
 
-def step_numbers(result: StepSignal, words: Sequence[str], step: Mapping[str, Any]) -> dict[str, Any]:
+def step_numbers(result: StepSignal, words: Sequence[str], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that come from the step; no NaN in it.
 
     Args:
         result: of the rollouts.
         words: by their codes.
-        step: of the manifest.
+        manifest: of the dump.
     """
+    step = manifest["step"]
+    ends = [end for end in ("from", "to") if step["identities"][end] == manifest.get("model_identity")]
     found = asdict(result)
     buckets, rare, z = (found.pop(key) for key in ("buckets", "n_rare", "score_mean_z"))
     correlation, slope = found.pop("linearity")
     return found | {
         "from": model_name(step["from"]),
         "to": model_name(step["to"]),
-        "at": {"to": "from", "from": "to"}[step["logprobs_of"]],
+        "at": ends[0] if ends else "between",
         "gain": found["gain"] | {"reason": reason_of_step(result)},
         "measured_gain": None,
         "linearity": {"correlation": correlation, "slope": slope},

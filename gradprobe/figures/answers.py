@@ -165,7 +165,7 @@ def _signal(numbers: Numbers) -> tuple[str, list[str]]:
 
 def _step(step: Numbers) -> tuple[str, list[str]]:
     gain, curve = step["gain"], step["keep_top"]["entropy"]
-    looks_ahead = step["at"] == "from"
+    looks_ahead = step["at"] != "to"
     where = f"along the step to {step['to']}" if looks_ahead else f"going on along the step from {step['from']}"
     if gain["reason"]:
         verdict = f"{CANT_TELL} which tokens carry it: {where} no gain is seen"

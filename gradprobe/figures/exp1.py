@@ -153,7 +153,7 @@ def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
     if has_surprisal:
         _draw_norms_by_surprisal(lower[1], subjects, numbers)
     of_series = [Patch(color=c, label=s.label) for c, s in zip(look.series_colours(subjects), subjects, strict=True)]
-    below.legend(handles=of_series, loc="outside lower left", ncols=min(4, len(subjects)), handlelength=1.2)
+    below.legend(handles=of_series, loc="outside lower left", ncols=2, handlelength=1.2)
     _ask(figure, "Is it direction or size?", subjects)
     return figure
 

@@ -61,7 +61,7 @@ def draw_replication(
         for subject, colour in zip(subjects, colours, strict=True)
     ]
     handles.append(Line2D([], [], color=CONTROL_COLOUR, linewidth=2.5, label="mean over targets"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     counts = sorted({len(table["targets"]) for table in (*exp1, *exp2)})
     targets = f"{' and '.join(map(str, counts))} targets of each model"
     figure.suptitle(heading(f"Do other rows and layers agree? {targets}", subjects))

@@ -147,7 +147,11 @@ def make_plan(settings: ProbeSettings) -> Plan:
             "gradprobe": __version__,
             **{library.__name__: library.__version__ for library in (torch, transformers, tokenizers, np)},
         },
-        "shard": {"index": settings.shard_index, "num_shards": settings.num_shards},
+        "shard": {
+            "index": settings.shard_index,
+            "num_shards": settings.num_shards,
+            **({"skip_prompts": settings.skip_prompts} if settings.skip_prompts else {}),
+        },
         "bins": settings.bins,
         "pos_per_bin_per_rollout": settings.pos_per_bin_per_rollout,
         "seed": settings.seed,
@@ -272,8 +276,9 @@ def read_problem_source(
     Problems are read, drawn, rendered and encoded, in this order: all of the study's, so that its shards agree.
     """
     problem_set = read_problems(settings)
-    draw = partial(shard_of_study, problem_set.n_read, settings.num_prompts, settings.seed)
-    shard = draw(settings.shard_index, settings.num_shards)
+    of_study = {"num_prompts": settings.num_prompts, "seed": settings.seed, "skip": settings.skip_prompts}
+    draw = partial(shard_of_study, problem_set.n_read, **of_study)
+    shard = draw(shard_index=settings.shard_index, num_shards=settings.num_shards)
     study = sorted(draw().tolist())
     problem_set = rendered(settings, problem_set.only(study), tokenizer)
     context = context_length(skeleton)

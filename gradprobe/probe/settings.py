@@ -108,6 +108,13 @@ class ProbeSettings:
     num_prompts: int | None = of_sampling(
         "prompts of the whole study, over all shards", "N", group="sampling (not with --rollouts)", sampled=64, least=1
     )
+    skip_prompts: int = of_sampling(
+        "leave the study's first K prompts to dumps that are there: a study grows by more --num-prompts and further "
+        "shards, which are merged with the old ones",
+        "K",
+        0,
+        least=0,
+    )
     num_samples: int | None = of_sampling("rollouts per prompt", "N", sampled=8, least=1)
     max_new_tokens: int | None = of_sampling("tokens at most in a response", "N", sampled=1024, least=1)
     temperature: float | None = of_sampling("divides the logits while sampling", "T", sampled=1.0, is_positive=True)

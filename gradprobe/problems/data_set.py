@@ -265,18 +265,19 @@ def _mostly_worked(rows: Iterable[Record], key: str) -> bool:
 
 
 def shard_of_study(
-    n_problems: int, num_prompts: int, seed: int, shard_index: int = 0, num_shards: int = 1
+    n_problems: int, num_prompts: int, seed: int, shard_index: int = 0, num_shards: int = 1, skip: int = 0
 ) -> np.ndarray:
     """The problem indices of shard `shard_index`, [n] int64: its own slice of one seeded permutation.
 
     The study is the first `num_prompts` of the permutation, so its shards are disjoint and together hold the
-    same problems whatever `num_shards` is.
+    same problems whatever `num_shards` is. A study that grows has the old one as its first problems: its further shards
+    `skip` these.
     """
     faults = []
     if num_prompts > n_problems:
         faults.append(f"`num_prompts` {num_prompts}: the data set has {n_problems} problems")
-    if num_shards > num_prompts:
-        faults.append(f"`num_shards` {num_shards}: more shards than the study's {num_prompts} prompts")
+    if num_shards > num_prompts - skip:
+        faults.append(f"`num_shards` {num_shards}: more shards than the study's {num_prompts - skip} prompts")
     raise_if_any(faults)
-    study = np.random.default_rng(seed).permutation(n_problems)[:num_prompts]
+    study = np.random.default_rng(seed).permutation(n_problems)[skip:num_prompts]
     return np.array_split(study, num_shards)[shard_index]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import planted
 import pytest
-from matplotlib.text import Text
+from looking import assert_nothing_is_cut_off, texts_of
 
 import analyze_exp1_compression
 from gradprobe.analysis.inputs import about_study, open_dumps
@@ -26,7 +26,7 @@ CROSS = {
     *("cross_bucket_ceiling", "cross_bucket_ceiling_detail", "cross_bucket_null"),
 }
 PER_TAG = {"n_positions", "row_dim", "target", "row_idx", "projection", "model", "manifest_sha256", "per_bucket"}
-PER_TAG |= {"draws", "differences", "layout", "bins", "norm_by_surprisal"} | CROSS
+PER_TAG |= {"draws", "differences", "files", "layout", "bins", "norm_by_surprisal"} | CROSS
 FIGURES = {
     f"exp1_{name}.png" for name in ("headline", "bin4_energy", "cumulative_energy", "cross_bucket_cosine", "norms")
 }
@@ -86,11 +86,6 @@ def test_other_numbers_of_buckets_are_not_compared(tmp_path: Path, capsys: pytes
     assert "not compared: the number of buckets differs" in capsys.readouterr().out
 
 
-def texts_of(figure) -> str:
-    found = [text.get_text() for text in figure.findobj(lambda artist: isinstance(artist, Text))]
-    return "\n".join(found)
-
-
 def test_tags_without_common_prompts_are_said_not_to_be_compared_in_table_and_figure(tmp_path: Path):
     """The figure lost a panel in silence, and still said that it was at equal n."""
     a = write_low_rank_dump(tmp_path / "a", n_dims=6, seed=0, n_prompts=4)
@@ -112,14 +107,19 @@ def test_tags_without_common_prompts_are_said_not_to_be_compared_in_table_and_fi
 @pytest.mark.parametrize("n_tags", [1, 2, 8])
 def test_figures_say_what_the_summary_says(tmp_path: Path, n_tags: int):
     paths = {
-        f"step{i}": write_low_rank_dump(tmp_path / str(i), n_dims=6 + i, seed=i, n_prompts=5) for i in range(n_tags)
+        f"step-{i}-of-a-long-run": write_low_rank_dump(
+            tmp_path / str(i), n_dims=6 + i, seed=i, n_prompts=5, model_path=f"m/Qwen2.5-1.5B-Instruct-DAPO-step-{i}"
+        )
+        for i in range(n_tags)
     }
     dumps = open_dumps(paths)
     found = measure_dumps(dumps, FEW)
     summary = about_study(found.numbers, dumps, {tag: [] for tag in dumps})
     figures = draw_exp1(json.loads(json.dumps(summary)), found.arrays)  # as it is read from a file
+    for name, figure in figures.items():
+        assert_nothing_is_cut_off(figure, name)
     said = {name: texts_of(figure) for name, figure in figures.items()}
-    top = summary["step0"]["per_bucket"]["4"]
+    top = summary["step-0-of-a-long-run"]["per_bucket"]["4"]
     assert set(said) == FIGURES
     assert f": {top['participation_ratio_unit_norm']:.1f} [" in said["exp1_headline.png"]
     assert f": {top['rank95']} of 48" in said["exp1_bin4_energy.png"]
@@ -128,7 +128,8 @@ def test_figures_say_what_the_summary_says(tmp_path: Path, n_tags: int):
         random = 60 / (1 + 59 / 48)
         assert f"{top['participation_ratio_unit_norm'] / random:.0%} of what random" in said["exp1_headline.png"]
     else:
-        ratio = summary["step1"]["compared_with"]["step0"]["4"]
+        (ratios,) = summary["step-1-of-a-long-run"]["compared_with"].values()
+        ratio = ratios["4"]
         assert f"{ratio['ratio']:.3f} [" in said["exp1_headline.png"]
         assert f"], {ratio['verdict']}" in said["exp1_headline.png"]
 

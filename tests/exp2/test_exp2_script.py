@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import planted
 import pytest
+from looking import assert_nothing_is_cut_off, texts_of
 from matplotlib.colors import same_color
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 import analyze_exp2_direction
 from gradprobe.exp2.summary import named_buckets, tables_of
@@ -50,10 +49,6 @@ def run_exp2(output_dir: Path, *dumps: Path | str) -> dict:
     """What the script writes; JSON as the standard has it, in which there is no NaN."""
     assert analyze_exp2_direction.main(["--output-dir", str(output_dir), *map(str, dumps)]) == 0
     return json.loads((output_dir / "exp2_summary.json").read_text(), parse_constant=pytest.fail)
-
-
-def texts_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
 STUDIES = {  # correct rollouts of each prompt, rollouts of each prompt, and what there is
@@ -104,7 +99,7 @@ def test_planted_directions_get_their_verdict_in_summary_table_and_figure(plante
     out = capsys.readouterr().out
     assert any(re.match(rf"4 .* {c['verdict']} .* {verdict} ", line) for line in out.splitlines())
     assert "wrote" not in out
-    said = texts_of(draw_exp2({None: summary})[HEADLINE])
+    said = texts_of(draw_exp2({None: summary})[HEADLINE]).splitlines()
     assert {c["verdict"], f"ρ: {verdict}"} <= set(said)
     assert any(f"ρ = {rho['rho']:.2f} [".replace("-", "−") in text for text in said)
 
@@ -123,7 +118,7 @@ def test_what_is_not_told_is_text_and_no_mark(tmp_path: Path):
         assert sum(marks_of(ax, "#D55E00") for ax in axes) == n_marks
         assert sum(marks_of(ax, "#0072B2") for ax in axes) == sum(marks_of(ax, NOTE_COLOUR) for ax in axes) == 0
         assert "ρ: can't tell" in texts_of(drawn[name])
-        assert any("2 prompts with 2 rollouts of each kind" in text for text in texts_of(drawn[name]))
+        assert "2 prompts with 2 rollouts of each kind" in texts_of(drawn[name])
 
 
 def test_a_view_that_cuts_an_interval_says_so_and_keeps_the_point():
@@ -149,16 +144,12 @@ def test_no_word_of_a_figure_is_cut_off_or_overlaps(tmp_path: Path):
     summary = run_exp2(tmp_path / "out", *(f"{tag}={dump}" for tag, dump in dumps.items()))
     for tags in (["base"], ["none"], list(summary)):
         for name, figure in draw_exp2({tag: summary[tag] for tag in tags}).items():
-            figure.canvas.draw()
-            page = figure.bbox.padded(1)
+            assert_nothing_is_cut_off(figure, name)
             shown = [ax for ax in figure.axes if ax.get_visible()]
             labels = [axis.label for ax in shown if ax.axison for axis in (ax.xaxis, ax.yaxis)]
             texts = [*figure.texts, *(text for ax in shown for text in ax.texts), *labels]
             boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
             assert len(boxes) > 3
-            for text, box in boxes:
-                assert page.x0 <= box.x0 <= box.x1 <= page.x1, f"{name}: {text!r} is cut off"
-                assert page.y0 <= box.y0 <= box.y1 <= page.y1, f"{name}: {text!r} is cut off"
             clashes = [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)]
             assert not clashes, name
 
@@ -168,9 +159,8 @@ def test_the_histogram_shows_the_bands_of_both_controls(tmp_path: Path):
     figure = draw_exp2({None: summary})[HISTOGRAM]
     ends = sorted(line.get_xdata()[0] for line in figure.axes[1].lines if line.get_linestyle() == "--")
     assert ends == summary["control_within_group_by_rollout"]["band"]
-    assert any(
-        f"mean cosine {summary['correct_vs_incorrect']['mean']:.2f}".replace("-", "−") in t for t in texts_of(figure)
-    )
+    mean = f"{summary['correct_vs_incorrect']['mean']:.2f}".replace("-", "−")
+    assert f"mean cosine {mean}" in texts_of(figure)
 
 
 def test_a_rollout_that_is_both_correct_and_incorrect_is_bad_input(tmp_path: Path, capsys):

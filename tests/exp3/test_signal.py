@@ -11,7 +11,7 @@ from scipy.stats import t as student_t
 from gradprobe.analysis.opposition import rho_over_sums
 from gradprobe.analysis.pooled import Pooled, iter_prompts
 from gradprobe.exp3.signal import Exp3, Signal, highest_share, reason_of, signal_of_pooled
-from gradprobe.exp3.summary import summary_of
+from gradprobe.exp3.summary import signal_numbers
 from gradprobe.exp3.tables import moments_of, prompt_tables
 from gradprobe.exp3.weights import OBJECTIVES, hsic_weights, update_weights
 
@@ -323,12 +323,12 @@ def test_too_little_gives_none_and_not_nan():
         assert result.signal.verdict == "underpowered"
         for bucket in result.buckets:
             assert bucket.signal_share.value is bucket.signal_share.ci95 is None
-        assert "nan" not in repr(summary_of(result)).lower()
+        assert "nan" not in repr(signal_numbers(result)).lower()
         assert rho_over_sums(dump).all_tokens.value is None
 
 
 def test_summary_has_the_keys_of_the_format():
-    summary = summary_of(signal_of_pooled(study(n_prompts=30)))
+    summary = signal_numbers(signal_of_pooled(study(n_prompts=30)))
     head = "n_prompts n_prompts_mixed n_rollouts bins objective outcome signal noise_scale_prompts per_bucket"
     assert summary.keys() == {*head.split(), "keep_top", "keep_bottom", "keep_random", "at_20_percent"}
     assert list(summary["per_bucket"]) == ["0", "1", "2", "3"]
@@ -441,11 +441,17 @@ def test_rho_over_sums_without_signal_is_none():
             "20 prompts, 2 with both outcomes; at least 3 prompts are needed",
         ),
         (
-            Signal(0.1, (-1, 1.2), 0.41, "underpowered"),
+            Signal(0.1, (-0.1, 0.3), 1.4, "underpowered"),
             9,
-            "signal not above 0: z 0.4; 20 prompts, 9 with both outcomes",
+            "signal not above 0 (z 1.4); 20 prompts, 9 with both outcomes; about 40 prompts would tell, if it is as "
+            "large as it looks",
         ),
-        (Signal(0.0, (0, 0), None, "underpowered"), 0, "signal not above 0; 20 prompts, none with both outcomes"),
+        (
+            Signal(0.0, (0, 0), None, "underpowered"),
+            0,
+            "signal not above 0; 20 prompts, none with both outcomes; how many prompts would tell can't be said: it is "
+            "too near 0",
+        ),
         (Signal(2.0, (1, 3), 5.0, "seen"), 9, None),
     ],
 )

@@ -92,7 +92,8 @@ def main(directory: Path, is_mounted: bool) -> None:
             outcome = {
                 "step": name, "room": room, "is_new": is_new, "status": status, "output": output,
                 "errors": [line for line in said.splitlines() if line.startswith("error: ")],
-                "changed": [f for f in changed if after.get(f) != undisturbed.get(f)],
+                "changed": [f for f in changed if f in after and after[f] != undisturbed.get(f)],
+                "gone": [f for f in before if f not in after],
                 "again": again, "said_again": said_again,
                 "as_undisturbed": hashes(disk.path) == undisturbed,
             }  # fmt: skip

@@ -857,7 +857,7 @@ def test_awkward_names_work_and_never_reach_a_terminal_raw(run, sampling, proble
     for main, arguments in commands:
         outcome = run(main, *arguments)
         assert outcome.status == 0, outcome.err
-        assert ESCAPED_ODD_NAME in outcome.out
+        assert ESCAPED_ODD_NAME in outcome.out + outcome.err
     assert not (Path.cwd() / "pwned").exists()
 
 

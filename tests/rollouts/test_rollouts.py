@@ -163,7 +163,7 @@ def test_scores_are_those_of_the_full_softmax_at_temperature_1():
     assert sorted(scores) == [0, 1, 2]
     exact = tiny_model(6, torch.float64)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        entropies, logprobs, tail_mass, logit_norms = scores[i]
+        entropies, logprobs, tail_mass, logit_norms, sum_p2 = scores[i]
         assert len(entropies) == len(logprobs) == len(response)
         logits = exact(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits[: len(response)], -1)
@@ -171,6 +171,7 @@ def test_scores_are_those_of_the_full_softmax_at_temperature_1():
         picked = expected[torch.arange(len(response)), torch.tensor(response, dtype=torch.long)]
         np.testing.assert_allclose(logprobs, picked, rtol=1e-4)
         np.testing.assert_allclose(tail_mass, 1 - expected.exp().max(-1).values, rtol=1e-4)
+        np.testing.assert_allclose(sum_p2, (expected.exp() ** 2).sum(-1), rtol=1e-4)
         onehot = torch.nn.functional.one_hot(torch.tensor(response, dtype=torch.long), expected.shape[-1])
         np.testing.assert_allclose(logit_norms, (onehot - expected.exp()).norm(dim=-1), rtol=1e-4)
 
@@ -178,7 +179,7 @@ def test_scores_are_those_of_the_full_softmax_at_temperature_1():
 def test_tiny_tails_are_exact_where_the_softmax_rounds_to_1():
     logits = torch.zeros(3, 50)
     logits[:, 7] = torch.tensor([25.0, 40.0, 80.0])
-    _, _, tail_mass, logit_norms = score_block(logits, torch.tensor([7, 7, 7]))
+    _, _, tail_mass, logit_norms, _ = score_block(logits, torch.tensor([7, 7, 7]))
     exact = 49 * np.exp(-logits[:, 7].double().numpy())
     np.testing.assert_allclose(tail_mass, exact / (1 + exact), rtol=1e-6)
     np.testing.assert_allclose(logit_norms, exact * np.sqrt(1 + 1 / 49), rtol=1e-4, atol=1e-30)

@@ -187,14 +187,6 @@ def test_heavy_tailed_dumps_and_names_that_look_like_formulas(tmp_path: Path):
     assert exp2["base"]["correct_vs_incorrect"]["mean"] < -0.2 < exp2["base"]["control_within_group"]["mean"]
 
 
-def test_a_rollout_that_is_both_correct_and_incorrect_is_bad_input(tmp_path: Path, capsys):
-    dump = planted.write_dump(tmp_path / "dump", np.eye(4), np.full(4, 4), correct=np.arange(4) < 2)
-    assert analyze_exp2_direction.main(["--output-dir", str(tmp_path / "out"), str(dump)]) == 2
-    error = capsys.readouterr().err
-    assert f"{dump / 'meta.jsonl'}: the rollout of prompt_idx 0, sample_idx 0 is called both" in error
-    assert error.count("\n") == 1
-
-
 BAD_INPUT = {
     "no such dump": lambda good, tmp: [f"a={tmp / 'nowhere'}"],
     "one good, one bad": lambda good, tmp: [f"a={good}", f"b={tmp / 'nowhere'}"],
@@ -219,11 +211,26 @@ def test_bad_input_is_status_2_in_one_line_and_nothing_overwritten(script, case,
     assert {file.read_text() for file in output_dir.iterdir()} == {"before"}
 
 
-def test_plot_refuses_different_buckets(tmp_path: Path):
-    base = planted.write_dump(tmp_path / "base", np.eye(5), np.arange(5))
-    other_bins = planted.write_dump(tmp_path / "bins", np.eye(4), np.arange(4), bins=4)
+PLOT_REFUSES = {
+    "different buckets": (["a={five}", "b={four}"], "buckets can only be compared where their number is the same"),
+    "both ways": (["--base", "{five}", "--trained", "{five}", "a={five}"], "--base and --trained and 'a="),
+    "half of one": (["--base", "{five}"], "--trained is missing"),
+    "no such dump": (["a={five}", "b=nowhere"], "nowhere/manifest.json: not a finished dump"),
+}
+
+
+@pytest.mark.parametrize("case", PLOT_REFUSES)
+def test_plot_refuses_in_one_line_and_writes_nothing(case: str, tmp_path: Path, capsys):
+    paths = {
+        name: planted.write_dump(tmp_path / name, np.eye(bins), np.arange(bins), bins=bins)
+        for name, bins in (("five", 5), ("four", 4))
+    }
+    arguments, message = PLOT_REFUSES[case]
     output = ["--output-dir", str(tmp_path / "figures")]
-    assert plot_exp12_intuitive.main(["--base", str(base), "--trained", str(other_bins), *output]) == 2
+    assert plot_exp12_intuitive.main([*output, *(argument.format(**paths) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "figures").exists()
 
 

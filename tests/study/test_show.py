@@ -95,3 +95,14 @@ def test_two_rollouts_of_one_prompt_one_correct_one_not(dump):
     right, wrong = two_of_one_prompt([replace(r, correct=r.sample_idx == 1) for r in rollouts])
     assert right.prompt_idx == wrong.prompt_idx
     assert (right.correct, wrong.correct) == (True, False)
+
+
+def test_the_two_are_of_typical_length(dump):
+    (one, *_) = iter_rollouts(dump / "rollouts.jsonl")
+    lengths = {True: [1, 20, 21], False: [2, 30, 31, 90]}
+    rollouts = [
+        replace(one, correct=kind, sample_idx=100 * kind + n, response_ids=[1] * n)
+        for kind, of_kind in lengths.items()
+        for n in of_kind
+    ]
+    assert [len(r.response_ids) for r in two_of_one_prompt(rollouts)] == [20, 30]
