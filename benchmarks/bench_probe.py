@@ -9,6 +9,10 @@ The demo model on a CPU (about ten minutes on two cores):
 
     python benchmarks/bench_probe.py
 
+What a step costs beside gradients, by CPU seconds:
+
+    python benchmarks/bench_probe.py --step-to demo/trained --num-prompts 32 --repeats 3 --skip-plain --skip-scaling
+
 The shape of Qwen2.5-1.5B with random weights, on a GPU; the plain way on some of the rollouts, compared per row:
 
     python benchmarks/bench_probe.py --config qwen2.5-1.5b --random-init --num-prompts 64 --max-new-tokens 512 \\
@@ -41,6 +45,7 @@ from bench_scaling import QWEN_1_5B, Shape, peak_memory, reset_peak_memory  # no
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
 from gradprobe.gradients.chosen import Chosen  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
+from gradprobe.gradients.step import along_step, subtract  # noqa: E402
 from gradprobe.gradients.targets import Projection, Target, expand_projected  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
@@ -76,10 +81,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-tokens", type=int, help="default: the probe's own")
     add("--sample-rows", type=int, default=512)
     add("--skip-plain", action="store_true", help="only ours")
+    add("--step-to", metavar="CKPT", help="time the step from --model-path to this checkpoint, too")
     add("--skip-scaling", action="store_true", help="leave out many targets and pooled gradients")
     args = parser.parse_args(argv)
     if (args.config is None) == args.random_init:
         parser.error("--config and --random-init go together")
+    if args.config is not None and args.step_to is not None:
+        parser.error("--step-to goes with --model-path")
     return args
 
 
@@ -331,6 +339,42 @@ def compare_pooled(bench: Bench, responses: list[list[int]], entropies: list[np.
     bench.show("pooled : picked, one row", [b / a for a, b in zip(of_picked, of_pooled, strict=True)], "× tokens/s")
 
 
+def compare_step(bench: Bench, responses: list[list[int]], entropies: list[np.ndarray]) -> None:
+    """CPU seconds per 1,000 response tokens: along a step, with the log-probs of its other end, and of gradients."""
+    prompts, n_tokens, batch_tokens = repeated(bench), sum(map(len, responses)), bench.args.batch_tokens
+    other = load_checkpoint(bench.args.step_to, bench.model.device, bench.model.dtype).model
+    score = lambda: sum(map(len, score_responses(other, prompts, responses, batch_tokens)))  # noqa: E731
+    score()
+    step = subtract(other, bench.model, into=load_checkpoint(bench.args.step_to, bench.model.device, other.dtype).model)
+    layer = len(layer_list(bench.model)[1]) // 2
+    row, weight = [Target(layer, SUFFIX, 0)], expand_projected(bench.model, str(layer), SUFFIX, Projection(16, 16, 0))
+
+    def gradients(targets: list[Target], chosen: list[Chosen]) -> int:
+        batches = GradientEngine(bench.model, targets).batches(prompts, responses, chosen, batch_tokens)
+        return sum(len(rows) for _, rows, _ in batches)
+
+    def pooled(bins: int) -> list[Chosen]:
+        edges = fit_edges(np.concatenate(entropies), bins)
+        return [Chosen.pooled(bucket_of(e, edges)) for e in entropies]
+
+    picked, of_5, of_20 = [Chosen.each(positions) for positions in choose(entropies)], pooled(BINS), pooled(20)
+    ways: dict[str, Callable[[], int]] = {
+        "log-probs under the other end": score,
+        "along the step": lambda: sum(map(len, along_step(bench.model, step, prompts, responses, batch_tokens))),
+        "pooled in 5 buckets, one row": lambda: gradients(row, of_5),
+        "pooled in 20 buckets, one weight 16x16": lambda: gradients(weight, of_20),
+        "20 picked tokens, one row": lambda: gradients(row, picked),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(bench.args.repeats):
+        for name, work in ways.items():
+            began = time.process_time()
+            bench.seconds(name, work)
+            spent[name].append(1000 * (time.process_time() - began) / n_tokens)
+    for name, seconds in spent.items():
+        bench.show(f"{name}, of {n_tokens:,} response tokens", seconds, "CPU s per 1,000")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison and print it."""
     args = parse_args(argv)
@@ -356,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.skip_scaling:
         compare_targets(bench, responses, positions)
         compare_pooled(bench, responses, entropies)
+    if args.step_to:
+        compare_step(bench, responses, entropies)
     for name, n_bytes in bench.peak_bytes.items():
         print(f"peak memory, {name:<39} {n_bytes / 2**30:>10.3f} GiB")
     print(json.dumps(facts | bench.results | {"peak_bytes": bench.peak_bytes}))
