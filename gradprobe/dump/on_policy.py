@@ -72,7 +72,7 @@ class Tokens:
     """All response tokens of some rollouts, n in all.
 
     Attributes:
-        prompt: [n] number of each one's prompt.
+        prompt: [n] number of each one's prompt, the same of equal ids.
         excess: [n] log π(y) + H, nats.
         entropy: [n] H, nats.
         tail_mass: [n] 1 - max π; None where it is not known.
@@ -101,11 +101,11 @@ class Tokens:
     @staticmethod
     def of(rollouts: Iterable[Rollout]) -> "Tokens":
         """Those of these rollouts, one behind the other."""
-        code_of: dict[Any, int] = {}
+        code_of: dict[tuple[int, ...], int] = {}
         parts: list[tuple[np.ndarray, ...]] = []
         is_known = True
         for r in rollouts:
-            code = code_of.setdefault(r.prompt_idx, len(code_of))
+            code = code_of.setdefault(tuple(r.prompt_ids), len(code_of))  # however often it stands in a data set
             is_known &= len(r.tail_mass) == len(r.response_ids)
             entropies = np.asarray(r.entropies)
             score = np.asarray(r.bucket_scores) if r.bucket_scores else entropies

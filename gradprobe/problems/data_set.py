@@ -22,6 +22,7 @@ PROBLEM_KEYS = ("prompt", "problem", "question")
 ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "answer", "solution")
 ID_KEYS = ("id", "unique_id", "extra_info.index")
 NO_ID = "none"
+COPIES = "copies of another row: the same prompt and answer"
 ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as JSON can hold it; no tokenizer takes it, and no file."""
@@ -48,6 +49,8 @@ class Problem:
 @dataclass(frozen=True)
 class ProblemSet:
     """The problems of a data set, what they were read from, and what was left out.
+
+    A problem is its prompt and its answer: rows that say both again, under whatever id, are copies and left out.
 
     `sha256` is that of the file's bytes or, of what is not one file, of the problems in canonical JSON.
     `columns` says which field gave the `problem`, the `answer` and the `id` (`none`: the row's number).
@@ -103,13 +106,13 @@ def load_problems(
     `id_key` "none", a row's number from 0 is its id.
 
     JSON lines in the original's schema are taken as they are. Of other data sets rows without a problem or an answer,
-    with several answers, or without a `final_answer` where most rows have one, are dropped and counted. A row of a
-    wrong shape is an error everywhere.
+    with several answers, or without a `final_answer` where most rows have one, are dropped and counted. Everywhere a
+    row of a wrong shape is an error, so is an id with two contents, and copies of a problem are left out and counted.
     """
     opened = open_data_set(str(source))
     columns = _choose_columns(opened, {"problem": problem_key, "answer": answer_key, "id": id_key})
     rows = opened.read([key for key in columns.values() if key != NO_ID])
-    problems, dropped, faults = _read_rows(rows, columns, opened.kind == JSONL and columns == ORIGINAL_SCHEMA)
+    problems, dropped, faults, notes = _read_rows(rows, columns, opened.kind == JSONL and columns == ORIGINAL_SCHEMA)
     faults = [*opened.faults, *faults]
     if not problems and not faults:
         faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {_listed(dropped)}" if dropped else ""))
@@ -118,7 +121,9 @@ def load_problems(
     if not sha256:
         canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in problems]
         sha256 = hashlib.sha256(json.dumps(canonical, separators=(",", ":")).encode()).hexdigest()
-    return ProblemSet(str(source), sha256, problems, opened.kind, len(rows), columns, dict(dropped))
+    return ProblemSet(
+        str(source), sha256, problems, opened.kind, len(rows), columns, dict(dropped), notes=tuple(notes)
+    )
 
 
 def _listed(dropped: Mapping[str, int]) -> str:
@@ -155,12 +160,14 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
 
 def _read_rows(
     rows: list[Record], columns: dict[str, str], is_strict: bool
-) -> tuple[list[Problem], Counter[str], list[str]]:
+) -> tuple[list[Problem], Counter[str], list[str], list[str]]:
+    """Problems, rows dropped by reason, faults, and what may be a mistake."""
     is_worked = not is_strict and _mostly_worked(rows, columns["answer"])
     problems: list[Problem] = []
     dropped: Counter[str] = Counter()
     faults: list[str] = []
-    first_place_of: dict[str, str] = {}
+    content_of: dict[str, tuple[Any, str]] = {}  # by id, with the place
+    answers_of: dict[Any, dict[str, str]] = {}  # by prompt: each one's first problem
     for row in rows:
         try:
             problem = _problem_of(row, columns, is_strict, is_worked)
@@ -170,15 +177,24 @@ def _read_rows(
         except FaultyRecord as error:
             faults.append(f"{row.place}: {error}")
             continue
-        if problem.id in first_place_of:
-            faults.append(
-                f"{row.place}: id '{problem.id}' was used in {first_place_of[problem.id]}"
-                + ("" if is_strict else "; `id_key` none numbers the rows instead")
-            )
-        where = row.place.rpartition(":")[2].strip()
-        first_place_of.setdefault(problem.id, f"line {where}" if where.isdecimal() else where)
+        prompt, answer = problem.prompt or problem.messages, problem.ground_truth
+        if columns["id"] != NO_ID:
+            where = row.place.rpartition(":")[2].strip()
+            of_id = (prompt, answer), f"line {where}" if where.isdecimal() else where
+            before, place = content_of.setdefault(problem.id, of_id)
+            if before != (prompt, answer):
+                faults.append(f"{row.place}: id '{problem.id}' was used in {place}, for another problem or answer")
+                continue
+        answers = answers_of.setdefault(prompt, {})
+        if answer in answers:
+            dropped[COPIES] += 1
+            continue
+        answers[answer] = problem.id
         problems.append(problem)
-    return problems, dropped, faults
+    torn = [next(iter(answers.values())) for answers in answers_of.values() if len(answers) > 1]
+    said = f"{len(torn)} prompts stand with several answers (such as that of problem '{first_of(torn, 1)}')"
+    notes = [f"{said}: some must be wrong, and analyses take each of these prompts for one"] if torn else []
+    return problems, dropped, faults, notes
 
 
 def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked: bool) -> Problem:

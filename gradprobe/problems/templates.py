@@ -77,9 +77,9 @@ def render_prompts(
     else:
         notes = [] if tokenizer is None else _without_specials([problem.prompt for problem in problems], tokenizer)
     if template is None and not chat:
-        return replace(problem_set, notes=tuple(notes))
+        return replace(problem_set, notes=(*problem_set.notes, *notes))
     rendering["prompts_sha256"] = _sha256(json.dumps([problem.prompt for problem in problems]))
-    return replace(problem_set, problems=problems, rendering=rendering, notes=tuple(notes))
+    return replace(problem_set, problems=problems, rendering=rendering, notes=(*problem_set.notes, *notes))
 
 
 def encode_prompts(

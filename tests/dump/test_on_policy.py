@@ -43,7 +43,7 @@ def test_what_is_not_claimed_gets_no_verdict_unless_it_is_off():
 
 def test_tokens_of_rollouts_go_by_their_bucket_score():
     def rollout(prompt, scores, tail):
-        return Rollout(prompt, 0, "", [1], [2, 3], [0.5, 0.1], [-0.4, -0.3], "", "", True, tail, scores)
+        return Rollout(prompt, 0, "", [hash(prompt) % 97], [2, 3], [0.5, 0.1], [-0.4, -0.3], "", "", True, tail, scores)
 
     tokens = Tokens.of([rollout(7, [], [0.1, 0.2]), rollout((1, 2), [5.0, 6.0], [0.3, 0.4])])
     np.testing.assert_array_equal(tokens.prompt, [0, 0, 1, 1])

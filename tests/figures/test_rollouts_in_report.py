@@ -24,7 +24,7 @@ def rollout(prompt: int, sample: int, n_tokens: int, correct: bool, **changed) -
         "logprobs": [-0.5] * n_tokens,
         "token_texts": [" sure", "\x1b<b>"] * (n_tokens // 2),
     }
-    told = {"problem_id": f"p{prompt}", "prompt_ids": [5], "response": "\\boxed{7}", "ground_truth": "7"}
+    told = {"problem_id": f"p{prompt}", "prompt_ids": [5 + prompt], "response": "\\boxed{7}", "ground_truth": "7"}
     return Rollout(prompt_idx=prompt, sample_idx=sample, correct=correct, **(told | kept | changed))
 
 

@@ -48,7 +48,7 @@ def test_numbers_become_text_and_blank_lines_are_skipped(tmp_path):
         (b"[1]\n", ":1: not a JSON object"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "prompt"}).encode(), ":1: key 'prompt' is missing"),
         (json.dumps({**GOOD, "prompt": 3}).encode(), ":1: 'prompt' is of type int"),
-        ((json.dumps(GOOD) + "\n" + json.dumps(GOOD)).encode(), ":2: id 'a' was used in line 1"),
+        (f'{json.dumps(GOOD)}\n{json.dumps({**GOOD, "ground_truth": "3"})}'.encode(), ":2: id 'a' was used in line 1"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -58,6 +58,28 @@ def test_faults_are_named_with_file_and_line(tmp_path, content, complaint):
     with pytest.raises(InputError, match="problems.jsonl") as error:
         load_problems(file)
     assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [{}, {"id_key": "none"}])
+@pytest.mark.parametrize("prompt", ["1+1?", [{"role": "user", "content": "1+1?"}]])
+@pytest.mark.parametrize("ids", [[7, 7, 7, 8], [7, 8, 9, 7], [7, 8, 9, 10]])
+def test_copies_are_one_problem_and_counted(tmp_path, keys, prompt, ids):
+    """As in DAPO-Math-17k, where each problem stands about a hundred times; what is drawn is drawn of problems."""
+    rows = [{"prompt": prompt, "reward_model": {"ground_truth": "2"}, "extra_info": {"index": i}} for i in ids[:3]]
+    rows.append({"prompt": "1+2?", "reward_model": {"ground_truth": "3"}, "extra_info": {"index": 11}})
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    problem_set = load_problems(tmp_path / "a.json", **keys)
+    assert [(p.idx, p.ground_truth) for p in problem_set.problems] == [(0, "2"), (3, "3")]
+    assert problem_set.n_read == 2
+    assert "4 rows, 2 problems" in problem_set.summary
+    assert "dropped 2: 2 copies of another row: the same prompt and answer" in problem_set.summary
+
+
+def test_one_prompt_with_two_answers_is_said(tmp_path):
+    rows = [{"id": i, "problem": "?", "answer": answer} for i, answer in enumerate("1213")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (note,) = load_problems(tmp_path / "a.json").notes
+    assert note.startswith("1 prompts stand with several answers (such as that of problem '0')")
 
 
 def test_all_faults_are_named_at_once(tmp_path):
@@ -222,8 +244,8 @@ def test_text_needs_no_library(monkeypatch):
         ("a.jsonl", b'{"problem": "?", "answer": 1, "id": null}', ":1: 'id' is of type NoneType"),
         (
             "a.jsonl",
-            b'{"problem": "?", "answer": 1, "id": 1}\n{"problem": "?", "answer": 1, "id": "1"}',
-            ":2: id '1' was used in line 1; `id_key` none",
+            b'{"problem": "?", "answer": 1, "id": 1}\n{"problem": "??", "answer": 1, "id": "1"}',
+            ":2: id '1' was used in line 1, for another problem or answer",
         ),
         ("a.jsonl", b"x\n" * 50, "and 30 more"),
     ],
@@ -248,7 +270,7 @@ def test_a_path_may_have_a_newline(tmp_path):
 
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.json", "a.ndjson"])
 def test_the_content_decides_where_the_ending_does_not(tmp_path, name):
-    lines = json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "b"}) + "\n"
+    lines = json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "b", "prompt": "2"}) + "\n"
     (tmp_path / name).write_text("\ufeff" + lines)
     assert [p.id for p in load_problems(tmp_path / name).problems] == ["a", "b"]
     (tmp_path / name).write_text(json.dumps([GOOD], indent=2))
