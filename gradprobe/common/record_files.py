@@ -12,6 +12,8 @@ from .errors import InputError, reason_of
 from .extras import library
 
 PARQUET_MAGIC = b"PAR1"
+NO_OBJECT = "not a JSON object"
+NO_PAIRS = ', but a list; of messages? for each write {"prompt": the question, "ground_truth": the answer}'
 JSONL, JSON, PARQUET = "JSONL", "JSON", "parquet"
 
 
@@ -29,7 +31,8 @@ class RecordFile:
     """A source that has been opened; `read(keys)` gives its records, with at least the fields named.
 
     `keys` are the names of all fields, those inside of others dotted (`reward_model.ground_truth`). `sha256` is that
-    of a file's bytes, and empty where the source is not one file. `faults` are the lines that are no records.
+    of a file's bytes, and empty where the source is not one file. `faults` are the lines that are no records: their
+    places, and why.
     """
 
     source: str
@@ -37,7 +40,7 @@ class RecordFile:
     sha256: str
     keys: list[str]
     read: Callable[[Sequence[str]], list[Record]]
-    faults: list[str] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)
 
 
 def open_record_file(file: Path, parameter: str) -> RecordFile:
@@ -67,7 +70,7 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
         if isinstance(fields, dict):
             records.append(Record(place, len(records), fields))
         else:
-            faults.append(f"{place}: not a JSON object")
+            faults.append((place, NO_OBJECT + (NO_PAIRS if isinstance(fields, list) else "")))
     keys = list(dict.fromkeys(key for record in records for key in _dotted(record.fields)))
     return RecordFile(str(file), JSON if first == "[" else JSONL, sha256, keys, lambda keys: records, faults)
 
@@ -90,21 +93,21 @@ def lookup(fields: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _rows_of_json(file: Path, named: str, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+def _rows_of_json(file: Path, named: str, text: str) -> tuple[list[tuple[str, Any]], list[tuple[str, str]]]:
     try:
         return [(f"{file}: row {i}", record) for i, record in enumerate(json.loads(text))], []
     except ValueError as error:
         raise InputError(f"{named}: not JSON ({error})") from error
 
 
-def _json_lines(file: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+def _json_lines(file: Path, text: str) -> tuple[list[tuple[str, Any]], list[tuple[str, str]]]:
     """What stands in each line, at its place, and the lines that are no JSON; one object over many lines is a row."""
     found, faults = [], []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             found += [(f"{file}:{number}", json.loads(line))] if line.strip() else []
         except ValueError as error:
-            faults.append(f"{file}:{number}: not JSON ({error})")
+            faults.append((f"{file}:{number}", f"not JSON ({error})"))
     if faults and text.startswith("{\n"):
         with suppress(ValueError):
             return [(f"{file}: row 0", json.loads(text))], []

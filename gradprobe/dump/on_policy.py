@@ -137,6 +137,20 @@ def claims_on_policy(manifest: Mapping[str, Any]) -> bool:
     return is_plain and (origin is None or are_same_weights(origin.get("identity"), manifest.get("model_identity")))
 
 
+def warning_of(found: OnPolicy, manifest: Mapping[str, Any]) -> str | None:
+    """What to say where tokens are off-policy though nothing known of them says that they should be; else None."""
+    sampling, origin = manifest.get("sampling") or {}, manifest.get("rollouts_from")
+    identity = manifest.get("model_identity")
+    is_of_another = bool(origin and origin.get("identity")) and not are_same_weights(origin["identity"], identity)
+    if found.verdict != OFF_POLICY or is_of_another or sampling.get("temperature", 1.0) != 1.0:
+        return None
+    return (
+        f"log π + H is {found.mean:+.3f} nats a token, {found.z:+.1f} standard errors from the 0 of tokens that this "
+        "model itself sampled at temperature 1: another temperature or top-p, another checkpoint, another prompt than "
+        "the model saw, or responses without a part of them (docs/methods.md, the on-policy test)"
+    )
+
+
 def are_same_weights(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether two manifests' `model_identity` are of the same weights, whatever their tokenizers."""
     return bool(one and other) and all(one.get(key) == other.get(key) for key in OF_WEIGHTS)

@@ -13,20 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import FaultyRecord, Unusable, first_few, first_of, raise_if_any
+from ..common.errors import FaultyRecord, Unusable, first_of, raise_folded, raise_if_any
 from ..common.record_files import JSONL, Record, RecordFile, lookup
 from .boxed import last_boxed
 from .data_files import open_data_set
 
-PROBLEM_KEYS = ("prompt", "problem", "question")
+ASSISTANT = "assistant"
+PROBLEM_KEYS = ("prompt", "problem", "question", "messages", "conversations")
 ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "answer", "solution")
 ID_KEYS = ("id", "unique_id", "extra_info.index")
+ROLES = {"human": "user"} | dict.fromkeys((ASSISTANT, "gpt", "chatgpt", "bot", "bing", "bard", "model"), ASSISTANT)
+"""What ShareGPT, which has `from` and `value` in each message, and others call those whom chat templates know."""
 NO_ID = "none"
 COPIES = "copies of another row: the same prompt and answer"
 ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as JSON can hold it; no tokenizer takes it, and no file."""
 FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*([^\n]*)\Z")
+IN_DOLLARS = re.compile(r"\$([^$]+)\$")
 THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 MOST_KEYS_SHOWN = 20
 
@@ -115,8 +119,9 @@ def load_problems(
     problems, dropped, faults, notes = _read_rows(rows, columns, opened.kind == JSONL and columns == ORIGINAL_SCHEMA)
     faults = [*opened.faults, *faults]
     if not problems and not faults:
-        faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {_listed(dropped)}" if dropped else ""))
-    raise_if_any(first_few(faults, "faults"))
+        why = f"; dropped: {_listed(dropped)}" if dropped else ""
+        faults.append((f"`dataset` {source}", f"no problems in it{why}"))
+    raise_folded(faults)
     sha256 = opened.sha256
     if not sha256:
         canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in problems]
@@ -133,11 +138,11 @@ def _listed(dropped: Mapping[str, int]) -> str:
 def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[str, str]:
     """The field of each of `problem`, `answer` and `id`, given or found by name."""
     if not opened.keys:
-        raise_if_any(first_few(opened.faults or [f"`dataset` {opened.source}: no problems in it"], "faults"))
+        raise_folded(opened.faults or [(f"`dataset` {opened.source}", "no problems in it")])
     there = f"(there: {first_of(opened.keys, MOST_KEYS_SHOWN)})"
     spelt = {key.lower(): key for key in reversed(opened.keys)} | {key: key for key in opened.keys}
     columns: dict[str, str] = {}
-    faults: list[str] = []
+    faults: list[tuple[str, str]] = []
     for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
         key = given[what]
         found = [spelt.get(name, spelt.get(name.lower())) for name in ((key,) if key else common)]
@@ -146,26 +151,26 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
         elif what == "id" and key in (None, NO_ID):
             columns[what] = NO_ID
         elif key:
-            faults.append(f"`{what}_key` {key}: not in {opened.source} {there}")
+            faults.append((f"`{what}_key` {key}", f"not in {opened.source} {there}"))
         else:
             place = opened.read([])[0].place if opened.kind == JSONL else opened.source
             others = ", ".join(f"'{name}'" for name in common[1:])
-            faults.append(
-                f"{place}: key '{common[0]}' is missing, and so are {others} {there}; name another with --{what}-key"
-            )
+            why = f"key '{common[0]}' is missing, and so are {others} {there}; name another with --{what}-key"
+            faults.append((place, why))
     if faults:
-        raise_if_any(first_few([*opened.faults, *faults], "faults"))
+        raise_folded([*opened.faults, *faults])
     return columns
 
 
 def _read_rows(
     rows: list[Record], columns: dict[str, str], is_strict: bool
-) -> tuple[list[Problem], Counter[str], list[str], list[str]]:
-    """Problems, rows dropped by reason, faults, and what may be a mistake."""
+) -> tuple[list[Problem], Counter[str], list[tuple[str, str]], list[str]]:
+    """Problems, rows dropped by reason, faults at their places, and what may be a mistake."""
     is_worked = not is_strict and _mostly_worked(rows, columns["answer"])
     problems: list[Problem] = []
     dropped: Counter[str] = Counter()
-    faults: list[str] = []
+    faults: list[tuple[str, str]] = []
+    torn_ids: list[tuple[str, str]] = []
     content_of: dict[str, tuple[Any, str]] = {}  # by id, with the place
     answers_of: dict[Any, dict[str, str]] = {}  # by prompt: each one's first problem
     for row in rows:
@@ -175,7 +180,7 @@ def _read_rows(
             dropped[str(error)] += 1
             continue
         except FaultyRecord as error:
-            faults.append(f"{row.place}: {error}")
+            faults.append((row.place, str(error)))
             continue
         prompt, answer = problem.prompt or problem.messages, problem.ground_truth
         if columns["id"] != NO_ID:
@@ -183,7 +188,7 @@ def _read_rows(
             of_id = (prompt, answer), f"line {where}" if where.isdecimal() else where
             before, place = content_of.setdefault(problem.id, of_id)
             if before != (prompt, answer):
-                faults.append(f"{row.place}: id '{problem.id}' was used in {place}, for another problem or answer")
+                torn_ids.append((row.place, f"id '{problem.id}' was used in {place}, for another problem or answer"))
                 continue
         answers = answers_of.setdefault(prompt, {})
         if answer in answers:
@@ -191,6 +196,8 @@ def _read_rows(
             continue
         answers[answer] = problem.id
         problems.append(problem)
+    for place, fault in torn_ids[:1]:
+        faults.append((place, fault + (f" (and {len(torn_ids) - 1} more like it)" if torn_ids[1:] else "")))
     torn = [next(iter(answers.values())) for answers in answers_of.values() if len(answers) > 1]
     said = f"{len(torn)} prompts stand with several answers (such as that of problem '{first_of(torn, 1)}')"
     notes = [f"{said}: some must be wrong, and analyses take each of these prompts for one"] if torn else []
@@ -207,10 +214,13 @@ def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked
     _refuse_other_types(values["id"], columns["id"], str | int)
     prompt, messages = _prompt_of(values["problem"], columns["problem"], is_strict)
     if is_strict:
-        _refuse_other_types(values["answer"], columns["answer"])
-        answer = str(values["answer"])
+        answer = decoded(values["answer"])
+        if isinstance(answer, list):
+            raise FaultyRecord(f"'{columns['answer']}' has several answers")
+        _refuse_other_types(answer, columns["answer"])
+        answer = str(answer)
     else:
-        answer = _answer_of(values["answer"], columns["answer"], is_worked)
+        answer = answer_of(values["answer"], columns["answer"], is_worked)
     for text in (str(values["id"]), prompt, answer, *(content for _, content in messages)):
         if half := SURROGATE.search(text):
             raise FaultyRecord(f"half a surrogate pair ({half[0]!a}) in its text")
@@ -225,10 +235,10 @@ def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[
         return value, ()
     if not all(isinstance(message, dict) for message in value):
         raise FaultyRecord(f"'{key}' is a list, but not one of chat messages (role and content)")
-    messages = tuple((message.get("role"), message.get("content")) for message in value)
+    messages = tuple((m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in value)
     if not all(isinstance(text, str) for message in messages for text in message):
         raise FaultyRecord(f"'{key}' has a chat message whose role or content is not text")
-    return "", messages
+    return "", tuple((ROLES.get(role.lower(), role), content) for role, content in messages)
 
 
 def _is_blank(value: Any) -> bool:
@@ -241,17 +251,40 @@ def _refuse_other_types(value: Any, key: str, types: Any = str | int | float) ->
         raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
 
 
-def _answer_of(value: Any, key: str, is_worked: bool) -> str:
+def decoded(value: Any) -> Any:
+    """What a text holds that is a JSON list of texts; anything else as it stands, for `[0, 1]` is an interval.
+
+    A list of one is its entry.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            found = json.loads(value)
+            if found and isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+                value = found
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def answer_of(value: Any, key: str, is_worked: bool = False) -> str:
+    """The answer that a field holds: of worked text, what it ends in (`final_answer`).
+
+    Args:
+        is_worked: an answer without such an end was cut off.
+
+    Raises:
+        Unusable: there is none, or several, or it was cut off.
+        FaultyRecord: neither text nor a number.
+    """
+    value = decoded(value)
     if isinstance(value, list) and len(value) > 1:
         raise Unusable(f"with several answers in '{key}'")
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if _is_blank(value):
+    if value == [] or _is_blank(value):
         raise Unusable(f"without '{key}'")
     _refuse_other_types(value, key)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # tables hold whole numbers as floats where the column has gaps
     text = str(value).strip()
+    if in_dollars := IN_DOLLARS.fullmatch(text):
+        text = in_dollars[1].strip()
     final = final_answer(text)
     if is_worked and not final:
         raise Unusable(f"without a final answer (#### or \\boxed{{}}) in '{key}'")

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import FaultyRecord, InputError, first_few, raise_if_any, reason_of
-from .data_set import Problem, ProblemSet
+from .data_set import ASSISTANT, Problem, ProblemSet
 
-ASSISTANT = "assistant"
 PLACEHOLDER = "{problem}"
 PREVIEW_CHARACTERS = 600
 
@@ -61,7 +60,8 @@ def render_prompts(
     if begun is not None and not continue_final_message:
         raise InputError(
             f"`dataset` {source}: messages end in one of the role {ASSISTANT} (problem '{begun}'); "
-            "leave it out of them if it is a solution; if it is an answer's beginning, add `continue_final_message`"
+            "if it is a solution, write the messages without it, or name a field that has the question alone with "
+            "`problem_key`; if it is an answer's beginning, add `continue_final_message`"
         )
     if continue_final_message and begun is None:
         raise InputError(f"`continue_final_message`: no prompt of {source} ends in an {ASSISTANT}'s message")

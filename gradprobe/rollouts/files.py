@@ -14,7 +14,7 @@ from typing import Any
 from ..common.errors import FaultyRecord, InputError, Unusable
 from ..common.fields import is_finite
 from ..dump.records import PromptKey, Rollout
-from ..problems.data_set import SURROGATE, Problem
+from ..problems.data_set import ASSISTANT, SURROGATE, Problem, answer_of
 from ..problems.templates import chat_template_of, in_chat
 from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .places import in_words
@@ -24,6 +24,7 @@ CACHED_TEXTS = 4096
 LOST_BYTES = "\ufffd"
 """In a sampler's text it stands for bytes that made no character; its own ids are others."""
 
+BY_IDS = "hand over prompt ids"
 EMPTY = "completions without response tokens"
 NOT_ROUND_TRIP = "completions whose text does not come back from its token ids"
 TOO_LONG = "completions longer than the model's context"
@@ -223,7 +224,7 @@ class _Resolver:
                 "`dataset` FILE with the rendered prompts brings them back"
             )
         if not self.codec.comes_back(text):
-            raise FaultyRecord("its prompt does not come back from its token ids; hand over prompt ids")
+            raise FaultyRecord(f"its prompt does not come back from its token ids; {BY_IDS}")
         return self.codec.encode(text)
 
     def _prompt_text(self, completion: Completion) -> str | None:
@@ -236,6 +237,8 @@ class _Resolver:
             raise FaultyRecord("its prompt is neither a text nor a list of messages")
         if not self.chat_template:
             raise FaultyRecord("its prompt is a list of messages, and the tokenizer has no chat template")
+        if prompt[-1].get("role") == ASSISTANT:
+            raise FaultyRecord(f"its prompt ends in a message of the role {ASSISTANT}, solution or beginning: {BY_IDS}")
         messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
         return in_chat(messages, self.tokenizer)
 
@@ -286,14 +289,18 @@ class _Resolver:
 
 
 def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:
-    given = next((fields[key] for key in TRUTH_KEYS if fields.get(key) is not None), None)
-    if given is not None and (not isinstance(given, str | int | float) or isinstance(given, bool)):
-        raise FaultyRecord(f"its ground truth is of type {type(given).__name__}, a text or number is needed")
+    key = next((key for key in TRUTH_KEYS if fields.get(key) not in (None, "")), None)
+    try:
+        given = None if key is None else answer_of(fields[key], key)  # as a data set's
+    except Unusable:
+        if correct is None:
+            raise
+        given = str(fields[key])
     if problem is None:
         if given is None and correct is None:
             raise FaultyRecord("neither a verdict ('correct') nor a 'ground_truth'; `dataset` FILE brings them")
-        return "" if given is None else str(given)
-    if given is not None and str(given).split() != problem.ground_truth.split():
+        return given or ""
+    if given is not None and problem.ground_truth.split() not in (given.split(), str(fields[key]).split()):
         raise FaultyRecord(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
     return problem.ground_truth
 

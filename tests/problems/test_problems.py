@@ -75,6 +75,14 @@ def test_copies_are_one_problem_and_counted(tmp_path, keys, prompt, ids):
     assert "dropped 2: 2 copies of another row: the same prompt and answer" in problem_set.summary
 
 
+def test_the_original_schema_too_holds_lists_in_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "ground_truth": '["7"]'}))
+    assert [p.ground_truth for p in load_problems(tmp_path / "a.jsonl").problems] == ["7"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "ground_truth": '["7", "8"]'}))
+    with pytest.raises(InputError, match="a.jsonl:1: 'ground_truth' has several answers"):
+        load_problems(tmp_path / "a.jsonl")
+
+
 def test_one_prompt_with_two_answers_is_said(tmp_path):
     rows = [{"id": i, "problem": "?", "answer": answer} for i, answer in enumerate("1213")]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -247,7 +255,18 @@ def test_text_needs_no_library(monkeypatch):
             b'{"problem": "?", "answer": 1, "id": 1}\n{"problem": "??", "answer": 1, "id": "1"}',
             ":2: id '1' was used in line 1, for another problem or answer",
         ),
-        ("a.jsonl", b"x\n" * 50, "and 30 more"),
+        ("a.jsonl", b"x\n" * 50, "jsonl:1: not JSON (Expecting value: line 1 column 1 (char 0)) (and 49 more like it)"),
+        ("a.jsonl", b'{"problem": 3, "answer": 1}\n' * 9, ":1: 'problem' is of type int (and 8 more like it)"),
+        (
+            "a.jsonl",
+            b"".join(b'{"problem": "%d", "answer": 1, "id": %d}\n' % (i, i // 2) for i in range(8)),
+            "a.jsonl:2: id '0' was used in line 1, for another problem or answer (and 3 more like it)",
+        ),
+        (
+            "a.json",
+            b'[[{"from": "human", "value": "?"}, {"from": "assistant", "ground_truth": {"value": "7"}}]]',
+            'row 0: not a JSON object, but a list; of messages? for each write {"prompt": the question',
+        ),
     ],
 )
 def test_faults_of_other_shapes(tmp_path, name, content, complaint):
@@ -286,6 +305,9 @@ def test_the_content_decides_where_the_ending_does_not(tmp_path, name):
         ([4, 2.5, 3.0, "  5 "], ["4", "2.5", "3", "5"]),
         ([4.0, float("nan"), None, ""], ["4"]),
         ([["7"], [8], [], ["1", "2"]], ["7", "8"]),
+        # A list of texts in a text (Skywork-OR1); an interval is none. Dollars (TRL's DeepMath).
+        (['["7"]', ' ["x, y"]', '["1", "2"]', "[0, 1]", "[8]", '["a'], ["7", "x, y", "[0, 1]", "[8]", '["a']),
+        (["$x$", "$1$ or $2$", "$5", "a", "so $\\boxed{7}$"], ["x", "$1$ or $2$", "$5", "a", "7"]),
         # One answer that looks worked among plain ones makes no worked column.
         (["a", "so \\boxed{b}", "c"], ["a", "b", "c"]),
         (["x\n#### 1,234", "x\n#### $1,234.5", "x\n#### 1,23", "#### not the last\nline"], ["1234", "$1234.5", "1,23"]),
@@ -293,7 +315,8 @@ def test_the_content_decides_where_the_ending_does_not(tmp_path, name):
 )
 def test_answers(tmp_path, answers, expected):
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for answer in answers))
+    lines = [{"problem": f"{number}?", "answer": answer} for number, answer in enumerate(answers)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     problem_set = load_problems(file)
     assert [p.ground_truth for p in problem_set.problems] == expected
     assert sum(problem_set.dropped.values()) == len(answers) - len(expected)
@@ -319,6 +342,6 @@ def test_a_bug_of_ours_is_no_faulty_row(monkeypatch):
     def planted(*args: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("gradprobe.problems.data_set._answer_of", planted)
+    monkeypatch.setattr("gradprobe.problems.data_set.answer_of", planted)
     with pytest.raises(ValueError, match="^a bug$"):
         read("math.json")
