@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -345,3 +346,31 @@ def test_a_bug_of_ours_is_no_faulty_row(monkeypatch):
     monkeypatch.setattr("gradprobe.problems.data_set.answer_of", planted)
     with pytest.raises(ValueError, match="^a bug$"):
         read("math.json")
+
+
+SHOWN = [
+    line.strip("| ").split(" | ")
+    for line in (DATA.parents[2] / "docs/problems.md").read_text().splitlines()
+    if line.startswith("| ") and line.count(" | ") == 3 and line.split(" | ")[1].startswith("`")
+]
+
+
+def test_the_docs_table_has_every_layout():
+    assert sorted(file for _, file, *_ in SHOWN) == sorted(f"`{file.stem}`" for file in (DATA / "public").iterdir())
+
+
+@pytest.mark.parametrize(("name", "file", "columns", "how"), SHOWN, ids=[row[0] for row in SHOWN])
+def test_public_data_sets_are_read_as_the_docs_say(name, file, columns, how):
+    (path,) = (DATA / "public").glob(f"{file.strip('`')}.*")
+    answer_key = how.partition("--answer-key ")[2].strip("`") or None
+    if how.startswith("refused: "):
+        with pytest.raises(InputError, match=re.escape(how.removeprefix("refused: "))):
+            load_problems(path)
+        return
+    problem_set = load_problems(path, answer_key=answer_key)
+    (problem,) = problem_set.problems
+    assert problem.ground_truth == "7"
+    asked = problem.prompt or problem.messages[-1][1]
+    assert asked.endswith(("3+4?", "How many?"))
+    assert bool(problem.messages) == ("--chat-template" in how)
+    assert bool(problem_set.dropped) == ("copies are dropped" in how)
