@@ -58,7 +58,8 @@ class ProblemSet:
 
     `sha256` is that of the file's bytes or, of what is not one file, of the problems in canonical JSON.
     `columns` says which field gave the `problem`, the `answer` and the `id` (`none`: the row's number).
-    `dropped` counts rows by the reason they were left out. `rendering` says how prompts were made of problems.
+    `dropped` counts rows by the reason they were left out. `copies` are the ids of rows that say a problem again under
+    another id than its own, which they name. `rendering` says how prompts were made of problems.
     """
 
     source: str
@@ -70,6 +71,7 @@ class ProblemSet:
     dropped: dict[str, int] = field(default_factory=dict)
     rendering: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    copies: dict[str, str] = field(default_factory=dict)
 
     def only(self, indices: Sequence[int]) -> "ProblemSet":
         """With these problems alone; `description` and `summary` say what was read, which is all of them."""
@@ -117,17 +119,17 @@ def load_problems(
     columns = _choose_columns(opened, {"problem": problem_key, "answer": answer_key, "id": id_key})
     rows = opened.read([key for key in columns.values() if key != NO_ID])
     is_strict = opened.kind == JSONL and columns == ORIGINAL_SCHEMA
-    problems, n_rows, dropped, faults, notes = _read_rows(rows, columns, is_strict)
+    found, faults = _read_rows(rows, columns, is_strict)
     faults = [*opened.faults, *faults]
-    if not problems and not faults:
-        why = f"; dropped: {_listed(dropped)}" if dropped else ""
+    if not found.problems and not faults:
+        why = f"; dropped: {_listed(found.dropped)}" if found.dropped else ""
         faults.append((f"`dataset` {source}", f"no problems in it{why}"))
     raise_folded(faults)
     sha256 = opened.sha256
     if not sha256:
-        canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in problems]
+        canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in found.problems]
         sha256 = hashlib.sha256(json.dumps(canonical, separators=(",", ":")).encode()).hexdigest()
-    return ProblemSet(str(source), sha256, problems, opened.kind, n_rows, columns, dict(dropped), notes=tuple(notes))
+    return replace(found, source=str(source), sha256=sha256, kind=opened.kind)
 
 
 def _listed(dropped: Mapping[str, int]) -> str:
@@ -163,8 +165,8 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
 
 def _read_rows(
     rows: Iterable[Record], columns: dict[str, str], is_strict: bool
-) -> tuple[list[Problem], int, Counter[str], list[tuple[str, str]], list[str]]:
-    """Problems, the number of rows, rows dropped by reason, faults at their places, and what may be a mistake.
+) -> tuple[ProblemSet, list[tuple[str, str]]]:
+    """What the rows say, still without its source, and faults at their places.
 
     Rows are looked at one by one and copies are let go: a data set of 1.8 million rows may have 18 thousand problems.
     """
@@ -175,6 +177,7 @@ def _read_rows(
     dropped: Counter[str] = Counter()
     faults: list[tuple[str, str]] = []
     torn_ids: list[tuple[str, str]] = []
+    copies: dict[str, str] = {}
     first_of_id: dict[str, tuple[Problem, str]] = {}  # with its place
     answers_of: dict[Any, dict[str, Problem]] = {}  # by prompt and answer: the first problem
     seen: set[bytes] = set()
@@ -204,6 +207,7 @@ def _read_rows(
                 continue
         if first is not problem:
             dropped[COPIES] += 1
+            copies[problem.id] = first.id
             continue
         problems.append(problem)
         seen.add(digest)
@@ -219,8 +223,8 @@ def _read_rows(
         faults.append((place, fault + (f" (and {len(torn_ids) - 1} more like it)" if torn_ids[1:] else "")))
     torn = [next(iter(answers.values())).id for answers in answers_of.values() if len(answers) > 1]
     said = f"{len(torn)} prompts stand with several answers (such as that of problem '{first_of(torn, 1)}')"
-    notes = [f"{said}: some must be wrong, and analyses take each of these prompts for one"] if torn else []
-    return problems, n_rows, dropped, faults, notes
+    notes = [f"{said}; analyses take each of them for one"] if torn else []
+    return ProblemSet("", "", problems, "", n_rows, columns, dict(dropped), notes=tuple(notes), copies=copies), faults
 
 
 def _problem_of(row: Record, columns: dict[str, str], is_strict: bool) -> Problem:

@@ -5,10 +5,11 @@ care: what does not come back from its ids is dropped and counted, for its token
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..common.errors import FaultyRecord, InputError, Unusable
@@ -62,6 +63,7 @@ def read_rollouts(
     *,
     file_format: str = "auto",
     problems: Sequence[Problem] | None = None,
+    copies: Mapping[str, str] = MappingProxyType({}),
     correct_from: str = "auto",
     correct_above: float | None = None,
     score_key: str | None = None,
@@ -72,6 +74,7 @@ def read_rollouts(
         vocabulary: of the model to be probed; what is longer than its context is dropped.
         file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
         problems: the data set the prompts come from; gives ground truths and prompt_idx.
+        copies: other ids by which a completion may name a problem, with the problem's own.
         correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
             bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
@@ -83,7 +86,7 @@ def read_rollouts(
     if report.format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
     verdicts = Verdicts(report.format, correct_from, correct_above)
-    resolve = _Resolver(vocabulary, report, problems)
+    resolve = _Resolver(vocabulary, report, problems, copies)
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
     for completion in completions:
@@ -134,14 +137,20 @@ class _Codec:
 class _Resolver:
     """Makes rollouts of completions: ids of prompt and response, the problem, the place among its samples."""
 
-    def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        report: RolloutReport,
+        problems: Sequence[Problem] | None,
+        copies: Mapping[str, str],
+    ):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
         self.tokenizer, self.vocabulary, self.report = tokenizer, vocabulary, report
         self.chat_template = chat_template_of(tokenizer) if getattr(tokenizer, "chat_template", None) else ""
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.n_samples_of: Counter = Counter()
         self.codec = _Codec(tokenizer)
-        self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
+        self.problems = None if problems is None else _ProblemIndex(problems, copies, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.remarks: list[str] = []
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
@@ -312,8 +321,9 @@ class _ProblemIndex:
         readable_prompts: without their special tokens, as verl writes them, by the problems' idx.
     """
 
-    def __init__(self, problems: Sequence[Problem], codec: _Codec):
+    def __init__(self, problems: Sequence[Problem], copies: Mapping[str, str], codec: _Codec):
         self.by_id = {problem.id: problem for problem in problems}
+        self.by_id |= {copy: self.by_id[own] for copy, own in copies.items() if own in self.by_id}
         self.readable_prompts: dict[int, str] = {}
         self.by_prompt: dict[str | tuple[int, ...] | None, list[Problem]] = defaultdict(list)
         for problem in problems:

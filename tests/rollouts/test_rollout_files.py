@@ -766,3 +766,16 @@ def test_a_prompt_that_ends_in_the_assistants_message_is_refused(tokenizer, tmp_
     messages = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "It is"}]
     with pytest.raises(InputError, match=":1: its prompt ends in a message of the role assistant"):
         read(written(tmp_path, {"prompt": messages, "completion": "3", "correct": True}), tokenizer)
+
+
+def test_requests_of_one_prompt_are_samples_of_one_problem(tokenizer, tmp_path):
+    """A batch has a request for each sample; as a data set these are copies, whose ids still name their problem."""
+    requests = [{"custom_id": f"r{i}", "body": {"prompt": f"{i // 3}+2"}, "ground_truth": "3"} for i in range(6)]
+    asked = load_problems(
+        written(tmp_path, *requests, name="requests.jsonl"),
+        **{"id_key": "custom_id", "problem_key": "body.prompt", "answer_key": "ground_truth"},
+    )
+    body = {"choices": [{"text": "3", "finish_reason": "stop"}]}
+    answers = [{"custom_id": f"r{i}", "response": {"body": body}} for i in range(6)]
+    found = read(written(tmp_path, *answers), tokenizer, problems=asked.problems, copies=asked.copies).rollouts
+    assert [(r.prompt_idx, r.sample_idx) for r in found] == [(p, s) for p in (0, 3) for s in range(3)]
