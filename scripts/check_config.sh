@@ -7,6 +7,7 @@ declare -a probe_args=() sampling_args=() # the words of PROBE_ARGS and SAMPLING
 declare -A model_of=() adapter_of=()     # by tag
 declare -A bytes_of=()                   # by part and tag: what one shard takes at most; of Exp 3, one row
 problems=()
+gpu_name='^((0|[1-9][0-9]{0,3})|(GPU|MIG)-[A-Za-z0-9/-]+)$' # its number, its UUID, or that of a part of it
 
 problem_with() { # name of a setting, what is wrong
     problems+=("$1=$(printf '%q' "${!1}"): $2")
@@ -110,26 +111,45 @@ read_pairs() { # name of a setting: TAG=PATH words, or an array of them -> pairs
     unset "$1" && given=("${pairs[@]}")
 }
 
-read_gpus() { # GPUS, or what nvidia-smi lists -> gpus; none for the CPU and where a scheduler gives them out
-    local wanted listed=() gpu words seen=" "
+read_gpus() { # GPUS, else CUDA_VISIBLE_DEVICES, else what nvidia-smi lists -> gpus; none for the CPU and under Slurm
+    local from=GPUS wanted=() listed=() gpu words seen=" "
     words_of "${GPUS//,/ }" && wanted=("${words[@]}")
     for gpu in "${wanted[@]}"; do
-        [[ "$gpu" =~ ^(0|[1-9][0-9]{0,3})$ ]] || problem_with GPUS "${gpu@Q} is no GPU's number; give for example 0,1"
+        [[ "$gpu" =~ $gpu_name ]] || problem_with GPUS "${gpu@Q} is no GPU's number or UUID; give for example 0,1"
         [[ "$seen" != *" $gpu "* ]] || problem_with GPUS "$gpu is given twice"
         seen+="$gpu "
     done
-    if [[ "$LAUNCHER" == slurm || "$DEVICE" == cpu ]]; then return; fi
-    if command -v nvidia-smi >/dev/null; then
-        # A driver out of order reports so on stdout, in words.
-        mapfile -t listed < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+')
-        for gpu in "${wanted[@]}"; do
-            [[ " ${listed[*]} " == *" $gpu "* ]] || problem_with GPUS "nvidia-smi lists ${listed[*]:-none}, not $gpu"
+    if [[ "$LAUNCHER" == slurm ]]; then return; fi
+    if ((${#wanted[@]} == 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        # Somebody (a scheduler, a colleague) has said which are ours: empty, or -1, none. CUDA stops at what is no GPU.
+        from=CUDA_VISIBLE_DEVICES
+        words_of "${CUDA_VISIBLE_DEVICES//,/ }"
+        for gpu in "${words[@]}"; do
+            [[ "$gpu" =~ $gpu_name ]] || break
+            wanted+=("$gpu")
         done
     fi
-    if ((${#wanted[@]} > 0)); then gpus=("${wanted[@]}"); else gpus=("${listed[@]}"); fi
-    if [[ "$DEVICE" == cuda && ${#gpus[@]} -eq 0 ]]; then
-        problem_with DEVICE "nvidia-smi lists no GPU; set GPUS or DEVICE=cpu"
+    if [[ "$DEVICE" != cpu ]] && command -v nvidia-smi >/dev/null; then
+        # A driver out of order reports so on stdout, in words.
+        mapfile -t listed < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+')
+        for gpu in "${wanted[@]}"; do # UUIDs are left to CUDA: that of a part of a GPU is not among them
+            [[ " ${listed[*]} " == *" $gpu "* || "$gpu" == *-* ]] ||
+                problem_with "$from" "nvidia-smi lists ${listed[*]:-none}, not $gpu"
+        done
     fi
+    if [[ "$DEVICE" == cpu ]]; then
+        gpus=()
+    elif ((${#wanted[@]} > 0)) || [[ "$from" == CUDA_VISIBLE_DEVICES ]]; then
+        gpus=("${wanted[@]}")
+    else
+        gpus=("${listed[@]}")
+    fi
+    if [[ "$DEVICE" == cuda && ${#gpus[@]} -eq 0 ]]; then
+        if [[ "$from" == GPUS ]]; then from="nvidia-smi"; fi
+        problem_with DEVICE "$from lists no GPU; set GPUS or DEVICE=cpu"
+    fi
+    if [[ "$from" == GPUS ]]; then export CUDA_DEVICE_ORDER=PCI_BUS_ID; fi # nvidia-smi's: CUDA's own has fast ones first
+    export CUDA_VISIBLE_DEVICES="${gpus[0]-}"                               # each probe gets its own
 }
 
 refuse_lost_flags() { # those in PROBE_ARGS that a part's own flags, which come behind, would override unheard
@@ -192,7 +212,7 @@ read_answers() { # -> bytes_of each model's shards
     done
     for line in "${!tags_with[@]}"; do problems+=("$line (model:${tags_with[$line]})"); done
     answer="$(printable <"$logs/checks/analyses")"
-    if [[ "$answer" == *error:* ]]; then problems+=("$(in_settings exp3 "$(error_in "$answer")")"); fi
+    if [[ "$answer" == *error:* || "$answer" == *Traceback* ]]; then problems+=("$(in_settings exp3 "$(error_in "$answer")")"); fi
     refuse_problems
 }
 

@@ -71,7 +71,7 @@ def stub_environment(directory: Path) -> dict[str, str]:
     write_program(directory / "bin" / "nvidia-smi", NVIDIA_SMI)
     (directory / "tmp").mkdir()
     return {
-        **{name: value for name, value in os.environ.items() if name not in SETTINGS},
+        **{name: value for name, value in os.environ.items() if name not in (*SETTINGS, "CUDA_VISIBLE_DEVICES")},
         "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
         "PYTHON": str(directory / "stub python"),
         "OUT_ROOT": str(directory / "out 'root'"),

@@ -134,7 +134,7 @@ def write_pooled_dump(
         numbers = {"entropies": entropies.tolist(), "logprobs": logprobs.tolist()}
         numbers |= {"tail_mass": [tail_mass] * len(entropies), "response_ids": [1] * len(entropies)}
         texts = {"problem_id": str(p), "response": "", "ground_truth": ""}
-        rollouts.append(own | numbers | texts | {"prompt_ids": [1]})
+        rollouts.append(own | numbers | texts | {"prompt_ids": [1 + own["prompt_idx"]]})
     grads = np.array([sums[place] for place in places], np.float32).reshape(-1, dim)
     np.save(path / "grads.npy", grads)
     (path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

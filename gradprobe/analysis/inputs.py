@@ -26,6 +26,7 @@ from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy, is_chosen_by_pr
 from ..dump.records import PromptKey, iter_rollouts
 from .differences import refuse_different_targets
 from .pooled import Pooled
+from .prompts import rollouts_of, with_prompts_once
 from .summaries import LAYOUT
 from .text import Table
 
@@ -39,7 +40,8 @@ def open_dumps(
 ) -> dict[Tag, list[Dump]]:
     """Open every dump, read all of its gradients once, and leave out those that say nothing.
 
-    Rows with a NaN or an infinity, and rows that are zero throughout, are left out; the dump's `warnings` say how many.
+    Rows with a NaN or an infinity, and rows that are zero throughout, are left out, and prompts that stand twice are
+    one; the dump's `warnings` say how many.
 
     Args:
         paths: of each tag.
@@ -79,7 +81,7 @@ def _usable(dump: Dump, problems: list[str]) -> Dump:
         if len(rows)
     ]
     kept = np.setdiff1d(dump.row, np.concatenate([content.nonfinite, content.zero]))
-    return replace(dump.only(kept), warnings=(*dump.warnings, *left_out))
+    return with_prompts_once(replace(dump.only(kept), warnings=(*dump.warnings, *left_out)))
 
 
 def pooled_of(dump: Dump) -> Pooled:
@@ -139,7 +141,7 @@ def _rollouts_of(dump: Dump) -> dict[tuple[PromptKey, int], tuple[float, float, 
     if file is None:
         return of_rows
     found: dict[tuple[PromptKey, int], tuple[float, float, float]] = {}
-    for rollout in iter_rollouts(file):
+    for rollout in rollouts_of(dump):
         key = rollout.prompt_idx, rollout.sample_idx
         if key in found:
             raise InputError(f"{file}: the rollout of prompt_idx {key[0]}, sample_idx {key[1]} stands twice")

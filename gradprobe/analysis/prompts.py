@@ -1,16 +1,16 @@
 """Which prompts of two dumps are the same: told by what a prompt is, not by where it stands in a data set."""
 
 import itertools
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from ..common.errors import InputError, first_of
 from ..dump.format import META, Dump, find_rollouts, prompt_hashes_of
-from ..dump.records import PromptKey, iter_rollouts, prompt_hash
+from ..dump.records import PromptKey, Rollout, iter_rollouts, prompt_hash
 
 Tag = TypeVar("Tag", bound="str | None")
 Identities = Mapping[PromptKey, Hashable]
@@ -37,9 +37,6 @@ class Pairs:
 
 def number_prompts(dumps: Mapping[Tag, Dump]) -> tuple[dict[Tag, np.ndarray], dict[Tag, Pairs]]:
     """Numbers by which every dump's prompts are compared with the first's: the only place where prompts are paired.
-
-    Two prompts of one dump with the same ids (a problem that stands twice in a data set) are paired in the order of
-    their `prompt_idx`.
 
     Returns:
         Of each tag, [len(prompt_keys)] distinct numbers, a prompt's the same as in the first dump where that has it;
@@ -85,22 +82,50 @@ def _identities(
     return BY_INDEX, *({key: key for key in dump.prompt_keys} for dump in (first, other))
 
 
+def with_prompts_once(dump: Dump) -> Dump:
+    """The dump with prompts of equal token ids as one, since rollouts of a problem's copies are no news of another."""
+    new, keys = _key_of_copies(dump), dump.prompt_keys
+    if not new:
+        return dump
+    once = sorted({new.get(key, (key, 0))[0] for key in keys})
+    place = {key: code for code, key in enumerate(once)}
+    codes, first_samples = np.array([(place[new.get(key, (key, 0))[0]], new.get(key, (key, 0))[1]) for key in keys]).T
+    n = len({key for key, _ in new.values()})
+    warning = f"{dump.path}: {n} prompts stand under several prompt_idx; in all that follows each of them is one"
+    return replace(
+        dump,
+        prompt_keys=once,
+        prompt=codes[dump.prompt],
+        sample_idx=dump.sample_idx + first_samples[dump.prompt],
+        warnings=(*dump.warnings, warning),
+    )
+
+
+def rollouts_of(dump: Dump) -> Iterator[Rollout]:
+    """The lines of a dump's `rollouts.jsonl`, named as in `with_prompts_once`; none where it has no such file."""
+    new, file = _key_of_copies(dump), find_rollouts(dump.path)
+    for rollout in () if file is None else iter_rollouts(file):
+        key, first_sample = new.get(rollout.prompt_idx, (rollout.prompt_idx, 0))
+        yield replace(rollout, prompt_idx=key, sample_idx=rollout.sample_idx + first_sample)
+
+
+def _key_of_copies(dump: Dump) -> dict[PromptKey, tuple[PromptKey, int]]:
+    """Of a prompt that has the ids of one before it, the key of that, and from where its samples are counted."""
+    of_hash: dict[Hashable, list[PromptKey]] = defaultdict(list)
+    for key, value in sorted((_by_hash(dump) or {}).items()):
+        of_hash[value].append(key)
+    return {key: (keys[0], k << 32) for keys in of_hash.values() for k, key in enumerate(keys) if k}
+
+
 def _by_hash(dump: Dump) -> Identities | None:
-    """(hash, k) of the k-th prompt with that hash, from the manifest, else from the rollouts; None without either."""
+    """Each prompt's hash, from the manifest, else from the rollouts; None without either."""
     hashes, file = prompt_hashes_of(dump.manifest), find_rollouts(dump.path)
     if hashes is None and file is not None:
         hashes = {rollout.prompt_idx: prompt_hash(rollout.prompt_ids) for rollout in iter_rollouts(file)}
         missing = [key for key in dump.prompt_keys if key not in hashes]
         if missing:
             raise InputError(f"{dump.path / META}: {len(missing)} prompts are not in {file} ({first_of(missing)})")
-    return None if hashes is None else dict(_counted(sorted(hashes.items())))
-
-
-def _counted(hashes: Iterable[tuple[PromptKey, str]]) -> Iterable[tuple[PromptKey, tuple[str, int]]]:
-    seen: Counter[str] = Counter()
-    for key, value in hashes:
-        yield key, (value, seen[value])
-        seen[value] += 1
+    return hashes
 
 
 def _by_data_set(dump: Dump) -> Identities | None:

@@ -89,6 +89,8 @@ def script_main(main: Callable[..., int]) -> Callable[..., int]:
         log.setLevel(logging.INFO)
         if not log.handlers:
             log.addHandler(_StderrHandler())
+        if isinstance(sys.stdout, io.TextIOWrapper):  # of a locale without π: results are on disk already
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with _sigterm_raises():
                 status = main(argv)

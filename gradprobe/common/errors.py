@@ -1,6 +1,7 @@
 """The exceptions that mean "the input is at fault, not the program", and how many faults are said at once."""
 
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 MOST_SHOWN = 20
@@ -37,6 +38,18 @@ def first_few(problems: Iterable[str], what: str = "problems", most: int = MOST_
     """The first `most` problems and, where there are others, "and N more" of `what`."""
     found = list(problems)
     return [*found[:most], *([f"and {len(found) - most} more {what}"] if len(found) > most else [])]
+
+
+def raise_folded(faults: Iterable[tuple[str, str]]) -> None:
+    """Raise one `InputError` naming each (place, fault); the same fault in many places is said once, with a count."""
+    places_of: dict[str, list[str]] = defaultdict(list)
+    for place, fault in faults:
+        places_of[fault].append(place)
+    said = [
+        f"{places[0]}: {fault}" + (f" (and {len(places) - 1} more like it)" if len(places) > 1 else "")
+        for fault, places in places_of.items()
+    ]
+    raise_if_any(first_few(said, "faults"))
 
 
 def first_of(items: Sequence[object], most: int = 10) -> str:

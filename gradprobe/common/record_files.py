@@ -1,10 +1,12 @@
 """Records of a file: JSON lines, JSON or parquet. What a record's fields mean is for whoever asked to say."""
 
+import codecs
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from .errors import InputError, reason_of
 from .extras import library
 
 PARQUET_MAGIC = b"PAR1"
+ROWS_AT_ONCE, HEAD = 4096, 4096
+NO_OBJECT = "not a JSON object"
+NO_PAIRS = ', but a list; of messages? for each write {"prompt": the question, "ground_truth": the answer}'
 JSONL, JSON, PARQUET = "JSONL", "JSON", "parquet"
 
 
@@ -26,18 +31,19 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A source that has been opened; `read(keys)` gives its records, with at least the fields named.
+    """A source that has been opened; `read(keys)` gives its records one by one, with at least the fields named.
 
     `keys` are the names of all fields, those inside of others dotted (`reward_model.ground_truth`). `sha256` is that
-    of a file's bytes, and empty where the source is not one file. `faults` are the lines that are no records.
+    of a file's bytes, and empty where the source is not one file. `faults` are the lines that are no records: their
+    places, and why.
     """
 
     source: str
     kind: str
     sha256: str
     keys: list[str]
-    read: Callable[[Sequence[str]], list[Record]]
-    faults: list[str] = field(default_factory=list)
+    read: Callable[[Sequence[str]], Iterable[Record]]
+    faults: list[tuple[str, str]] = field(default_factory=list)
 
 
 def open_record_file(file: Path, parameter: str) -> RecordFile:
@@ -51,25 +57,30 @@ def open_record_file(file: Path, parameter: str) -> RecordFile:
     sha256 = hashlib.sha256(content).hexdigest()
     if file.suffix == ".parquet" or content.startswith(PARQUET_MAGIC):
         return _parquet(str(file), named, sha256, content)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{named}: not UTF-8 at byte {error.start}") from error
-    first = "{" if file.suffix == ".jsonl" else text.lstrip()[:1]
+    # As a memory map is to a file: text and parsed records would take many times the bytes.
+    head = content[:HEAD].removeprefix(codecs.BOM_UTF8).lstrip()
+    first = "{" if file.suffix == ".jsonl" else head[:4].decode(errors="replace")[:1]
     if first not in ("[", "{", ""):
         raise InputError(
             f"{named}: neither JSON lines, JSON nor parquet, by its ending and its first character "
             f"'{first}'; other formats are to be converted"
         )
-    found, faults = _rows_of_json(file, named, text) if first == "[" else _json_lines(file, text)
-    records: list[Record] = []
-    for place, fields in found:
-        if isinstance(fields, dict):
-            records.append(Record(place, len(records), fields))
+    found = partial(_json_lines, file, named, content)
+    if first == "[" or (head.startswith(b"{\n") and any(fault for *_, fault in found())):
+        found = _rows_of_json(file, named, content) or found  # or one object over many lines
+    keys: dict[str, None] = {}
+    faults = []
+    for place, fields, fault in found():
+        if fault:
+            faults.append((place, fault))
         else:
-            faults.append(f"{place}: not a JSON object")
-    keys = list(dict.fromkeys(key for record in records for key in _dotted(record.fields)))
-    return RecordFile(str(file), JSON if first == "[" else JSONL, sha256, keys, lambda keys: records, faults)
+            keys.update(dict.fromkeys(_dotted(fields)))
+
+    def read(keys: Sequence[str]) -> Iterator[Record]:
+        records = ((place, fields) for place, fields, fault in found() if not fault)
+        return (Record(place, i, fields) for i, (place, fields) in enumerate(records))
+
+    return RecordFile(str(file), JSON if first == "[" else JSONL, sha256, list(keys), read, faults)
 
 
 def lookup(fields: dict[str, Any], key: str) -> Any:
@@ -90,25 +101,44 @@ def lookup(fields: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _rows_of_json(file: Path, named: str, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+Found = tuple[str, Any, str]
+"""The place of what may be a record, its fields, and why it is none ("" where it is one)."""
+
+
+def _found(place: str, fields: Any) -> Found:
+    if isinstance(fields, dict):
+        return place, fields, ""
+    return place, None, NO_OBJECT + (NO_PAIRS if isinstance(fields, list) else "")
+
+
+def _rows_of_json(file: Path, named: str, content: bytes) -> Callable[[], Iterable[Found]] | None:
+    """The entries of a list, or one object over many lines; None where that is not JSON either."""
     try:
-        return [(f"{file}: row {i}", record) for i, record in enumerate(json.loads(text))], []
+        rows = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{named}: not UTF-8 at byte {error.start}") from error
     except ValueError as error:
+        if content[:HEAD].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+            return None
         raise InputError(f"{named}: not JSON ({error})") from error
+    rows = rows if isinstance(rows, list) else [rows]
+    return lambda: (_found(f"{file}: row {i}", fields) for i, fields in enumerate(rows))
 
 
-def _json_lines(file: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
-    """What stands in each line, at its place, and the lines that are no JSON; one object over many lines is a row."""
-    found, faults = [], []
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_lines(file: Path, named: str, content: bytes) -> Iterator[Found]:
+    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    stream = io.BytesIO(content)  # shares the bytes
+    stream.seek(start)
+    for number, line in enumerate(stream, 1):
         try:
-            found += [(f"{file}:{number}", json.loads(line))] if line.strip() else []
+            text = line.decode()
+            if text.strip():
+                yield _found(f"{file}:{number}", json.loads(text))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{named}: not UTF-8 at byte {start + error.start}") from error
         except ValueError as error:
-            faults.append(f"{file}:{number}: not JSON ({error})")
-    if faults and text.startswith("{\n"):
-        with suppress(ValueError):
-            return [(f"{file}: row 0", json.loads(text))], []
-    return found, faults
+            yield f"{file}:{number}", None, f"not JSON ({error})"
+        start += len(line)
 
 
 def _dotted(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -125,16 +155,17 @@ def _parquet(source: str, named: str, sha256: str, content: bytes) -> RecordFile
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{named}: not readable as parquet ({reason_of(error)})") from error
 
-    def read(keys: Sequence[str]) -> list[Record]:
-        table = parquet.read_table(arrow.BufferReader(content), columns=columns_of(keys, schema.names))
-        return numbered(source, table.to_pylist())
+    def read(keys: Sequence[str]) -> Iterator[Record]:
+        opened = parquet.ParquetFile(arrow.BufferReader(content))
+        batches = opened.iter_batches(ROWS_AT_ONCE, columns=columns_of(keys, schema.names))
+        return numbered(source, (row for batch in batches for row in batch.to_pylist()))
 
     return RecordFile(source, PARQUET, sha256, arrow_keys(schema), read)
 
 
-def numbered(source: str, records: list[dict[str, Any]]) -> list[Record]:
+def numbered(source: str, records: Iterable[dict[str, Any]]) -> Iterator[Record]:
     """Records by their row numbers, from 0."""
-    return [Record(f"{source}: row {i}", i, record) for i, record in enumerate(records)]
+    return (Record(f"{source}: row {i}", i, record) for i, record in enumerate(records))
 
 
 def arrow_keys(fields: Iterable[Any], prefix: str = "") -> list[str]:

@@ -18,7 +18,7 @@ from .consistency import Content, checksum_problems, checksums_of, load_dump, re
 from .format import Dump
 from .growing import GrowingRows
 from .mapped import iter_row_blocks
-from .on_policy import Tokens, claims_on_policy
+from .on_policy import OnPolicy, Tokens, claims_on_policy, warning_of
 from .records import PromptKey, Rollout, iter_rollouts, prompt_key_from_json, write_records
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,11 @@ def merge_shards(out_dir: Path, shard_dirs: list[Path]) -> Iterator[tuple[Path, 
         if rollout_files is not None:
             write_records(out_dir / contract.ROLLOUTS, merged_rollouts(rollout_files, namespaces(first)))
         for name, shards in targets.items():
-            yield merge_target(out_dir / (name or ""), shards, rollout_files)
+            directory, manifest = merge_target(out_dir / (name or ""), shards, rollout_files)
+            tested = OnPolicy(**manifest["on_policy"]) if shards is first and rollout_files is not None else None
+            if tested and (warning := warning_of(tested, manifest)):
+                log.warning(f"merged, {warning}")
+            yield directory, manifest
 
 
 # What must be so

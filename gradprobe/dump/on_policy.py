@@ -72,7 +72,7 @@ class Tokens:
     """All response tokens of some rollouts, n in all.
 
     Attributes:
-        prompt: [n] number of each one's prompt.
+        prompt: [n] number of each one's prompt, the same of equal ids.
         excess: [n] log π(y) + H, nats.
         entropy: [n] H, nats.
         tail_mass: [n] 1 - max π; None where it is not known.
@@ -101,11 +101,11 @@ class Tokens:
     @staticmethod
     def of(rollouts: Iterable[Rollout]) -> "Tokens":
         """Those of these rollouts, one behind the other."""
-        code_of: dict[Any, int] = {}
+        code_of: dict[tuple[int, ...], int] = {}
         parts: list[tuple[np.ndarray, ...]] = []
         is_known = True
         for r in rollouts:
-            code = code_of.setdefault(r.prompt_idx, len(code_of))
+            code = code_of.setdefault(tuple(r.prompt_ids), len(code_of))  # however often it stands in a data set
             is_known &= len(r.tail_mass) == len(r.response_ids)
             entropies = np.asarray(r.entropies)
             score = np.asarray(r.bucket_scores) if r.bucket_scores else entropies
@@ -135,6 +135,20 @@ def claims_on_policy(manifest: Mapping[str, Any]) -> bool:
     sampling, origin = manifest.get("sampling") or {}, manifest.get("rollouts_from")
     is_plain = sampling.get("distribution") == "full softmax" and sampling.get("temperature") == 1.0
     return is_plain and (origin is None or are_same_weights(origin.get("identity"), manifest.get("model_identity")))
+
+
+def warning_of(found: OnPolicy, manifest: Mapping[str, Any]) -> str | None:
+    """What to say where tokens are off-policy though nothing known of them says that they should be; else None."""
+    sampling, origin = manifest.get("sampling") or {}, manifest.get("rollouts_from")
+    identity = manifest.get("model_identity")
+    is_of_another = bool(origin and origin.get("identity")) and not are_same_weights(origin["identity"], identity)
+    if found.verdict != OFF_POLICY or is_of_another or sampling.get("temperature", 1.0) != 1.0:
+        return None
+    return (
+        f"log π + H is {found.mean:+.3f} nats a token, {found.z:+.1f} standard errors from the 0 of tokens that this "
+        "model itself sampled at temperature 1: another temperature or top-p, another checkpoint, another prompt than "
+        "the model saw, or responses without a part of them (docs/methods.md, the on-policy test)"
+    )
 
 
 def are_same_weights(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..analysis.inputs import is_judged_anew, on_policy_by_bucket, pooled_of
+from ..analysis.prompts import rollouts_of
 from ..common.console import progress_bar
 from ..dump.buckets import buckets_of
 from ..dump.format import Dump, find_rollouts
@@ -86,7 +87,7 @@ def along_of(dump: Dump) -> tuple[Along | None, tuple[str, ...]]:
     file = find_rollouts(dump.path) if "step" in dump.manifest else None
     if file is None:
         return None, ()
-    rollouts = list(iter_rollouts(file))
+    rollouts = list(rollouts_of(dump))
     keys = {key: code for code, key in enumerate(sorted({rollout.prompt_idx for rollout in rollouts}))}
     d, logprobs, other = (_tokens(rollouts, name) for name in ("step", "logprobs", "step_logprobs"))
     shift = other - logprobs if dump.manifest["step"]["logprobs_of"] == "to" else logprobs - other

@@ -357,11 +357,13 @@ def read_rollout_source(
         if file.resolve() == (settings.output_dir / contract.ROLLOUTS).resolve():
             raise InputError(f"`rollouts` {file}: is the output directory's own; choose another `output_dir`")
     size, end_ids = skeleton.config.get_text_config().vocab_size, end_token_ids(skeleton, tokenizer)
+    problem_set = None if settings.dataset is None else rendered(settings, read_problems(settings), tokenizer)
     found = read_rollouts(
         files,
         Vocabulary(tokenizer, size, end_ids, context_length(skeleton)),
         file_format=settings.rollouts_format,
-        problems=None if settings.dataset is None else rendered(settings, read_problems(settings), tokenizer).problems,
+        problems=problem_set and problem_set.problems,
+        copies=problem_set.copies if problem_set else {},
         correct_from=settings.correct_from,
         correct_above=settings.correct_above,
         score_key=score_key_of(settings.bucket_by),

@@ -17,7 +17,7 @@ from ..common.files import write_json
 from ..dump import format as contract
 from ..dump.buckets import buckets_of, choose_positions, pooled_tokens
 from ..dump.consistency import checksums_of, read_content
-from ..dump.on_policy import OFF_POLICY, Tokens, claims_on_policy
+from ..dump.on_policy import OFF_POLICY, Tokens, claims_on_policy, warning_of
 from ..dump.records import PooledTokens, Position, Rollout, prompt_hash, write_records
 from ..gradients.chosen import Chosen
 from ..gradients.engine import GradientEngine
@@ -63,6 +63,8 @@ def run_probe(plan: Plan, watch: Stopwatch) -> Iterator[tuple[Path, dict[str, An
         tokens = Tokens.of(rollouts)
         on_policy = tokens.test(is_claimed=False)
         refuse_copies(plan, rollouts, on_policy.verdict == OFF_POLICY)
+        if warning := warning_of(on_policy, plan.facts):
+            log.warning(warning)
         for line in early_word(rollouts, checkpoint.end_ids, on_policy):
             log.info(line)
         refuse_too_few_mixed(rollouts, settings.min_mixed_prompts, plan.source.rows_per_prompt)

@@ -79,7 +79,8 @@ class ProbeSettings:
     overwrite: bool = flag("start afresh where the output directory holds a dump", default=False)
 
     problem_key: str | None = flag(
-        "field of the problem, dotted if nested (default: the first of prompt, problem, question)",
+        "field of the problem, dotted if nested (default: the first of prompt, problem, question, messages, "
+        "conversations)",
         "KEY",
         group="problems into prompts",
     )

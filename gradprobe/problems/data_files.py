@@ -1,12 +1,20 @@
 """Where a data set lies: in a file, in a directory that `datasets` wrote, on the Hub, or in nothing but its rules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError, reason_of
 from ..common.extras import library
-from ..common.record_files import Record, RecordFile, arrow_keys, columns_of, numbered, open_record_file
+from ..common.record_files import (
+    ROWS_AT_ONCE,
+    Record,
+    RecordFile,
+    arrow_keys,
+    columns_of,
+    numbered,
+    open_record_file,
+)
 from .gym import GYM, open_gym
 
 HUB = "hf:"
@@ -67,7 +75,10 @@ def _only_split(found: Any, named: str, form: str) -> Any:
 
 
 def _records_of(source: str, kind: str, dataset: Any) -> RecordFile:
-    def read(keys: Sequence[str]) -> list[Record]:
-        return numbered(source, dataset.select_columns(columns_of(keys, dataset.column_names)).to_list())
+    def read(keys: Sequence[str]) -> Iterator[Record]:
+        columns = dataset.select_columns(columns_of(keys, dataset.column_names))
+        starts = range(0, len(columns), ROWS_AT_ONCE)
+        parts = (columns.select(range(start, min(start + ROWS_AT_ONCE, len(columns)))) for start in starts)
+        return numbered(source, (row for part in parts for row in part.to_list()))
 
     return RecordFile(source, kind, "", arrow_keys(dataset.features.arrow_schema), read)

@@ -13,19 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from ..common.errors import FaultyRecord, Unusable, first_few, first_of, raise_if_any
+from ..common.errors import FaultyRecord, Unusable, first_of, raise_folded, raise_if_any
 from ..common.record_files import JSONL, Record, RecordFile, lookup
 from .boxed import last_boxed
 from .data_files import open_data_set
 
-PROBLEM_KEYS = ("prompt", "problem", "question")
+ASSISTANT = "assistant"
+PROBLEM_KEYS = ("prompt", "problem", "question", "messages", "conversations")
 ANSWER_KEYS = ("ground_truth", "reward_model.ground_truth", "final_answer", "answer", "solution")
 ID_KEYS = ("id", "unique_id", "extra_info.index")
+ROLES = {"human": "user"} | dict.fromkeys((ASSISTANT, "gpt", "chatgpt", "bot", "bing", "bard", "model"), ASSISTANT)
+"""What ShareGPT, which has `from` and `value` in each message, and others call those whom chat templates know."""
 NO_ID = "none"
+COPIES = "copies of another row: the same prompt and answer"
 ORIGINAL_SCHEMA = {"problem": "prompt", "answer": "ground_truth", "id": "id"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, as JSON can hold it; no tokenizer takes it, and no file."""
 FINAL_LINE = re.compile(r"(?:^|\n)####[ \t]*([^\n]*)\Z")
+IN_DOLLARS = re.compile(r"\$([^$]+)\$")
 THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 MOST_KEYS_SHOWN = 20
 
@@ -49,9 +54,12 @@ class Problem:
 class ProblemSet:
     """The problems of a data set, what they were read from, and what was left out.
 
+    A problem is its prompt and its answer: rows that say both again, under whatever id, are copies and left out.
+
     `sha256` is that of the file's bytes or, of what is not one file, of the problems in canonical JSON.
     `columns` says which field gave the `problem`, the `answer` and the `id` (`none`: the row's number).
-    `dropped` counts rows by the reason they were left out. `rendering` says how prompts were made of problems.
+    `dropped` counts rows by the reason they were left out. `copies` are the ids of rows that say a problem again under
+    another id than its own, which they name. `rendering` says how prompts were made of problems.
     """
 
     source: str
@@ -63,6 +71,7 @@ class ProblemSet:
     dropped: dict[str, int] = field(default_factory=dict)
     rendering: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    copies: dict[str, str] = field(default_factory=dict)
 
     def only(self, indices: Sequence[int]) -> "ProblemSet":
         """With these problems alone; `description` and `summary` say what was read, which is all of them."""
@@ -103,22 +112,24 @@ def load_problems(
     `id_key` "none", a row's number from 0 is its id.
 
     JSON lines in the original's schema are taken as they are. Of other data sets rows without a problem or an answer,
-    with several answers, or without a `final_answer` where most rows have one, are dropped and counted. A row of a
-    wrong shape is an error everywhere.
+    with several answers, or without a `final_answer` where most rows have one, are dropped and counted. Everywhere a
+    row of a wrong shape is an error, so is an id with two contents, and copies of a problem are left out and counted.
     """
     opened = open_data_set(str(source))
     columns = _choose_columns(opened, {"problem": problem_key, "answer": answer_key, "id": id_key})
     rows = opened.read([key for key in columns.values() if key != NO_ID])
-    problems, dropped, faults = _read_rows(rows, columns, opened.kind == JSONL and columns == ORIGINAL_SCHEMA)
+    is_strict = opened.kind == JSONL and columns == ORIGINAL_SCHEMA
+    found, faults = _read_rows(rows, columns, is_strict)
     faults = [*opened.faults, *faults]
-    if not problems and not faults:
-        faults.append(f"`dataset` {source}: no problems in it" + (f"; dropped: {_listed(dropped)}" if dropped else ""))
-    raise_if_any(first_few(faults, "faults"))
+    if not found.problems and not faults:
+        why = f"; dropped: {_listed(found.dropped)}" if found.dropped else ""
+        faults.append((f"`dataset` {source}", f"no problems in it{why}"))
+    raise_folded(faults)
     sha256 = opened.sha256
     if not sha256:
-        canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in problems]
+        canonical = [[p.idx, p.id, p.prompt, p.messages, p.ground_truth] for p in found.problems]
         sha256 = hashlib.sha256(json.dumps(canonical, separators=(",", ":")).encode()).hexdigest()
-    return ProblemSet(str(source), sha256, problems, opened.kind, len(rows), columns, dict(dropped))
+    return replace(found, source=str(source), sha256=sha256, kind=opened.kind)
 
 
 def _listed(dropped: Mapping[str, int]) -> str:
@@ -128,11 +139,11 @@ def _listed(dropped: Mapping[str, int]) -> str:
 def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[str, str]:
     """The field of each of `problem`, `answer` and `id`, given or found by name."""
     if not opened.keys:
-        raise_if_any(first_few(opened.faults or [f"`dataset` {opened.source}: no problems in it"], "faults"))
+        raise_folded(opened.faults or [(f"`dataset` {opened.source}", "no problems in it")])
     there = f"(there: {first_of(opened.keys, MOST_KEYS_SHOWN)})"
     spelt = {key.lower(): key for key in reversed(opened.keys)} | {key: key for key in opened.keys}
     columns: dict[str, str] = {}
-    faults: list[str] = []
+    faults: list[tuple[str, str]] = []
     for what, common in (("problem", PROBLEM_KEYS), ("answer", ANSWER_KEYS), ("id", ID_KEYS)):
         key = given[what]
         found = [spelt.get(name, spelt.get(name.lower())) for name in ((key,) if key else common)]
@@ -141,47 +152,82 @@ def _choose_columns(opened: RecordFile, given: dict[str, str | None]) -> dict[st
         elif what == "id" and key in (None, NO_ID):
             columns[what] = NO_ID
         elif key:
-            faults.append(f"`{what}_key` {key}: not in {opened.source} {there}")
+            faults.append((f"`{what}_key` {key}", f"not in {opened.source} {there}"))
         else:
-            place = opened.read([])[0].place if opened.kind == JSONL else opened.source
+            place = next(iter(opened.read([]))).place if opened.kind == JSONL else opened.source
             others = ", ".join(f"'{name}'" for name in common[1:])
-            faults.append(
-                f"{place}: key '{common[0]}' is missing, and so are {others} {there}; name another with --{what}-key"
-            )
+            why = f"key '{common[0]}' is missing, and so are {others} {there}; name another with --{what}-key"
+            faults.append((place, why))
     if faults:
-        raise_if_any(first_few([*opened.faults, *faults], "faults"))
+        raise_folded([*opened.faults, *faults])
     return columns
 
 
 def _read_rows(
-    rows: list[Record], columns: dict[str, str], is_strict: bool
-) -> tuple[list[Problem], Counter[str], list[str]]:
-    is_worked = not is_strict and _mostly_worked(rows, columns["answer"])
+    rows: Iterable[Record], columns: dict[str, str], is_strict: bool
+) -> tuple[ProblemSet, list[tuple[str, str]]]:
+    """What the rows say, still without its source, and faults at their places.
+
+    Rows are looked at one by one and copies are let go: a data set of 1.8 million rows may have 18 thousand problems.
+    """
     problems: list[Problem] = []
+    are_worked: list[bool] = []  # of each problem whose answer is a text, whether it has a final answer
+    unfinished: list[Problem] = []
+    n_rows = 0
     dropped: Counter[str] = Counter()
-    faults: list[str] = []
-    first_place_of: dict[str, str] = {}
+    faults: list[tuple[str, str]] = []
+    torn_ids: list[tuple[str, str]] = []
+    copies: dict[str, str] = {}
+    first_of_id: dict[str, tuple[Problem, str]] = {}  # with its place
+    answers_of: dict[Any, dict[str, Problem]] = {}  # by prompt and answer: the first problem
+    seen: set[bytes] = set()
     for row in rows:
+        n_rows += 1
+        # The same in all that is read, its id too: most copies are, and are known three times as fast.
+        digest = hashlib.blake2b(repr(row.fields).encode(errors="surrogatepass"), digest_size=16).digest()
+        if digest in seen:
+            dropped[COPIES] += 1
+            continue
         try:
-            problem = _problem_of(row, columns, is_strict, is_worked)
+            problem = _problem_of(row, columns, is_strict)
         except Unusable as error:
             dropped[str(error)] += 1
             continue
         except FaultyRecord as error:
-            faults.append(f"{row.place}: {error}")
+            faults.append((row.place, str(error)))
             continue
-        if problem.id in first_place_of:
-            faults.append(
-                f"{row.place}: id '{problem.id}' was used in {first_place_of[problem.id]}"
-                + ("" if is_strict else "; `id_key` none numbers the rows instead")
-            )
-        where = row.place.rpartition(":")[2].strip()
-        first_place_of.setdefault(problem.id, f"line {where}" if where.isdecimal() else where)
+        answers = answers_of.setdefault(problem.prompt or problem.messages, {})
+        first = answers.setdefault(problem.ground_truth, problem)
+        if columns["id"] != NO_ID:
+            where = row.place.rpartition(":")[2].strip()
+            before, place = first_of_id.setdefault(problem.id, (first, where))
+            if before is not first:
+                place = f"line {place}" if place.isdecimal() else place
+                torn_ids.append((row.place, f"id '{problem.id}' was used in {place}, for another problem or answer"))
+                continue
+        if first is not problem:
+            dropped[COPIES] += 1
+            copies[problem.id] = first.id
+            continue
         problems.append(problem)
-    return problems, dropped, faults
+        seen.add(digest)
+        text = lookup(row.fields, columns["answer"])
+        if not is_strict and isinstance(text, str):
+            are_worked.append(bool(final_answer(text)))
+            unfinished += [] if are_worked[-1] else [problem]
+    if unfinished and 2 * sum(are_worked) > len(are_worked):  # then one that has no final answer is cut off
+        dropped[f"without a final answer (#### or \\boxed{{}}) in '{columns['answer']}'"] += len(unfinished)
+        left_out = {problem.idx for problem in unfinished}
+        problems = [problem for problem in problems if problem.idx not in left_out]
+    for place, fault in torn_ids[:1]:
+        faults.append((place, fault + (f" (and {len(torn_ids) - 1} more like it)" if torn_ids[1:] else "")))
+    torn = [next(iter(answers.values())).id for answers in answers_of.values() if len(answers) > 1]
+    said = f"{len(torn)} prompts stand with several answers (such as that of problem '{first_of(torn, 1)}')"
+    notes = [f"{said}; analyses take each of them for one"] if torn else []
+    return ProblemSet("", "", problems, "", n_rows, columns, dict(dropped), notes=tuple(notes), copies=copies), faults
 
 
-def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked: bool) -> Problem:
+def _problem_of(row: Record, columns: dict[str, str], is_strict: bool) -> Problem:
     values = {}
     for what, key in columns.items():
         try:
@@ -191,10 +237,13 @@ def _problem_of(row: Record, columns: dict[str, str], is_strict: bool, is_worked
     _refuse_other_types(values["id"], columns["id"], str | int)
     prompt, messages = _prompt_of(values["problem"], columns["problem"], is_strict)
     if is_strict:
-        _refuse_other_types(values["answer"], columns["answer"])
-        answer = str(values["answer"])
+        answer = decoded(values["answer"])
+        if isinstance(answer, list):
+            raise FaultyRecord(f"'{columns['answer']}' has several answers")
+        _refuse_other_types(answer, columns["answer"])
+        answer = str(answer)
     else:
-        answer = _answer_of(values["answer"], columns["answer"], is_worked)
+        answer = answer_of(values["answer"], columns["answer"])
     for text in (str(values["id"]), prompt, answer, *(content for _, content in messages)):
         if half := SURROGATE.search(text):
             raise FaultyRecord(f"half a surrogate pair ({half[0]!a}) in its text")
@@ -209,10 +258,10 @@ def _prompt_of(value: Any, key: str, is_strict: bool) -> tuple[str, tuple[tuple[
         return value, ()
     if not all(isinstance(message, dict) for message in value):
         raise FaultyRecord(f"'{key}' is a list, but not one of chat messages (role and content)")
-    messages = tuple((message.get("role"), message.get("content")) for message in value)
+    messages = tuple((m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in value)
     if not all(isinstance(text, str) for message in messages for text in message):
         raise FaultyRecord(f"'{key}' has a chat message whose role or content is not text")
-    return "", messages
+    return "", tuple((ROLES.get(role.lower(), role), content) for role, content in messages)
 
 
 def _is_blank(value: Any) -> bool:
@@ -225,21 +274,38 @@ def _refuse_other_types(value: Any, key: str, types: Any = str | int | float) ->
         raise FaultyRecord(f"'{key}' is of type {type(value).__name__}")
 
 
-def _answer_of(value: Any, key: str, is_worked: bool) -> str:
+def decoded(value: Any) -> Any:
+    """What a text holds that is a JSON list of texts; anything else as it stands, for `[0, 1]` is an interval.
+
+    A list of one is its entry.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            found = json.loads(value)
+            if found and isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+                value = found
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def answer_of(value: Any, key: str) -> str:
+    """The answer that a field holds: of worked text, what it ends in (`final_answer`).
+
+    Raises:
+        Unusable: there is none, or several.
+        FaultyRecord: neither text nor a number.
+    """
+    value = decoded(value)
     if isinstance(value, list) and len(value) > 1:
         raise Unusable(f"with several answers in '{key}'")
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if _is_blank(value):
+    if value == [] or _is_blank(value):
         raise Unusable(f"without '{key}'")
     _refuse_other_types(value, key)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))  # tables hold whole numbers as floats where the column has gaps
     text = str(value).strip()
-    final = final_answer(text)
-    if is_worked and not final:
-        raise Unusable(f"without a final answer (#### or \\boxed{{}}) in '{key}'")
-    return final or text
+    if in_dollars := IN_DOLLARS.fullmatch(text):
+        text = in_dollars[1].strip()
+    return final_answer(text) or text
 
 
 def final_answer(text: str) -> str:
@@ -252,16 +318,6 @@ def final_answer(text: str) -> str:
         answer = final_line[1].strip()
         return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
     return (last_boxed(text) or "").strip()
-
-
-def _mostly_worked(rows: Iterable[Record], key: str) -> bool:
-    """Whether more than half of a field's texts have a final answer in them: then one that has none is cut off."""
-    is_worked = []
-    for row in rows:
-        with suppress(KeyError):  # which _problem_of names
-            value = lookup(row.fields, key)
-            is_worked += [bool(final_answer(value))] if isinstance(value, str) and value.strip() else []
-    return 2 * sum(is_worked) > len(is_worked)
 
 
 def shard_of_study(

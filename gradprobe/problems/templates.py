@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import FaultyRecord, InputError, first_few, raise_if_any, reason_of
-from .data_set import Problem, ProblemSet
+from .data_set import ASSISTANT, Problem, ProblemSet
 
-ASSISTANT = "assistant"
 PLACEHOLDER = "{problem}"
 PREVIEW_CHARACTERS = 600
 
@@ -61,7 +60,8 @@ def render_prompts(
     if begun is not None and not continue_final_message:
         raise InputError(
             f"`dataset` {source}: messages end in one of the role {ASSISTANT} (problem '{begun}'); "
-            "leave it out of them if it is a solution; if it is an answer's beginning, add `continue_final_message`"
+            "if it is a solution, write the messages without it, or name a field that has the question alone with "
+            "`problem_key`; if it is an answer's beginning, add `continue_final_message`"
         )
     if continue_final_message and begun is None:
         raise InputError(f"`continue_final_message`: no prompt of {source} ends in an {ASSISTANT}'s message")
@@ -77,9 +77,9 @@ def render_prompts(
     else:
         notes = [] if tokenizer is None else _without_specials([problem.prompt for problem in problems], tokenizer)
     if template is None and not chat:
-        return replace(problem_set, notes=tuple(notes))
+        return replace(problem_set, notes=(*problem_set.notes, *notes))
     rendering["prompts_sha256"] = _sha256(json.dumps([problem.prompt for problem in problems]))
-    return replace(problem_set, problems=problems, rendering=rendering, notes=tuple(notes))
+    return replace(problem_set, problems=problems, rendering=rendering, notes=(*problem_set.notes, *notes))
 
 
 def encode_prompts(

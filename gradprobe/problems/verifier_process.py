@@ -20,13 +20,15 @@ from typing import Any
 
 from ..common.errors import InputError
 from ..common.extras import library
-from .boxed import is_correct
+from .boxed import is_correct, last_boxed
 from .gym import GYM_VERIFIER, load_gym_verifier
 
 BLANKS = re.compile("[ \\t]{2,}")
 MEMORY_SHARE = 0.5
 """Of the machine's memory, what a verifier may allocate."""
 PR_SET_PDEATHSIG = 1
+NEAR = 1e-4
+"""Of a number, by how much another may differ that math-verify, which rounds to 6 decimals, calls equal."""
 INSTALLED = {"site-packages", "dist-packages"}
 """Directories of this name hold libraries, which have versions."""
 
@@ -114,25 +116,45 @@ def _load_numeric() -> tuple[Judge, dict[str, Any]]:
 
 
 def _load_math_verify(raises: bool = True) -> tuple[Judge, dict[str, Any]]:
-    """Math-verify's judgement; with `raises` what it can't judge is an error, else it is wrong."""
+    """Math-verify's judgement of the last box; with `raises` what it can't judge is an error, else it is wrong.
+
+    A response without a box has no answer. The library would take its last number for one: right or wrong by chance,
+    above all where a response was cut off.
+    """
     library("math_verify", "math", "it")
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     # It warns that its time limits are off (ours isn't), and of each answer that it can't read.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    # A box goes before any other mathematics in the response; without one the library looks for the answer.
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
+    def read(text: str) -> list[Any]:
+        # Its patterns take minutes for a hundred thousand blanks.
+        boxed = f"\\boxed{{{BLANKS.sub(' ', text)}}}"
+        return parse(boxed, extraction, parsing_timeout=None, raise_on_error=raises)
+
     def judge(response: str, ground_truth: str) -> bool:
-        boxed = ground_truth if "\\boxed" in ground_truth else f"\\boxed{{{ground_truth}}}"
-        gold = parse(boxed, extraction, parsing_timeout=None, raise_on_error=raises)
+        gold, answer = read(last_boxed(ground_truth) or ground_truth), last_boxed(response)
         if raises and not gold:
             raise ValueError(f"no mathematics in the ground truth {ground_truth!r}")
-        # Its patterns take minutes for a hundred thousand blanks.
-        answer = parse(BLANKS.sub(" ", response), extraction, parsing_timeout=None, raise_on_error=raises)
-        return bool(verify(gold, answer, timeout_seconds=None, raise_on_error=raises))
+        if answer is None:
+            return False
+        found = read(answer)
+        return bool(verify(gold, found, timeout_seconds=None, raise_on_error=raises)) and _are_near(gold, found)
 
-    return judge, {"name": "math-verify", "version": importlib.metadata.version("math-verify")}
+    # What it reads was once the whole response: dumps of both kinds are not of one verifier.
+    return judge, {"name": "math-verify", "version": importlib.metadata.version("math-verify"), "reads": "last box"}
+
+
+def _are_near(gold: list[Any], found: list[Any]) -> bool:
+    """Whether two readings, if numbers, agree in their leading digits; the library rounds 2^-98 and 2^-99 to 0.
+
+    A percentage may stand for its number, as it does for the library.
+    """
+    if not all(of and getattr(of[0], "is_number", False) for of in (gold, found)):
+        return True
+    a, b = (of[0].doit().evalf(30) for of in (gold, found))
+    return any(bool(abs(x - y) <= NEAR * max(abs(x), abs(y))) for x, y in ((a, b), (100 * a, b), (a, 100 * b)))
 
 
 BY_LIBRARY: dict[str, Callable[[], tuple[Judge, dict[str, Any]]]] = {

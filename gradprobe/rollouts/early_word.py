@@ -7,7 +7,7 @@ import numpy as np
 
 from ..common.errors import InputError
 from ..dump.on_policy import OnPolicy
-from ..dump.records import PromptKey, Rollout
+from ..dump.records import Rollout
 from ..problems.boxed import last_boxed
 
 FEWEST_TO_TELL = 16
@@ -18,9 +18,9 @@ MIN_OF_EACH_KIND = 2
 
 def n_of_rarer_kind(rollouts: Sequence[Rollout]) -> list[int]:
     """Of each prompt, its correct rollouts or its incorrect ones, whichever are fewer."""
-    kinds: dict[PromptKey, Counter] = defaultdict(Counter)
+    kinds: dict[tuple[int, ...], Counter] = defaultdict(Counter)
     for rollout in rollouts:
-        kinds[rollout.prompt_idx][rollout.correct] += 1
+        kinds[tuple(rollout.prompt_ids)][rollout.correct] += 1
     return [min(of_prompt[True], of_prompt[False]) for of_prompt in kinds.values()]
 
 

@@ -5,16 +5,17 @@ care: what does not come back from its ids is dropped and counted, for its token
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..common.errors import FaultyRecord, InputError, Unusable
 from ..common.fields import is_finite
 from ..dump.records import PromptKey, Rollout
-from ..problems.data_set import SURROGATE, Problem
+from ..problems.data_set import ASSISTANT, SURROGATE, Problem, answer_of
 from ..problems.templates import chat_template_of, in_chat
 from .formats import TRUTH_KEYS, Completion, RolloutReport, completions_of, is_list_of, raise_folded
 from .places import in_words
@@ -24,6 +25,7 @@ CACHED_TEXTS = 4096
 LOST_BYTES = "\ufffd"
 """In a sampler's text it stands for bytes that made no character; its own ids are others."""
 
+BY_IDS = "hand over prompt ids"
 EMPTY = "completions without response tokens"
 NOT_ROUND_TRIP = "completions whose text does not come back from its token ids"
 TOO_LONG = "completions longer than the model's context"
@@ -61,6 +63,7 @@ def read_rollouts(
     *,
     file_format: str = "auto",
     problems: Sequence[Problem] | None = None,
+    copies: Mapping[str, str] = MappingProxyType({}),
     correct_from: str = "auto",
     correct_above: float | None = None,
     score_key: str | None = None,
@@ -71,6 +74,7 @@ def read_rollouts(
         vocabulary: of the model to be probed; what is longer than its context is dropped.
         file_format: one of `FORMATS`, or "auto" to recognise it by its keys.
         problems: the data set the prompts come from; gives ground truths and prompt_idx.
+        copies: other ids by which a completion may name a problem, with the problem's own.
         correct_from: "auto" (a bool `correct`, verl's `acc` as a bool or as 1 and 0, else the reward), the name of a
             bool or a reward in the file, or "verifier" to ignore what the file says.
         correct_above: a reward above it counts as correct.
@@ -82,7 +86,7 @@ def read_rollouts(
     if report.format == "gradprobe" and problems is not None:
         raise InputError(f"`rollouts` {file}: rollouts of our own bring their problems; leave `dataset` out")
     verdicts = Verdicts(report.format, correct_from, correct_above)
-    resolve = _Resolver(vocabulary, report, problems)
+    resolve = _Resolver(vocabulary, report, problems, copies)
     rollouts: list[Rollout] = []
     faults: list[tuple[str, str]] = []
     for completion in completions:
@@ -133,14 +137,20 @@ class _Codec:
 class _Resolver:
     """Makes rollouts of completions: ids of prompt and response, the problem, the place among its samples."""
 
-    def __init__(self, vocabulary: Vocabulary, report: RolloutReport, problems: Sequence[Problem] | None):
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        report: RolloutReport,
+        problems: Sequence[Problem] | None,
+        copies: Mapping[str, str],
+    ):
         tokenizer, end_ids = vocabulary.tokenizer, vocabulary.end_ids
         self.tokenizer, self.vocabulary, self.report = tokenizer, vocabulary, report
         self.chat_template = chat_template_of(tokenizer) if getattr(tokenizer, "chat_template", None) else ""
         self.own_samples: set[tuple[PromptKey, int]] = set()
         self.n_samples_of: Counter = Counter()
         self.codec = _Codec(tokenizer)
-        self.problems = None if problems is None else _ProblemIndex(problems, self.codec)
+        self.problems = None if problems is None else _ProblemIndex(problems, copies, self.codec)
         self.prompt_idx_of: dict[tuple[int, ...], int] = {}
         self.remarks: list[str] = []
         self.padding = end_ids | ({tokenizer.pad_token_id} - {None})
@@ -223,7 +233,7 @@ class _Resolver:
                 "`dataset` FILE with the rendered prompts brings them back"
             )
         if not self.codec.comes_back(text):
-            raise FaultyRecord("its prompt does not come back from its token ids; hand over prompt ids")
+            raise FaultyRecord(f"its prompt does not come back from its token ids; {BY_IDS}")
         return self.codec.encode(text)
 
     def _prompt_text(self, completion: Completion) -> str | None:
@@ -236,6 +246,8 @@ class _Resolver:
             raise FaultyRecord("its prompt is neither a text nor a list of messages")
         if not self.chat_template:
             raise FaultyRecord("its prompt is a list of messages, and the tokenizer has no chat template")
+        if prompt[-1].get("role") == ASSISTANT:
+            raise FaultyRecord(f"its prompt ends in a message of the role {ASSISTANT}, solution or beginning: {BY_IDS}")
         messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
         return in_chat(messages, self.tokenizer)
 
@@ -286,14 +298,18 @@ class _Resolver:
 
 
 def _ground_truth(fields: dict[str, Any], problem: Problem | None, correct: bool | None) -> str:
-    given = next((fields[key] for key in TRUTH_KEYS if fields.get(key) is not None), None)
-    if given is not None and (not isinstance(given, str | int | float) or isinstance(given, bool)):
-        raise FaultyRecord(f"its ground truth is of type {type(given).__name__}, a text or number is needed")
+    key = next((key for key in TRUTH_KEYS if fields.get(key) not in (None, "")), None)
+    try:
+        given = None if key is None else answer_of(fields[key], key)  # as a data set's
+    except Unusable:
+        if correct is None:
+            raise
+        given = str(fields[key])
     if problem is None:
         if given is None and correct is None:
             raise FaultyRecord("neither a verdict ('correct') nor a 'ground_truth'; `dataset` FILE brings them")
-        return "" if given is None else str(given)
-    if given is not None and str(given).split() != problem.ground_truth.split():
+        return given or ""
+    if given is not None and problem.ground_truth.split() not in (given.split(), str(fields[key]).split()):
         raise FaultyRecord(f"its ground truth is '{given}', that of problem '{problem.id}' '{problem.ground_truth}'")
     return problem.ground_truth
 
@@ -305,8 +321,9 @@ class _ProblemIndex:
         readable_prompts: without their special tokens, as verl writes them, by the problems' idx.
     """
 
-    def __init__(self, problems: Sequence[Problem], codec: _Codec):
+    def __init__(self, problems: Sequence[Problem], copies: Mapping[str, str], codec: _Codec):
         self.by_id = {problem.id: problem for problem in problems}
+        self.by_id |= {copy: self.by_id[own] for copy, own in copies.items() if own in self.by_id}
         self.readable_prompts: dict[int, str] = {}
         self.by_prompt: dict[str | tuple[int, ...] | None, list[Problem]] = defaultdict(list)
         for problem in problems:

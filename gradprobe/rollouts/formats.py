@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import FaultyRecord, InputError, Unusable, first_few, one_line, raise_if_any
+from ..common.errors import FaultyRecord, InputError, Unusable, one_line, raise_folded, raise_if_any
 from ..common.record_files import open_record_file
 from ..dump.records import Rollout, rollout_from_json
 from .server import logprob_entries, object_at, token_ids_of
@@ -23,6 +23,8 @@ FAILED_REQUEST = "requests that failed"
 INCOMPLETE_IDS = "completions whose token ids are incomplete (llama.cpp's log-probs leave out parts of characters)"
 OTHER_STEPS = "come from other training steps than the first: rollouts of several policies"
 
+APART = ("reasoning", "reasoning_content", "tool_calls", "function_call")
+"""Where servers that parse a response put what they took out of its text."""
 TRUTH_KEYS = ("ground_truth", "gts", "solution", "answer")
 
 
@@ -98,7 +100,7 @@ class RolloutReport:
 def completions_of(files: Sequence[Path], file_format: str) -> tuple[list[Completion], RolloutReport]:
     """The files' completions in order, and a report that names their format and has counted them."""
     opened = [open_record_file(file, "rollouts") for file in files]
-    raise_if_any(first_few([fault for file in opened for fault in file.faults], "faults"))
+    raise_folded(fault for file in opened for fault in file.faults)
     records = [(record.place, record.fields) for file in opened for record in file.read(file.keys)]
     raise_if_any(f"`rollouts` {file.source}: no rollouts in it" for file in opened if not file.keys)
     hashes = [file.sha256 for file in opened]
@@ -194,7 +196,7 @@ def _openai(where: str, record: dict[str, Any]) -> list[Completion]:
             None if prompt_is_ids else prompt,
             choice.get("prompt_token_ids") or (prompt if prompt_is_ids else response.get("prompt_token_ids")),
             choice["text"] if "text" in choice else object_at(choice, "message").get("content"),
-            token_ids_of(response, choice),
+            _whole(token_ids_of(response, choice), choice, object_at(choice, "message")),
             _end_of(choice, may_be_stop_string=bool(request.get("stop")) and "stop_reason" not in choice),
             _fields({"problem_id": record.get("custom_id"), **record}, choice, len(choices)),
             None if _has_all_ids(response, choice) else INCOMPLETE_IDS,
@@ -218,6 +220,17 @@ def _request_and_response(record: dict[str, Any]) -> tuple[dict[str, Any], dict[
     return request, response
 
 
+def _whole(ids: list[int] | None, *spoken: dict[str, Any]) -> list[int] | None:
+    """The token ids as they are; `FaultyRecord` where there are none and the text is only a part of the response."""
+    apart = [key for of in spoken for key in APART if of.get(key)]
+    if ids is None and apart:
+        raise FaultyRecord(
+            f"a part of its response stands beside 'content', in '{apart[0]}', and not as it was sampled: have the "
+            "server write token ids, or turn its parsers off (vLLM: no --reasoning-parser, no --tool-call-parser)"
+        )
+    return ids
+
+
 def _has_all_ids(response: dict[str, Any], choice: dict[str, Any]) -> bool:
     """False where ids stand beside llama.cpp's log-probs and their bytes don't make the text."""
     if choice.get("token_ids") is not None or "__verbose" in response or token_ids_of(response, choice) is None:
@@ -232,6 +245,7 @@ def _trl(where: str, record: dict[str, Any]) -> list[Completion]:
         if len(completion) != 1 or not isinstance(completion[0], dict) or not completion[0].get("content"):
             raise FaultyRecord("its completion is of several turns or without text; only one answer can be probed")
         completion = completion[0]["content"]
+        _whole(record.get("completion_ids"), *record["completion"])
     prompt_ids, ids = record.get("prompt_ids"), record.get("completion_ids")
     return [Completion(where, record.get("prompt"), prompt_ids, completion, ids, None, record)]
 
@@ -277,15 +291,3 @@ def _end_of(output: dict[str, Any], may_be_stop_string: bool = False) -> str | i
     if isinstance(stop_reason, str) or finish_reason == "length":
         return "cut"
     return "eos" if finish_reason == "stop" and not may_be_stop_string else None
-
-
-def raise_folded(faults: list[tuple[str, str]]) -> None:
-    """Raise one `InputError` naming each (place, fault); the same fault in many places is said once, with a count."""
-    places_of: dict[str, list[str]] = defaultdict(list)
-    for place, fault in faults:
-        places_of[fault].append(place)
-    said = [
-        f"{places[0]}: {fault}" + (f" (and {len(places) - 1} more like it)" if len(places) > 1 else "")
-        for fault, places in places_of.items()
-    ]
-    raise_if_any(first_few(said, "faults"))

@@ -13,7 +13,8 @@ import analyze_exp2_direction
 import analyze_exp3_signal
 import plot_exp12_intuitive
 from gradprobe.analysis.differences import say_differences
-from gradprobe.analysis.prompts import BY_DATA_SET, BY_HASH, BY_INDEX, number_prompts
+from gradprobe.analysis.inputs import pooled_of
+from gradprobe.analysis.prompts import BY_DATA_SET, BY_HASH, BY_INDEX, number_prompts, with_prompts_once
 from gradprobe.dump.consistency import load_dump
 from gradprobe.dump.records import prompt_hash
 
@@ -43,9 +44,6 @@ PAIRED = {  # problems and manifest keys of both dumps; how they are paired; whi
     "shuffled": (range(8), range(7, -1, -1), {}, {}, BY_HASH, list(range(7, -1, -1))),
     "disjoint": (range(8), range(8, 16), {}, {}, BY_HASH, [None] * 8),
     "half of it": (range(8), range(4, 12), {}, {}, BY_HASH, [4, 5, 6, 7, *[None] * 4]),
-    "a problem twice": (
-        [0, 1, 2, 3, 4, 5, 5, 6], [5, 9, 5, 5, 0, 1, 2, 3], {}, {}, BY_HASH, [5, None, 6, None, 0, 1, 2, 3]
-    ),
     "no ids, one data set": (None, None, {"dataset": {"sha256": "a"}}, {"dataset": {"sha256": "a"}}, BY_DATA_SET,
                              list(range(8))),
     "no ids, other data sets": (None, None, {"dataset": {"sha256": "a"}}, {"dataset": {"sha256": "b"}}, BY_DATA_SET,
@@ -98,6 +96,44 @@ def test_namespaced_keys_of_merged_shards_are_paired_too(tmp_path: Path):
     here, there, by, n_prompts = numbers_of(*dumps)
     assert (by, n_prompts) == (BY_HASH, 8)
     assert there == [here[key[1]] for key in load_dump(dumps[1]).prompt_keys]
+
+
+@pytest.mark.parametrize("script", [analyze_exp1_compression, analyze_exp2_direction])
+def test_one_prompt_under_many_numbers_counts_once(script, tmp_path: Path, capsys):
+    """The numbers of a dump don't hang on whether a prompt's rollouts stand under one prompt_idx or under several."""
+    prompt, sample, bucket, _ = (axis.ravel() for axis in np.indices((N_PROMPTS, 8, 2, 2)))
+    grads = np.random.default_rng(0).standard_normal((len(prompt), 24)) + np.eye(24)[prompt]
+    correct = sample % 4 < 2
+    split = prompt * 2 + sample // 4  # 16 numbers of 8 prompts
+    summaries = {}
+    for name, numbers, samples, problems in (
+        ("once", prompt * 2, sample, range(0, 16, 2)),
+        ("twice", split, sample % 4, range(16)),
+    ):
+        hashes = [prompt_hash([7, problem // 2]) for problem in problems]
+        path = planted.write_dump(
+            tmp_path / name / "dump", grads, bucket, prompt=numbers, sample=samples, correct=correct, bins=2,
+            prompt_hashes=hashes,
+        )  # fmt: skip
+        summaries[name] = analyse(tmp_path / name, script, base=path)["base"]
+    assert "8 prompts stand under several prompt_idx" in capsys.readouterr().err
+    for summary in summaries.values():
+        del summary["manifest_sha256"]
+    assert summaries["once"] == summaries["twice"]
+
+
+def test_one_prompt_under_many_numbers_counts_once_in_exp_3(tmp_path: Path):
+    path = planted.write_planted_signal(tmp_path / "a", np.array([0.0, 1.0]), n_prompts=6, dim=8)
+    lines = [json.loads(line) for line in (path / "rollouts.jsonl").read_text().splitlines()]
+    lines = [line | {"prompt_ids": [line["prompt_idx"] // 2]} for line in lines]
+    (path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    raw, once = load_dump(path), with_prompts_once(load_dump(path))
+    pooled = pooled_of(once)
+    assert len(set(raw.prompt.tolist())) == 6
+    assert len(set(pooled.prompt.tolist())) == len(set(pooled.rollout_prompt.tolist())) == 3
+    pairs = set(zip(pooled.rollout_prompt.tolist(), pooled.rollout_sample.tolist(), strict=True))
+    assert len(pairs) == len(lines)  # none is taken for another
+    assert set(zip(pooled.prompt.tolist(), pooled.sample.tolist(), strict=True)) <= pairs
 
 
 def analyse(tmp_path: Path, script=analyze_exp1_compression, **dumps: Path) -> dict:

@@ -1,7 +1,10 @@
 """What scripts say: how much, in which colour, and that nothing raw reaches a terminal."""
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +55,21 @@ def test_colours_are_for_terminals_and_not_where_nobody_wants_them(monkeypatch, 
     assert ("\x1b[33mwarning\x1b[0m: odd" in said) == coloured
     assert "\x1b[2J" not in said
     assert r"odd \x1b[2J rows" in said
+
+
+def test_a_locale_without_the_letters_loses_no_run(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "iso-8859-1"))
+    assert console.script_main(lambda argv: print("ρ is 1 ± 0.5 ‹x›") or 0)([]) == 0
+    assert written.getvalue() == b"\\u03c1 is 1 \xb1 0.5 \\u2039x\\u203a\n"
+
+
+def test_figures_are_drawn_whatever_backend_a_notebook_has_left(tmp_path):
+    code = "from gradprobe.figures.look import new_figure, save; from pathlib import Path; import sys; "
+    code += "save({'a.png': new_figure(1, 1)}, Path(sys.argv[1]))"
+    inline = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=inline, check=True, cwd=Path(__file__).parents[2])
+    assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_quiet_leaves_warnings_and_errors(capsys):

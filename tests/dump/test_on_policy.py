@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradprobe.dump.on_policy import OFF_POLICY, ON_POLICY, Tokens, on_policy
+from gradprobe.dump.on_policy import OFF_POLICY, ON_POLICY, OnPolicy, Tokens, on_policy, warning_of
 from gradprobe.dump.records import Rollout
 
 N_PROMPTS, N_TOKENS = 64, 400
@@ -43,7 +43,7 @@ def test_what_is_not_claimed_gets_no_verdict_unless_it_is_off():
 
 def test_tokens_of_rollouts_go_by_their_bucket_score():
     def rollout(prompt, scores, tail):
-        return Rollout(prompt, 0, "", [1], [2, 3], [0.5, 0.1], [-0.4, -0.3], "", "", True, tail, scores)
+        return Rollout(prompt, 0, "", [hash(prompt) % 97], [2, 3], [0.5, 0.1], [-0.4, -0.3], "", "", True, tail, scores)
 
     tokens = Tokens.of([rollout(7, [], [0.1, 0.2]), rollout((1, 2), [5.0, 6.0], [0.3, 0.4])])
     np.testing.assert_array_equal(tokens.prompt, [0, 0, 1, 1])
@@ -65,3 +65,23 @@ def test_rare_tokens_that_did_not_come_up_are_no_proof():
     np.testing.assert_allclose(tokens.variance, (np.log(tail / 30)) ** 2 * tail, rtol=1e-3)
     assert abs(tokens.test(True).z) < 1
     assert tokens.test(True).verdict == ON_POLICY
+
+
+WEIGHTS, OTHERS = {"weights_sha256": "a"}, {"weights_sha256": "b"}
+SAID = {  # a manifest, and whether |z| > 4 must be said of it
+    "sampled at temperature 1": ({"sampling": {"temperature": 1.0}}, True),
+    "sampled at another": ({"sampling": {"temperature": 0.7}}, False),
+    "a file that says nothing": ({"sampling": None, "rollouts_from": {"identity": None}}, True),
+    "another model's": ({"rollouts_from": {"identity": OTHERS}, "model_identity": WEIGHTS}, False),
+    "this model's": ({"rollouts_from": {"identity": WEIGHTS}, "model_identity": WEIGHTS}, True),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_off_policy_is_said_where_nothing_explains_it(case):
+    manifest, is_said = SAID[case]
+    warning = warning_of(OnPolicy(-2.41, -28.0, OFF_POLICY), manifest)
+    assert (warning is not None) == is_said
+    assert not is_said or warning.startswith("log π + H is -2.410 nats a token, -28.0 standard errors from the 0")
+    assert warning_of(OnPolicy(-0.01, -1.0, ON_POLICY), manifest) is None
+    assert warning_of(OnPolicy(None, None, None), manifest) is None

@@ -99,10 +99,10 @@ def test_check_holds_hashes_against_the_rollouts(tmp_path: Path, capsys):
     from numpy import ones
 
     dump = planted.write_pooled_dump(tmp_path / "dump", ones((2, 2, 2, 4)), ones((2, 2), bool), ones((2, 2, 2), int))
-    right, wrong = prompt_hash([1]), prompt_hash([2])
-    edit_manifest(dump, prompt_idxs=[0, 1], prompt_hashes=[right, right])
+    first, right, wrong = (prompt_hash([n]) for n in (1, 2, 3))
+    edit_manifest(dump, prompt_idxs=[0, 1], prompt_hashes=[first, right])
     before, _ = problems_of(dump)
-    edit_manifest(dump, prompt_hashes=[right, wrong])
+    edit_manifest(dump, prompt_hashes=[first, wrong])
     problems, _ = problems_of(dump)
     assert [p for p in problems if p not in before] == [
         f"{dump / 'rollouts.jsonl'}: the ids of prompt 1 are not those of its prompt_hash in {dump / 'manifest.json'} "

@@ -87,7 +87,8 @@ def test_a_sentence_then_three_answers_each_with_its_one_figure_then_limits_and_
     top, folded = split(study[0])
     assert f"<h1>{summed_up(answers_of(*summaries_in(study[1])))}</h1>" in top
     answers, limits = top.split("What limits these answers")
-    assert [captions(one) for one in answers.split('class="answer"')] == [[], *([name[-1]] for name in FIGURES_OF_ANSWERS)]
+    shown = [[names[-1]] for names in FIGURES_OF_ANSWERS]
+    assert [captions(one) for one in answers.split('class="answer"')] == [[], *shown]
     assert "base and trained differ in max_new_tokens: 64 and 65." in limits
     assert not captions(limits)
     assert "<table" not in top

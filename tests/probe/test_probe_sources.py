@@ -260,3 +260,17 @@ def test_responses_end_where_the_tokenizer_of_the_adapter_says(tmp_path, checkpo
     manifests = [manifest_of(tmp_path / name) for name in ("before", "after")]
     assert [end in manifest["end_ids"] for manifest in manifests] == [False, True]
     assert [manifest.get("tokenizer_path") for manifest in manifests] == [None, str(adapter)]
+
+
+def test_tokens_that_the_model_did_not_sample_are_said_to_be_others(tmp_path, capsys):
+    """A server's response without its reasoning, a wrong chat template, another checkpoint: all show here."""
+    ids = np.random.default_rng(0).integers(200, 300, (4, 2, 30)).tolist()
+    lines = [
+        {"prompt": f"{p}+2", "prompt_token_ids": [p + 10], "outputs": [{"token_ids": of} for of in samples]}
+        for p, samples in enumerate(ids)
+    ]
+    lines = [line | {"ground_truth": "3"} for line in lines]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--model-path", DEMO / "base", "--rollouts", tmp_path / "a.jsonl", "--device", "cpu", "--sample-only"]
+    assert probe(tmp_path / "out", *arguments, "--min-mixed-prompts", 0) == 0
+    assert "warning: log π + H is -" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def test_each_problem_is_made_up_once(monkeypatch):
     kind = type(reasoning_gym.create_dataset("chain_sum"))
     make = kind.__getitem__
     monkeypatch.setattr(kind, "__getitem__", lambda self, index: made.append(index) or make(self, index))
-    assert len(load_problems(SUMS.replace("seed=3", "seed=5")).problems) == 20
+    assert load_problems(SUMS.replace("seed=3", "seed=5")).n_rows == 20
     assert made == list(range(20))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_numbers_become_text_and_blank_lines_are_skipped(tmp_path):
         (b"[1]\n", ":1: not a JSON object"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "prompt"}).encode(), ":1: key 'prompt' is missing"),
         (json.dumps({**GOOD, "prompt": 3}).encode(), ":1: 'prompt' is of type int"),
-        ((json.dumps(GOOD) + "\n" + json.dumps(GOOD)).encode(), ":2: id 'a' was used in line 1"),
+        (f'{json.dumps(GOOD)}\n{json.dumps({**GOOD, "ground_truth": "3"})}'.encode(), ":2: id 'a' was used in line 1"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -58,6 +59,36 @@ def test_faults_are_named_with_file_and_line(tmp_path, content, complaint):
     with pytest.raises(InputError, match="problems.jsonl") as error:
         load_problems(file)
     assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("keys", [{}, {"id_key": "none"}])
+@pytest.mark.parametrize("prompt", ["1+1?", [{"role": "user", "content": "1+1?"}]])
+@pytest.mark.parametrize("ids", [[7, 7, 7, 8], [7, 8, 9, 7], [7, 8, 9, 10]])
+def test_copies_are_one_problem_and_counted(tmp_path, keys, prompt, ids):
+    """As in DAPO-Math-17k, where each problem stands about a hundred times; what is drawn is drawn of problems."""
+    rows = [{"prompt": prompt, "reward_model": {"ground_truth": "2"}, "extra_info": {"index": i}} for i in ids[:3]]
+    rows.append({"prompt": "1+2?", "reward_model": {"ground_truth": "3"}, "extra_info": {"index": 11}})
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    problem_set = load_problems(tmp_path / "a.json", **keys)
+    assert [(p.idx, p.ground_truth) for p in problem_set.problems] == [(0, "2"), (3, "3")]
+    assert problem_set.n_read == 2
+    assert "4 rows, 2 problems" in problem_set.summary
+    assert "dropped 2: 2 copies of another row: the same prompt and answer" in problem_set.summary
+
+
+def test_the_original_schema_too_holds_lists_in_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "ground_truth": '["7"]'}))
+    assert [p.ground_truth for p in load_problems(tmp_path / "a.jsonl").problems] == ["7"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({**GOOD, "ground_truth": '["7", "8"]'}))
+    with pytest.raises(InputError, match="a.jsonl:1: 'ground_truth' has several answers"):
+        load_problems(tmp_path / "a.jsonl")
+
+
+def test_one_prompt_with_two_answers_is_said(tmp_path):
+    rows = [{"id": i, "problem": "?", "answer": answer} for i, answer in enumerate("1213")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (note,) = load_problems(tmp_path / "a.json").notes
+    assert note.startswith("1 prompts stand with several answers (such as that of problem '0')")
 
 
 def test_all_faults_are_named_at_once(tmp_path):
@@ -222,10 +253,21 @@ def test_text_needs_no_library(monkeypatch):
         ("a.jsonl", b'{"problem": "?", "answer": 1, "id": null}', ":1: 'id' is of type NoneType"),
         (
             "a.jsonl",
-            b'{"problem": "?", "answer": 1, "id": 1}\n{"problem": "?", "answer": 1, "id": "1"}',
-            ":2: id '1' was used in line 1; `id_key` none",
+            b'{"problem": "?", "answer": 1, "id": 1}\n{"problem": "??", "answer": 1, "id": "1"}',
+            ":2: id '1' was used in line 1, for another problem or answer",
         ),
-        ("a.jsonl", b"x\n" * 50, "and 30 more"),
+        ("a.jsonl", b"x\n" * 50, "jsonl:1: not JSON (Expecting value: line 1 column 1 (char 0)) (and 49 more like it)"),
+        ("a.jsonl", b'{"problem": 3, "answer": 1}\n' * 9, ":1: 'problem' is of type int (and 8 more like it)"),
+        (
+            "a.jsonl",
+            b"".join(b'{"problem": "%d", "answer": 1, "id": %d}\n' % (i, i // 2) for i in range(8)),
+            "a.jsonl:2: id '0' was used in line 1, for another problem or answer (and 3 more like it)",
+        ),
+        (
+            "a.json",
+            b'[[{"from": "human", "value": "?"}, {"from": "assistant", "ground_truth": {"value": "7"}}]]',
+            'row 0: not a JSON object, but a list; of messages? for each write {"prompt": the question',
+        ),
     ],
 )
 def test_faults_of_other_shapes(tmp_path, name, content, complaint):
@@ -248,7 +290,7 @@ def test_a_path_may_have_a_newline(tmp_path):
 
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.json", "a.ndjson"])
 def test_the_content_decides_where_the_ending_does_not(tmp_path, name):
-    lines = json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "b"}) + "\n"
+    lines = json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "b", "prompt": "2"}) + "\n"
     (tmp_path / name).write_text("\ufeff" + lines)
     assert [p.id for p in load_problems(tmp_path / name).problems] == ["a", "b"]
     (tmp_path / name).write_text(json.dumps([GOOD], indent=2))
@@ -264,6 +306,9 @@ def test_the_content_decides_where_the_ending_does_not(tmp_path, name):
         ([4, 2.5, 3.0, "  5 "], ["4", "2.5", "3", "5"]),
         ([4.0, float("nan"), None, ""], ["4"]),
         ([["7"], [8], [], ["1", "2"]], ["7", "8"]),
+        # A list of texts in a text (Skywork-OR1); an interval is none. Dollars (TRL's DeepMath).
+        (['["7"]', ' ["x, y"]', '["1", "2"]', "[0, 1]", "[8]", '["a'], ["7", "x, y", "[0, 1]", "[8]", '["a']),
+        (["$x$", "$1$ or $2$", "$5", "a", "so $\\boxed{7}$"], ["x", "$1$ or $2$", "$5", "a", "7"]),
         # One answer that looks worked among plain ones makes no worked column.
         (["a", "so \\boxed{b}", "c"], ["a", "b", "c"]),
         (["x\n#### 1,234", "x\n#### $1,234.5", "x\n#### 1,23", "#### not the last\nline"], ["1234", "$1234.5", "1,23"]),
@@ -271,7 +316,8 @@ def test_the_content_decides_where_the_ending_does_not(tmp_path, name):
 )
 def test_answers(tmp_path, answers, expected):
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for answer in answers))
+    lines = [{"problem": f"{number}?", "answer": answer} for number, answer in enumerate(answers)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     problem_set = load_problems(file)
     assert [p.ground_truth for p in problem_set.problems] == expected
     assert sum(problem_set.dropped.values()) == len(answers) - len(expected)
@@ -297,6 +343,34 @@ def test_a_bug_of_ours_is_no_faulty_row(monkeypatch):
     def planted(*args: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("gradprobe.problems.data_set._answer_of", planted)
+    monkeypatch.setattr("gradprobe.problems.data_set.answer_of", planted)
     with pytest.raises(ValueError, match="^a bug$"):
         read("math.json")
+
+
+SHOWN = [
+    line.strip("| ").split(" | ")
+    for line in (DATA.parents[2] / "docs/problems.md").read_text().splitlines()
+    if line.startswith("| ") and line.count(" | ") == 3 and line.split(" | ")[1].startswith("`")
+]
+
+
+def test_the_docs_table_has_every_layout():
+    assert sorted(file for _, file, *_ in SHOWN) == sorted(f"`{file.stem}`" for file in (DATA / "public").iterdir())
+
+
+@pytest.mark.parametrize(("name", "file", "columns", "how"), SHOWN, ids=[row[0] for row in SHOWN])
+def test_public_data_sets_are_read_as_the_docs_say(name, file, columns, how):
+    (path,) = (DATA / "public").glob(f"{file.strip('`')}.*")
+    answer_key = how.partition("--answer-key ")[2].strip("`") or None
+    if how.startswith("refused: "):
+        with pytest.raises(InputError, match=re.escape(how.removeprefix("refused: "))):
+            load_problems(path)
+        return
+    problem_set = load_problems(path, answer_key=answer_key)
+    (problem,) = problem_set.problems
+    assert problem.ground_truth == "7"
+    asked = problem.prompt or problem.messages[-1][1]
+    assert asked.endswith(("3+4?", "How many?"))
+    assert bool(problem.messages) == ("--chat-template" in how)
+    assert bool(problem_set.dropped) == ("copies are dropped" in how)

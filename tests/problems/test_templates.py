@@ -133,6 +133,17 @@ def in_messages(file: Path, *roles_and_contents: tuple[str, str]) -> Path:
     return file
 
 
+@pytest.mark.parametrize("role", ["assistant", "gpt", "Assistant", "model"])
+def test_a_solution_in_the_messages_is_refused_under_any_name(role, tokenizer, tmp_path):
+    messages = [{"from": "human", "value": "1+2?"}, {"from": role, "value": "That is \\boxed{3}."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": messages, "answer": "3"}))
+    with pytest.raises(InputError, match=r"end in one of the role assistant .*`problem_key`.*`continue_final_message`"):
+        render_prompts(load_problems(tmp_path / "a.jsonl"), chat=True, tokenizer=tokenizer)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"conversations": messages[:1], "answer": "3"}))
+    (problem,) = render_prompts(load_problems(tmp_path / "a.jsonl"), chat=True, tokenizer=tokenizer).problems
+    assert problem.prompt == "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_a_message_of_the_assistant_at_the_end_is_refused_or_gone_on_with(tokenizer, tmp_path):
     file = in_messages(tmp_path / "a.jsonl", ("user", "1+2?"), ("assistant", "Let me see: 1 "))
     problem_set = load_problems(file)

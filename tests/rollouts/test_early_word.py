@@ -19,7 +19,7 @@ VERIFIERS = (
 
 def rollout(prompt: int, correct: bool, n_tokens: int = 3, end: int = 7, text: str = "") -> Rollout:
     ids, zeros = [*[1] * (n_tokens - 1), end], [0.5] * n_tokens
-    return Rollout(prompt, 0, "p", [1], ids, zeros, zeros, text, "", correct)
+    return Rollout(prompt, 0, "p", [1 + prompt], ids, zeros, zeros, text, "", correct)
 
 
 def test_counts_are_of_rollouts_and_prompts():

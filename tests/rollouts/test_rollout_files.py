@@ -536,7 +536,7 @@ def test_the_same_prompt_in_several_lines_is_one_prompt(tokenizer, tmp_path):
         ([vllm_line("1+2", {"index": 0})], r":1: neither text nor token ids of the completion"),
         ([vllm_line(None)], r":1: neither text nor token ids of the prompt"),
         ([json.dumps(vllm_line()).replace("1+2", "1\x00")], r":1: not JSON"),
-        ([vllm_line(ground_truth=["3"])], r":1: its ground truth is of type list"),
+        ([vllm_line(ground_truth={})], r":1: 'ground_truth' is of type dict"),
         ([vllm_line("1+2", {"text": ""})], r"no rollouts left; dropped 1 completions without response tokens"),
         ([{"prompt": ["a", "b"], "choices": [{"text": "c"}]}], r":1: several prompts in one line"),
         ([{"prompt": "a", "echo": True, "choices": [{"text": "ab"}]}], r":1: asked for with 'echo'"),
@@ -725,3 +725,57 @@ def test_every_file_in_the_docs_table_exists_and_is_read_here():
     assert named == {file.name for file in DATA.iterdir()}
     tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
     assert named <= set(re.findall(r'"([\w]+\.(?:jsonl|parquet))"', tests))
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "tool_calls"])
+@pytest.mark.parametrize("shape", ["openai", "trl"])
+def test_a_response_in_parts_is_refused_without_its_ids(key, shape, tokenizer, tmp_path):
+    """What stood before `content`, and between both, was sampled too: other contexts, other tokens."""
+    message, ids = {"role": "assistant", "content": "\\boxed{3}."}, tokenizer("1+2=3. \\boxed{3}.")["input_ids"]
+
+    def line(message: dict, ids: list[int] | None) -> dict:
+        told = {"prompt": "1+2", "correct": True}
+        if shape == "trl":
+            return told | {"completion": [message]} | ({} if ids is None else {"completion_ids": ids})
+        return told | {"choices": [{"message": message, "finish_reason": "stop", "token_ids": ids}]}
+
+    for apart in ({}, {key: None}, {key: ""}, {key: []}):
+        assert len(read(written(tmp_path, line(message | apart, None)), tokenizer).rollouts) == 1
+    apart = message | {key: "1+2=3." if "reasoning" in key else [{"name": "sum"}]}
+    with pytest.raises(InputError, match=f":1: a part of its response .* in '{key}'.*no --reasoning-parser"):
+        read(written(tmp_path, line(apart, None)), tokenizer)
+    (rollout,) = read(written(tmp_path, line(apart, ids)), tokenizer).rollouts
+    assert rollout.response_ids == ids
+
+
+def test_truths_are_read_as_a_data_sets(tokenizer, tmp_path, problems):
+    """TRL logs the columns of its data set: worked solutions, lists in texts, dollars."""
+    truths = {"We get 1, \\boxed{2}, so \\boxed{3}.": "3", "1+2\n#### 3": "3", '["7"]': "7", "$x$": "x", "4": "4"}
+    lines = [{"prompt": "1+2", "completion": "3", "solution": truth} for truth in truths]
+    found = read(written(tmp_path, *lines), tokenizer).rollouts
+    assert [r.ground_truth for r in found] == list(truths.values())
+    several = {"prompt": "1+2", "completion": "3", "solution": '["1", "2"]'}
+    report = read(written(tmp_path, *lines, several), tokenizer).report
+    assert report.dropped == {"with several answers in 'solution'": 1}
+    line = {"prompt": problems[0].prompt, "completion": "3", "solution": f"so \\boxed{{{problems[0].ground_truth}}}"}
+    (rollout,) = read(written(tmp_path, line), tokenizer, problems=problems).rollouts
+    assert rollout.ground_truth == problems[0].ground_truth
+
+
+def test_a_prompt_that_ends_in_the_assistants_message_is_refused(tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "It is"}]
+    with pytest.raises(InputError, match=":1: its prompt ends in a message of the role assistant"):
+        read(written(tmp_path, {"prompt": messages, "completion": "3", "correct": True}), tokenizer)
+
+
+def test_requests_of_one_prompt_are_samples_of_one_problem(tokenizer, tmp_path):
+    """A batch has a request for each sample; as a data set these are copies, whose ids still name their problem."""
+    requests = [{"custom_id": f"r{i}", "body": {"prompt": f"{i // 3}+2"}, "ground_truth": "3"} for i in range(6)]
+    asked = load_problems(
+        written(tmp_path, *requests, name="requests.jsonl"),
+        **{"id_key": "custom_id", "problem_key": "body.prompt", "answer_key": "ground_truth"},
+    )
+    body = {"choices": [{"text": "3", "finish_reason": "stop"}]}
+    answers = [{"custom_id": f"r{i}", "response": {"body": body}} for i in range(6)]
+    found = read(written(tmp_path, *answers), tokenizer, problems=asked.problems, copies=asked.copies).rollouts
+    assert [(r.prompt_idx, r.sample_idx) for r in found] == [(p, s) for p in (0, 3) for s in range(3)]

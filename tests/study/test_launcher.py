@@ -230,19 +230,29 @@ def test_an_adapter_reaches_both_probes_of_its_model_alone(environment):
         assert after.get("--adapter") == ("out/an_adapter" if "_rl_s" in after["--output-dir"] else None)
 
 
+UUIDS = ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/2")
+
+
 @pytest.mark.parametrize(
     ("settings", "used"),
     [
         ({"GPUS": "3,5", "STUB_GPUS": "0 1 2 3 4 5"}, {"3", "5"}),
         ({"STUB_GPUS": "0 1 No-devices-were-found"}, {"0", "1"}),
+        ({"CUDA_VISIBLE_DEVICES": "6,7", "STUB_GPUS": "0 1 2 3 4 5 6 7"}, {"6", "7"}),
+        ({"CUDA_VISIBLE_DEVICES": "6,7", "GPUS": "2", "STUB_GPUS": "0 1 2"}, {"2"}),
+        ({"CUDA_VISIBLE_DEVICES": "1,-1,0", "STUB_GPUS": "0 1"}, {"1"}),
+        *(({"CUDA_VISIBLE_DEVICES": none, "STUB_GPUS": "0 1"}, {""}) for none in ("", "-1", "NoDevFiles")),
+        *(({name: ",".join(UUIDS), "STUB_GPUS": "0 1"}, set(UUIDS)) for name in ("CUDA_VISIBLE_DEVICES", "GPUS")),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "GPUS": "0", "DEVICE": "cpu", "STUB_GPUS": "0 1"}, {""}),
     ],
 )
 def test_one_shard_per_gpu(environment, settings, used):
-    result = launch(environment, DEVICE="auto", SHARDS_PER_MODEL="3", **settings)
+    result = launch(environment, **{"DEVICE": "auto", "SHARDS_PER_MODEL": "3"} | settings)
     assert result.returncode == 0, result.stderr
     probes = [call for call in calls(environment) if call[0].startswith("probe")]
     assert len(probes) == 12
     assert {call[1] for call in probes} == used
+    assert {call[1] for call in calls(environment)} <= used, "analyses take nobody else's"
 
 
 @pytest.mark.parametrize("tags", [["only"], ["base", "step-100", "step.500"]])
@@ -421,11 +431,13 @@ BAD_SETTINGS = [
     ({"PROGRESS_SECONDS": "0.5"}, "PROGRESS_SECONDS=0.5: must be a whole number above 0"),
     ({"DEVICE": "tpu"}, "DEVICE=tpu: must be auto, cuda or cpu"),
     ({"DEVICE": "cuda"}, "DEVICE=cuda: nvidia-smi lists no GPU"),
+    ({"DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "", "STUB_GPUS": "0"}, "DEVICE=cuda: CUDA_VISIBLE_DEVICES lists no"),
+    ({"DEVICE": "auto", "CUDA_VISIBLE_DEVICES": "9", "STUB_GPUS": "0"}, "CUDA_VISIBLE_DEVICES=9: nvidia-smi lists 0"),
     ({"LAUNCHER": "magic"}, "LAUNCHER=magic: must be local or slurm"),
     ({"DRY_RUN": "yes"}, "DRY_RUN=yes: must be 0 or 1"),
     ({"EXP3": "yes"}, "EXP3=yes: must be 0 or 1"),
     ({"STEP": "2"}, "STEP=2: must be 0 or 1"),
-    ({"GPUS": "0,x"}, "GPUS=0\\,x: 'x' is no GPU's number"),
+    ({"GPUS": "0,x"}, "GPUS=0\\,x: 'x' is no GPU's number or UUID"),
     ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
     ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi lists 0 1, not 8"),
     ({"MODELS": "Qwen/Qwen2.5-1.5B"}, "MODELS: 'Qwen/Qwen2.5-1.5B' is not TAG=PATH"),
@@ -450,6 +462,10 @@ BAD_SETTINGS = [
     (
         {"STUB_REFUSE": ANALYSES[2], "STUB_REFUSAL": "usage: a\\nx.py: error: argument --objective: invalid choice"},
         "error: argument EXP3_OBJECTIVE: invalid choice",
+    ),
+    (
+        {"STUB_REFUSE": ANALYSES[2], "STUB_REFUSAL": "Traceback (most recent call):\\nImportError: no such library"},
+        "error: ImportError: no such library",
     ),
     ({"STUB_BYTES_POOLED": str(2**33)}, "up to 655360 GiB are needed there, "),  # 2 models × 2 copies × 20480 rows
     ({"STUB_BYTES": str(2**50)}, "up to 8388608 GiB are needed there, "),
