@@ -234,7 +234,7 @@ def rollout(prompt: int, sample: int, n: int, correct: bool, **changed) -> Rollo
     """Tokens of entropy 0.5 and 1.5 in turn; the last one ends it."""
     kept = {"response_ids": [1] * (n - 1) + [9], "entropies": [0.5, 1.5] * (n // 2), "logprobs": [-0.5] * n}
     kept |= {"token_texts": [" sure", "\x1b<b>"] * (n // 2), "prompt_idx": prompt, "sample_idx": sample}
-    told = {"problem_id": f"p{prompt}", "prompt_ids": [5], "response": "\\boxed{7}", "ground_truth": "7"}
+    told = {"problem_id": f"p{prompt}", "prompt_ids": [5 + prompt], "response": "\\boxed{7}", "ground_truth": "7"}
     return Rollout(correct=correct, **(told | kept | changed))
 
 
