@@ -28,6 +28,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def problems_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve problems of unequal length; random responses never solve them."""
     file = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    records = [{"id": f"p{i}", "prompt": f"{i % 7}+2" * (i % 4 + 1), "ground_truth": "3", "meta": {}} for i in range(12)]
+    prompts = [f"{i % 7}+2" * (i % 4 + 1) for i in range(12)]
+    records = [{"id": f"p{i}", "prompt": prompt, "ground_truth": "3", "meta": {}} for i, prompt in enumerate(prompts)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file

@@ -191,11 +191,12 @@ def test_output_of_other_settings_in_use_or_of_somebody_else(refuses, run, sampl
 # Data sets
 
 GOOD = '{"id": "a", "prompt": "1+2", "ground_truth": "3"}\n'
+ESCAPES = GOOD.replace('"a"', '"\\u001b[31m"')
 DATA_SETS = {  # what else can be wrong with one: tests/problems/test_problems.py
     "empty": (b"", "--dataset TMP/problems.jsonl", "no problems"),
     "UTF-16": (GOOD.encode("utf-16"), "TMP/problems.jsonl", "not UTF-8"),
-    "escapes in an id": ((GOOD.replace('"a"', '"\\u001b[31m"') * 2).encode(), ":2", "\\x1b[31m"),
-    "two broken lines": ((GOOD + "x\ny\n").encode(), "TMP/problems.jsonl:2", "TMP/problems.jsonl:3"),
+    "escapes in an id": ((ESCAPES + ESCAPES.replace("1+2", "2+2")).encode(), ":2", "\\x1b[31m"),
+    "two broken lines": ((GOOD + "x\ny\n").encode(), "TMP/problems.jsonl:2", "1 more like it"),
 }
 
 
@@ -787,7 +788,7 @@ def test_other_merged_dumps_are_left_alone(refuses, run, probed, tmp_path):
 
 
 FILE = "TMP/rollouts.jsonl:2"
-UNSCORED = {"tail_mass": None, "token_texts": None}
+UNSCORED = {"tail_mass": None, "token_texts": None, "sum_p2": None}
 """As files of older versions were."""
 ROLLOUTS = {
     "missing": (Path.unlink, "TMP/rollouts.jsonl", "No such file"),

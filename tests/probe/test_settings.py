@@ -24,7 +24,7 @@ def test_what_needs_or_excludes_another_setting_is_refused_with_both_named(name,
     """A setting that isn't there, misspelled in the metadata, would show here."""
     other = quoted.split("`")[1]
     given = {one: OTHER_VALUES.get(one, "another") for one in ((name,) if key == "only_with" else (name, other))}
-    given |= {one: 2 for one in given if one.startswith(("num_", "max_new", "pos_per", "temp"))}
+    given |= {one: 2 for one in given if one.startswith(("num_", "skip_", "max_new", "pos_per", "temp"))}
     with pytest.raises(InputError, match=f"`{name}` .*{quoted}"):
         ProbeSettings(model_path="m", output_dir=Path("o"), **given).check()
 
