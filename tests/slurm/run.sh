@@ -12,7 +12,7 @@ PYTHON="$(bash "$project/scripts/ensure_venv.sh")"
 work="$(mktemp -d)"
 chmod 711 "$work" # munged wants its socket to be within everyone's reach
 export PYTHON CLUSTER_DIR="$work/cluster" SLURM_CONF="$work/cluster/slurm.conf"
-export NUM_PROMPTS=24 MAX_NEW_TOKENS=128 SHARDS_PER_MODEL=2 DEVICE=cpu
+export NUM_PROMPTS=24 MAX_NEW_TOKENS=128 SHARDS_PER_MODEL=2 DEVICE=cpu EXP3=1
 cluster="$project/tests/slurm/cluster.sh"
 mkdir "$CLUSTER_DIR"
 
