@@ -8,18 +8,19 @@ linear in d_t, so that each rule of which tokens count is read off the same numb
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from ..analysis.jackknife import NO_ESTIMATE, Estimate, Interval, interval_of, ratio_of, stack_of_means, z_of
 from ..dump.on_policy import MIN_RARE_TOKENS
+from .tables import MIN_PROMPTS
 from .weights import update_weights
 
 LEAST_T = 2.0
 """Below, the step's gain is not told from 0, and no share of it is a number."""
 PERMUTATIONS = 10_000
 GRID = np.arange(1, 21) / 20
-MIN_PROMPTS = 3
 TOKENS_SHOWN = 12
 
 
@@ -50,7 +51,7 @@ class Along:
     rules: Mapping[str, np.ndarray]
     token: np.ndarray
 
-    @property
+    @cached_property
     def rollout(self) -> np.ndarray:
         """[T] each token's rollout."""
         return np.repeat(np.arange(len(self.n_tokens)), self.n_tokens)
