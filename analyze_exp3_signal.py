@@ -24,6 +24,7 @@ from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
 from gradprobe.analysis.summaries import write_results
 from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
+from gradprobe.common.files import make_directory
 from gradprobe.exp3.measure import measure_dumps, refusal
 from gradprobe.exp3.summary import SUMMARY, numbers_of, tables_of, with_measured_gains
 from gradprobe.exp3.weights import OBJECTIVES
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = parse_tagged_dumps(args.dumps)
     dumps = open_dumps(paths, refusal)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
+    make_directory(output_dir)  # before minutes of work
     warn(dumps)
     differences = say_differences(dumps)
 
