@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The original study's headline claims beside what a finished study says, as a Markdown table.
+"""The headline claims of the original study, and of those whose training it looks into, beside what a study says.
 
     python studies/smollm2/claims.py out/smollm2
 
@@ -24,9 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 from gradprobe.analysis.bucket import bucket_of  # noqa: E402
 from gradprobe.analysis.inputs import open_dumps  # noqa: E402
+from gradprobe.analysis.text import share_estimate  # noqa: E402
 from gradprobe.dump.format import Dump  # noqa: E402
 from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
 from gradprobe.exp2.direction import compare_groups  # noqa: E402
+from gradprobe.exp3.signal import CLAIMED_SHARE  # noqa: E402
+from gradprobe.exp3.summary import at  # noqa: E402
 
 TOP = 4
 DRAWS = 10
@@ -34,6 +37,8 @@ DRAWS = 10
 YES, NO, CANT_TELL = "borne out", "not borne out", "can't tell"
 SHARED, APART = 0.7, 0.07
 """What the original gives: |cos| of 0.7 to 0.9 in the base model, at most 0.07 after RL."""
+NEARLY_ALL = 0.8
+"""Of the gain, above which a share is nearly all of it."""
 
 
 def main() -> None:
@@ -41,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="OUT_ROOT of the study")
     study = parser.parse_args().study
-    exp1, exp2 = (json.loads((study / "exp12_figures" / f"exp{i}_summary.json").read_text()) for i in (1, 2))
+    exp1, exp2, exp3 = (json.loads((study / "exp12_figures" / f"exp{i}_summary.json").read_text()) for i in (1, 2, 3))
     dumps = {tag: open_dumps({None: study / f"exp12_{tag}"})[None][0] for tag in exp1}
     rng = np.random.default_rng(0)
     wrong = {
@@ -54,7 +59,8 @@ def main() -> None:
     print(f"Read line by line, {moved} labels are another bucket's; ranges are over {DRAWS} orders of drawing.\n")
     print("| claim | the original | computed as it did | each label on its gradient | what that is worth | |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for row in [compression(exp1, then, now), *directions(exp1, then, now), *alignments(exp2, then, now)]:
+    rows = [compression(exp1, then, now), *directions(exp1, then, now), *alignments(exp2, then, now), top_tokens(exp3)]
+    for row in rows:
         print("| " + " | ".join(row) + " |")
 
 
@@ -144,6 +150,22 @@ def alignments(exp2: dict[str, Any], then: dict[str, list[Any]], now: dict[str, 
             ]
         )
     return rows
+
+
+def top_tokens(exp3: dict[str, Any]) -> list[str]:
+    """Wang et al.: RL on the 20% of the tokens with the highest entropy alone gains what RL on all of them does."""
+    step = exp3["base"]["step"]
+    shares = {rule: at(step["keep_top"][rule], CLAIMED_SHARE)["share"] for rule in ("entropy", "surprisal", "random")}
+    low, high = shares["entropy"]["ci95"] or (0.0, 1.0)
+    told = ", ".join(f"{rule} {share_estimate(one)}" for rule, one in shares.items())
+    return [
+        "20% of the tokens, those of highest entropy, carry nearly all of RL's gain",
+        "trained on them alone: as good or better",
+        "-",
+        f"base, along the step: {share_estimate(shares['entropy'])}",
+        step["gain"]["reason"] or f"t {step['gain']['t']:.1f}; top 20% by {told}",
+        YES if low >= NEARLY_ALL else NO if high < NEARLY_ALL else CANT_TELL,
+    ]
 
 
 def spread(interval: list[float], digits: int) -> str:
