@@ -100,7 +100,8 @@ class _ProjectedTap:
         key = (like.device, dtype)
         if key not in self._moved:
             self._moved[key] = tuple(
-                torch.from_numpy(signs).to(like.device, dtype) for signs in (self.out_signs, self.in_signs)
+                torch.from_numpy(signs).to(like.device, dtype, non_blocking=True)
+                for signs in (self.out_signs, self.in_signs)
             )
         return self._moved[key]
 

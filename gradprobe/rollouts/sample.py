@@ -193,8 +193,9 @@ def _one_prompt_at_a_time(
 
     budget = max_rows if isinstance(max_rows, Budget) else Budget(max_rows)
     for p, prompt in enumerate(prompts):
-        steps = torch.from_numpy(np.stack([uniforms(p, s) for s in range(sampling.n_samples)])).to(device)
-        batches = run_in_batches([1] * len(steps), budget, lambda b: responses_to(prompt, steps[b]))  # noqa: B023
+        steps = torch.from_numpy(np.stack([uniforms(p, s) for s in range(sampling.n_samples)]))
+        run = lambda b: responses_to(prompt, steps[b].to(device, non_blocking=True))  # noqa: B023, E731
+        batches = run_in_batches([1] * len(steps), budget, run)
         yield [[ids for _, found in batches for ids in found]]
 
 
