@@ -23,7 +23,6 @@ A table for people goes to stdout, and one line of JSON for programs behind it.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -40,7 +39,7 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from bench_scaling import QWEN_1_5B, Shape, peak_memory, reset_peak_memory  # noqa: E402
+from bench_scaling import QWEN_1_5B, Shape, peak_memory, reset_peak_memory, wait_for  # noqa: E402
 
 from gradprobe.dump.buckets import bucket_of, choose_positions, fit_edges  # noqa: E402
 from gradprobe.gradients.chosen import Chosen  # noqa: E402
@@ -49,6 +48,7 @@ from gradprobe.gradients.step import along_step, subtract  # noqa: E402
 from gradprobe.gradients.targets import Projection, Target, expand_projected  # noqa: E402
 from gradprobe.model.checkpoint import load_checkpoint, resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import layer_list  # noqa: E402
+from gradprobe.model.identity import hardware_of  # noqa: E402
 from gradprobe.probe.settings import BATCH_TOKENS  # noqa: E402
 from gradprobe.problems.data_set import load_problems, shard_of_study  # noqa: E402
 from gradprobe.rollouts.sample import Sampling, rollout_uniforms, sample_responses  # noqa: E402
@@ -107,8 +107,7 @@ class Bench:
         reset_peak_memory(self.model.device)
         start = time.perf_counter()
         result = work()
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.model.device)
         elapsed = time.perf_counter() - start
         self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory(self.model.device))
         return elapsed, result
@@ -138,14 +137,13 @@ def build(args: argparse.Namespace) -> Bench:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this machine, the best of several: the ceiling of both ways."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(8):
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -381,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     bench = build(args)
     device, dtype = bench.model.device, bench.model.dtype
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    machine = hardware_of(device)
     ceiling = matmul_rate(device, dtype)
     facts = {
         "machine": machine,

@@ -43,7 +43,7 @@ from gradprobe.dump.records import Position, write_records  # noqa: E402
 from gradprobe.gradients.blocks import OUTPUT, Block, Saved  # noqa: E402
 from gradprobe.gradients.engine import GradientEngine  # noqa: E402
 from gradprobe.gradients.targets import AnyTarget, Projection, Target, expand_projected  # noqa: E402
-from gradprobe.model.checkpoint import resolve_device  # noqa: E402
+from gradprobe.model.checkpoint import resolve_device, resolve_dtype  # noqa: E402
 from gradprobe.model.decoder import LOGITS_PER_BLOCK  # noqa: E402
 
 SUFFIX = "mlp.down_proj.weight"
@@ -284,7 +284,7 @@ def memory_cells(shape: Shape, length: int) -> list[str]:
 def reset_peak_memory(device: torch.device) -> None:
     """Start the peak anew: the allocator's on a GPU, the process's resident set on a CPU (where Linux allows it)."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -293,9 +293,15 @@ def reset_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Bytes at the peak since the last reset."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was asked; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def gradients_of(shape: Shape, model: nn.Module, targets: list[AnyTarget], n: int, length: int) -> Callable[[], None]:
@@ -351,7 +357,7 @@ def measure_peak(shape: Shape, n: int, length: int, device_name: str) -> list[st
     """Cells of one batch: bytes kept and at the peak; in a process of its own, since the peak is the process's."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     device = torch.device(device_name)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = resolve_dtype("auto", device)
     work = gradients_of(shape, shape.model(device_name, dtype), [Target(shape.middle, SUFFIX, 0)], n, length)
     gc.collect()
     reset_peak_memory(device)

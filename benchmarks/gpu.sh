@@ -51,6 +51,7 @@ fi
 step "Checks" "$PYTHON" benchmarks/gpu_checks.py "${rollouts[@]}" --device "$DEVICE"
 step "Memory against docs/scaling.md" "$PYTHON" benchmarks/bench_scaling.py --check "${quick[@]}" --device "$DEVICE"
 step "The probe by phase" "$PYTHON" benchmarks/bench_probe.py --config "$SHAPE" --random-init --device "$DEVICE" "${probe[@]}"
+step "The step" "$PYTHON" benchmarks/bench_step.py --shape "$SHAPE" --device "$DEVICE"
 step "The analyses" "$PYTHON" benchmarks/bench_scaling.py --analyses "$rows" --device "$DEVICE"
 rm -f -- "$log"
 if ((${#failed[@]} > 0)); then

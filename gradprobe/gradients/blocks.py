@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..model.batches import is_out_of_memory
-from ..model.decoder import context_length, decoder_hidden, layer_list
+from ..model.batches import is_out_of_memory, on_device
+from ..model.decoder import context_length, decoder_hidden, layer_list, masks_known
 
 DIFFERS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 """What running a module of another kind as if it were a block of this one may raise."""
@@ -305,7 +305,8 @@ def run_below(
 
     handle = layer_list(model)[1][layer].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model.base_model(input_ids=input_ids, use_cache=False, **positions)
+        with masks_known():
+            model.base_model(input_ids=input_ids, use_cache=False, **positions)
     except _ReachedError:
         pass
     finally:
@@ -315,9 +316,9 @@ def run_below(
 
 def rotary_of(kwargs: dict[str, Any], sequences: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every token's position, [tokens, 1, head size], out of a block's arguments."""
-    positions = torch.cat([torch.arange(tokens.stop - tokens.start) for tokens in sequences])
-    cos, sin = (x[0][positions.to(x.device), None] for x in kwargs["position_embeddings"])
-    return cos, sin
+    cos, sin = kwargs["position_embeddings"]
+    positions = on_device([p for tokens in sequences for p in range(tokens.stop - tokens.start)], cos.device)
+    return cos[0][positions, None], sin[0][positions, None]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..common.errors import InputError
-from ..model.batches import Budget, pad_right, run_in_batches
+from ..model.batches import Budget, on_device, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, n_inputs, positions_per_head_block
 from ..model.past import refuse_lengths
 from ..model.placement import input_device, is_spread
@@ -40,6 +40,7 @@ class _RowTap:
     wanted: list[int]
     inputs: list[torch.Tensor] = field(default_factory=list)  # [..., in] of every call in a forward pass
     zeros: list[torch.Tensor] = field(default_factory=list)  # [batch, length, rows]
+    _rows: torch.Tensor | None = None  # `wanted`, where it was needed last
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,12 +51,17 @@ class _RowTap:
         self.inputs.append(inputs)
 
     def of(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient[..., self.wanted]
+        return gradient[..., self._rows_on(gradient.device)]
 
     def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         self.keep(args[0].detach().to(output.device))  # elsewhere only where weights are spread over devices
         self.zeros.append(output.new_zeros(*output.shape[:-1], len(self.wanted), requires_grad=True))
-        return output.index_add(-1, torch.tensor(self.wanted, device=output.device), self.zeros[-1])
+        return output.index_add(-1, self._rows_on(output.device), self.zeros[-1])
+
+    def _rows_on(self, device: torch.device) -> torch.Tensor:
+        if self._rows is None or self._rows.device != device:
+            self._rows = on_device(self.wanted, device)
+        return self._rows
 
 
 @dataclass(eq=False)
@@ -94,7 +100,8 @@ class _ProjectedTap:
         key = (like.device, dtype)
         if key not in self._moved:
             self._moved[key] = tuple(
-                torch.from_numpy(signs).to(like.device, dtype) for signs in (self.out_signs, self.in_signs)
+                torch.from_numpy(signs).to(like.device, dtype, non_blocking=True)
+                for signs in (self.out_signs, self.in_signs)
             )
         return self._moved[key]
 
@@ -208,11 +215,11 @@ class GradientEngine:
         tape = []
         self._forget()
         for block in self._blocks:
-            x, saved = block.forward(x, sequences, rotary, torch.tensor(at, device=x.device) if block is last else None)
+            x, saved = block.forward(x, sequences, rotary, on_device(at, x.device) if block is last else None)
             # Of the lowest block the feed-forward block's output alone may be asked for, which needs nothing of it.
             is_needed = block is not lowest or set(block.taps) != {OUTPUT}
             tape.append((block, saved if is_needed else None))
-        ids = torch.tensor([token for g in gradients for token in g.ids], device=x.device)
+        ids = on_device([token for g in gradients for token in g.ids], x.device)
         upstream = self._head_gradients(x, ids, self.model.base_model.norm)
         n_before = 0
         found: dict[_Tap, list[torch.Tensor]] = {tap: [] for tap in self._taps.values()}
@@ -221,9 +228,7 @@ class GradientEngine:
             starts = [span.start + j * span.n for span in spans for j in range(span.k)]
             places = [start + place for start, g in zip(starts, of_pass, strict=True) for place in g.at]
             chosen = Span(0, 1, n_tokens, n_before)
-            run = Pass(
-                upstream[n_before : n_before + n_tokens].clone(), spans, chosen, torch.tensor(places, device=x.device)
-            )
+            run = Pass(upstream[n_before : n_before + n_tokens].clone(), spans, chosen, on_device(places, x.device))
             n_before += n_tokens
             for block, saved in reversed(tape):
                 deltas = block.backward(run, saved, is_last=block is last)
@@ -248,9 +253,9 @@ class GradientEngine:
         finally:
             for handle in handles:
                 handle.remove()
-        rollouts = torch.tensor([g.rollout for g in gradients for _ in g.at])
-        at = torch.tensor([place for g in gradients for place in g.at])
-        ids = torch.tensor([token for g in gradients for token in g.ids], device=hidden.device)
+        rollouts = on_device([g.rollout for g in gradients for _ in g.at], hidden.device)
+        at = on_device([place for g in gradients for place in g.at], hidden.device)
+        ids = on_device([token for g in gradients for token in g.ids], hidden.device)
         head_gradients = self._head_gradients(hidden.detach()[rollouts, at], ids)
         zeros = [zero for tap in self._taps.values() for zero in tap.zeros]
         n_before = 0
@@ -264,14 +269,14 @@ class GradientEngine:
             again = k < gradients[-1].k
             # A call on which nothing hangs has zeros for its gradient, and so has a map that is not called.
             deltas = iter(torch.autograd.grad(hidden, zeros, upstream, again, materialize_grads=True) if zeros else ())
-            members = [g.rollout for g in of_pass]
+            members = on_device([g.rollout for g in of_pass], hidden.device)
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             for collected, (weight, tap) in zip(found, self._taps.items(), strict=True):
                 total = hidden.new_zeros(len(hidden), *tap.shape, dtype=dtype)
                 for inputs, delta in zip(tap.inputs, deltas, strict=False):
                     delta, x = _by_rollout(delta.to(dtype), inputs.to(dtype), hidden, weight)
                     total = total.to(delta.device).baddbmm(delta.transpose(1, 2), x)
-                collected.append(total[members])
+                collected.append(total[members.to(total.device)])
         self._forget()
         return gradients, self._of_targets([torch.cat(collected) for collected in found])
 

@@ -112,8 +112,8 @@ def _derivatives(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor
     def of_logits(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         value, change = forward_ad.unpack_dual(logits)
         if change is None:  # no parameter that the logits hang on moves
-            return (torch.zeros(len(ids), dtype=torch.float64),)
-        return (Softmax(value).log_prob_along(ids, change).cpu(),)
+            return (torch.zeros_like(ids, dtype=torch.float64),)
+        return (Softmax(value).log_prob_along(ids, change),)
 
     return in_blocks(model, hidden, token_ids, of_logits)
 

@@ -2,13 +2,19 @@
 
 import gc
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
+
+
+def on_device(numbers: Sequence[Any] | np.ndarray, device: torch.device) -> torch.Tensor:
+    """Whole numbers there, int64; nothing waits for the device, as `torch.tensor(..., device=...)` would."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
 def pad_right(sequences: list[list[int]], device: torch.device) -> torch.Tensor:
@@ -18,7 +24,7 @@ def pad_right(sequences: list[list[int]], device: torch.device) -> torch.Tensor:
     """
     longest = max(map(len, sequences))
     rows = [sequence + (sequence[-1:] or [0]) * (longest - len(sequence)) for sequence in sequences]
-    return torch.tensor(rows, dtype=torch.long, device=device)
+    return on_device(rows, device)
 
 
 def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +32,7 @@ def pad_left(sequences: list[list[int]], device: torch.device) -> tuple[torch.Te
     longest = max(map(len, sequences))
     ids = [sequence[:1] * (longest - len(sequence)) + sequence for sequence in sequences]
     mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)
+    return on_device(ids, device), on_device(mask, device)
 
 
 Result = TypeVar("Result")

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from ..common.errors import InputError
 
 LOGITS_PER_BLOCK = 1 << 25
+MASKS_KNOWN = {"find_packed_sequence_indices": None, "fast_all": False}
+"""What transformers asks of positions and masks, and waits for the device each time; here a row is one sequence, and a
+mask is given where something is masked."""
 MODELS_OWN_CODE = ("transformers.models.", "transformers_modules.")
 
 
@@ -84,8 +87,22 @@ def decoder_hidden(model: nn.Module, input_ids: torch.Tensor, **behind: Any) -> 
         input_ids: [batch, length], padded on the right.
         behind: `past_key_values` of the tokens before, where there are any, with mask and position ids of all.
     """
-    output = decoder_of(model)(input_ids=input_ids, use_cache="past_key_values" in behind, **behind)
+    with masks_known():
+        output = decoder_of(model)(input_ids=input_ids, use_cache="past_key_values" in behind, **behind)
     return output.last_hidden_state.to(input_ids.device)
+
+
+@contextmanager
+def masks_known() -> Iterator[None]:
+    """Inside, transformers is told what `MASKS_KNOWN` says, where it would look."""
+    asked = {name: getattr(masking_utils, name) for name in MASKS_KNOWN if hasattr(masking_utils, name)}
+    for name in asked:
+        setattr(masking_utils, name, lambda *_, answer=MASKS_KNOWN[name]: answer)
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(masking_utils, name, function)
 
 
 def head_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

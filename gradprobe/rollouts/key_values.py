@@ -32,7 +32,7 @@ class KeyValues(Cache):
         for layer in self.layers:
             if layer.keys is not None:
                 for states in (layer.keys, layer.values):
-                    states[: len(rows), :, held] = states[:, :, held][rows]
+                    states[: len(rows), :, held] = states[:, :, held][rows.to(states.device)]
                 layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
 
 
@@ -40,6 +40,8 @@ class _Layer(DynamicLayer):
     def __init__(self, of: KeyValues, filled: DynamicLayer, prompt_of: torch.Tensor, room: int) -> None:
         super().__init__()
         self._of = of
+        # Else transformers looks whether the mask could be left out, and waits for the device at every step.
+        self.is_compileable = not prompt_of.is_cpu
         if filled.keys is not None:  # a layer that reads another's has none
             self.keys, self.values = (_widened(states, prompt_of, room) for states in (filled.keys, filled.values))
         self.is_initialized = True

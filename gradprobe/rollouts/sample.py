@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from ..common.errors import InputError
-from ..model.batches import Budget, pad_left, run_in_batches
+from ..model.batches import Budget, on_device, pad_left, run_in_batches
 from ..model.past import cache_name, keeps_tokens_apart, no_cache, refuse_lengths, refuse_without_cache
 from ..model.placement import input_device
 from .key_values import KeyValues
@@ -123,7 +123,7 @@ def sample_from(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     return drawn, up_to[:, -1].isfinite()
 
 
-def _raise_unless(is_sound: torch.Tensor) -> None:
+def _raise_unless(is_sound: bool) -> None:
     if not is_sound:
         raise InputError("the model's logits are not finite, so no token can be drawn: is the checkpoint sound?")
 
@@ -170,7 +170,7 @@ def _one_prompt_at_a_time(
     @torch.inference_mode()
     def responses_to(prompt: list[int], u: torch.Tensor) -> list[list[int]]:
         found, is_over = [[] for _ in u], [False] * len(u)
-        new, behind, n_seen = torch.tensor([prompt] * len(u), device=device), {}, 0
+        new, behind, n_seen = on_device([prompt] * len(u), device), {}, 0
         for step in range(sampling.room_after(prompt)):
             if "position_ids" in named:  # Bamba counts from 0 behind any cache
                 behind["position_ids"] = torch.arange(n_seen, n_seen + new.shape[1], device=device).expand_as(new)
@@ -180,8 +180,9 @@ def _one_prompt_at_a_time(
             if not isinstance(behind[name], Cache):  # of another kind, which a batch may not pass through unharmed
                 raise InputError(no_cache(model))
             drawn, is_sound = sample_from(output.logits[:, -1], u[:, step], sampling.temperature)
-            _raise_unless(is_sound.all())
-            for row, token in enumerate(drawn.tolist()):
+            *tokens, is_all_sound = torch.cat([drawn, is_sound.all()[None]]).tolist()
+            _raise_unless(is_all_sound)
+            for row, token in enumerate(tokens):
                 if not is_over[row]:
                     found[row].append(token)
                     is_over[row] = sampling.ends(found[row], step + 1)
@@ -192,8 +193,9 @@ def _one_prompt_at_a_time(
 
     budget = max_rows if isinstance(max_rows, Budget) else Budget(max_rows)
     for p, prompt in enumerate(prompts):
-        steps = torch.from_numpy(np.stack([uniforms(p, s) for s in range(sampling.n_samples)])).to(device)
-        batches = run_in_batches([1] * len(steps), budget, lambda b: responses_to(prompt, steps[b]))  # noqa: B023
+        steps = torch.from_numpy(np.stack([uniforms(p, s) for s in range(sampling.n_samples)]))
+        run = lambda b: responses_to(prompt, steps[b].to(device, non_blocking=True))  # noqa: B023, E731
+        batches = run_in_batches([1] * len(steps), budget, run)
         yield [[ids for _, found in batches for ids in found]]
 
 
@@ -208,16 +210,16 @@ class _Rows:
         self._model, self._sampling, self._prompts, self._device = model, sampling, prompts, input_device(model)
         self._responses: list[list[int]] = [[] for _ in uniforms]
         self._step, self._unseen = 0, STEPS_UNSEEN[self._device.type]
-        self._ends = torch.tensor(sorted(sampling.end_ids), device=self._device)
+        self._ends = on_device(sorted(sampling.end_ids), self._device)
         self._is_sound = torch.ones((), dtype=torch.bool, device=self._device)
         # Of each row: which rollout is in it (-1: it is over), and the column where its prompt begins.
         self._row = np.arange(len(uniforms))
         n_prompt = np.repeat(list(map(len, prompts)), sampling.n_samples)
         self._start = n_prompt.max() - n_prompt
         room = np.repeat([sampling.room_after(prompt) for prompt in prompts], sampling.n_samples)
-        self._room, self._n_prompt = (torch.from_numpy(n).to(self._device) for n in (room, n_prompt))
+        self._room, self._n_prompt = on_device(room, self._device), on_device(n_prompt, self._device)
         # The last column of both is for what is cut off.
-        self._u = torch.from_numpy(np.pad(uniforms, ((0, 0), (0, 1)))).to(self._device)
+        self._u = torch.from_numpy(np.pad(uniforms, ((0, 0), (0, 1)))).to(self._device, non_blocking=True)
         self._tokens = torch.zeros(self._u.shape, dtype=torch.long, device=self._device)
         self._is_over = torch.zeros(len(uniforms), dtype=torch.bool, device=self._device)
 
@@ -240,9 +242,10 @@ class _Rows:
         input_ids, mask = pad_left(self._prompts, self._device)
         filled = DynamicCache()
         logits = _next_logits(self._model, filled, input_ids, mask, (mask.cumsum(-1) - 1).clamp_(min=0))
-        prompt_of = torch.arange(len(self._prompts)).repeat_interleave(self._sampling.n_samples)
-        self._draw(logits[prompt_of.to(self._device)])
-        return KeyValues(filled, prompt_of, input_ids.shape[1] + int(self._room.max()) + self._unseen)
+        prompt_of = torch.arange(len(self._prompts), device=self._device).repeat_interleave(self._sampling.n_samples)
+        self._draw(logits[prompt_of])
+        most = max(map(self._sampling.room_after, self._prompts))
+        return KeyValues(filled, prompt_of, input_ids.shape[1] + most + self._unseen)
 
     def _draw(self, logits: torch.Tensor) -> None:
         at = min(self._step, self._tokens.shape[1] - 1)
@@ -255,7 +258,7 @@ class _Rows:
     def _advance(self, cache: KeyValues) -> None:
         """One more token in every row."""
         columns = torch.arange(cache.begin, cache.end + 1, device=self._device)
-        mask = (columns >= torch.from_numpy(self._start).to(self._device)[:, None]).long()
+        mask = (columns >= on_device(self._start, self._device)[:, None]).long()
         # A rollout that runs on past its end must not leave the model's context.
         position = self._n_prompt + self._room.clamp(max=self._step) - 1
         logits = _next_logits(self._model, cache, self._last[:, None], mask, position[:, None])
@@ -264,21 +267,29 @@ class _Rows:
 
     def _look(self) -> None:
         """Take out what is over."""
-        _raise_unless(self._is_sound)
-        is_over = self._is_over.cpu().numpy()
-        if (stop := self._sampling.stop) is not None:
-            new, tokens = range(max(1, self._step - self._unseen), self._step + 1), self._tokens.tolist()
-            is_over |= [self._row[i] >= 0 and any(stop.ends(ids, n) for n in new) for i, ids in enumerate(tokens)]
-        for row in np.flatnonzero(is_over & (self._row >= 0)).tolist():
-            ids = self._tokens[row, : self._room[row]].tolist()
+        told = torch.cat([self._is_over, self._is_sound[None]]).cpu().numpy()  # one copy, so one wait for the device
+        _raise_unless(told[-1])
+        is_over, stop = told[:-1] & (self._row >= 0), self._sampling.stop
+        if stop is None and not is_over.any():
+            return
+        tokens = self._tokens.cpu()
+        if stop is not None:
+            new = range(max(1, self._step - self._unseen), self._step + 1)
+            is_over |= [
+                row >= 0 and any(stop.ends(ids, n) for n in new)
+                for row, ids in zip(self._row, tokens.tolist(), strict=True)
+            ]
+        for row in np.flatnonzero(is_over).tolist():
+            prompt = self._prompts[self._row[row] // self._sampling.n_samples]
+            ids = tokens[row, : self._sampling.room_after(prompt)].tolist()
             self._responses[self._row[row]] = ids[: self._sampling.n_until_over(ids)]
             self._row[row] = -1
 
     def _keep(self, rows: np.ndarray, cache: KeyValues) -> None:
         """Go on with these rows alone."""
-        at = torch.from_numpy(rows)
+        at = on_device(rows, self._device)
         cache.keep(at)
-        self._row, self._start, at = self._row[rows], self._start[rows], at.to(self._device)
+        self._row, self._start = self._row[rows], self._start[rows]
         self._tokens, self._u, self._is_over = self._tokens[at], self._u[at], self._is_over[at]
         self._last, self._room, self._n_prompt = self._last[at], self._room[at], self._n_prompt[at]
 

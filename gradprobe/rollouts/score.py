@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..model.batches import Budget, pad_left, pad_right, run_in_batches
+from ..model.batches import Budget, on_device, pad_left, pad_right, run_in_batches
 from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
 from ..model.past import keeps_tokens_apart, refuse_lengths
-from ..model.placement import input_device
+from ..model.placement import input_device, is_spread
 from ..model.softmax import Softmax
 
 WORTH_SHARING = 0.8
@@ -87,8 +87,10 @@ def each_token(
             batch = [members[j] for j in batch]
             with context():
                 predicting = torch.cat(states(model, [prompts[i] for i in batch], [responses[i] for i in batch]))
-                token_ids = torch.tensor([token for i in batch for token in responses[i]], dtype=torch.long)
-                return [of.cpu().numpy() for of in measure(model, predicting, token_ids.to(predicting.device))]
+                token_ids = on_device([token for i in batch for token in responses[i]], predicting.device)
+                found = measure(model, predicting, token_ids)
+                together = torch.stack([of.double() for of in found]).cpu()  # one copy, so one wait for the device
+                return [of.to(each.dtype).numpy() for of, each in zip(together, found, strict=True)]
 
         for batch, scores in run_in_batches(list(length_of.values()), budget, run):
             cuts = np.cumsum([len(responses[members[j]]) for j in batch])[:-1]
@@ -127,18 +129,18 @@ def _states_behind_shared_prompts(
 ) -> list[torch.Tensor]:
     """The same up to rounding; a prompt is run once, and its responses behind copies of its keys and values."""
     row_of_prompt = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([row_of_prompt[tuple(prompt)] for prompt in prompts])
     device = input_device(model)
+    rows = on_device([row_of_prompt[tuple(prompt)] for prompt in prompts], device)
     input_ids, mask = pad_left([list(prompt) for prompt in row_of_prompt], device)
     position_ids = (mask.cumsum(-1) - 1).clamp_(min=0)
-    cache = DynamicCache(config=model.config)
-    behind = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
-    first = decoder_hidden(model, input_ids, **behind)[rows.to(device), -1:]  # [responses, 1, hidden]
+    cache = DynamicCache()
+    is_padded = len(set(map(len, row_of_prompt))) > 1
+    behind = {"attention_mask": mask if is_padded else None, "position_ids": position_ids, "past_key_values": cache}
+    first = decoder_hidden(model, input_ids, **behind)[rows, -1:]  # [responses, 1, hidden]
     input_ids = pad_right([response[:-1] for response in responses], device)
     if input_ids.shape[1] == 0:
         return [of[: len(response)] for of, response in zip(first, responses, strict=True)]
-    cache.batch_select_indices(rows)
-    rows = rows.to(device)
+    cache.batch_select_indices(rows.cpu() if is_spread(model) else rows)  # layers may lie anywhere
     behind["attention_mask"] = torch.cat([mask[rows], torch.ones_like(input_ids)], dim=1)
     behind["position_ids"] = position_ids[rows, -1:] + 1 + torch.arange(input_ids.shape[1], device=device)
     later = decoder_hidden(model, input_ids, **behind)
@@ -166,7 +168,7 @@ def in_blocks(
 
 
 def score_block(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[n, vocab], [n] -> what `TokenScores` holds, on the CPU."""
+    """[n, vocab], [n] -> what `TokenScores` holds."""
     dtype, softmax = logits.dtype, Softmax(logits)
     scores = softmax.entropy.to(dtype), softmax.log_prob(token_ids).to(dtype), softmax.tail_mass
-    return *(x.cpu() for x in scores), softmax.logit_norm(token_ids).to(dtype).cpu(), softmax.sum_p2.cpu()
+    return *scores, softmax.logit_norm(token_ids).to(dtype), softmax.sum_p2
