@@ -27,7 +27,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import analyze_exp1_compression
 import analyze_exp2_direction
@@ -39,9 +39,6 @@ from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import make_directory, read_json, write_text
 from gradprobe.dump.consistency import load_manifest
 from gradprobe.dump.format import target_directories
-
-if TYPE_CHECKING:
-    from gradprobe.figures.look import Figure
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,8 @@ def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
     return signal["edges"] if signal and "signal" in signal and signal["bucket_by"] == "entropy" else None
 
 
-def draw_several(exp1: Summary, exp2: Summary, sources: Mapping[str, Source]) -> dict[str, "Figure"]:
-    """What only several checkpoints, or several targets of each, can show."""
+def draw_several(exp1: Summary, exp2: Summary, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Figures of what only several checkpoints, or several targets of each, can show."""
     from gradprobe.figures.checkpoints import EXP12_TRAJECTORY, MIN_OF_TRAJECTORY, draw_trajectory
     from gradprobe.figures.look import subjects_of
     from gradprobe.figures.replication import REPLICATION, draw_replication

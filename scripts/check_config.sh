@@ -112,12 +112,10 @@ read_pairs() { # name of a setting: TAG=PATH words, or an array of them -> pairs
 }
 
 read_gpus() { # GPUS, else CUDA_VISIBLE_DEVICES, else what nvidia-smi lists -> gpus; none for the CPU and under Slurm
-    local from=GPUS wanted=() listed=() gpu words seen=" "
+    local from=GPUS wanted=() listed=() gpu words
     words_of "${GPUS//,/ }" && wanted=("${words[@]}")
     for gpu in "${wanted[@]}"; do
         [[ "$gpu" =~ $gpu_name ]] || problem_with GPUS "${gpu@Q} is no GPU's number or UUID; give for example 0,1"
-        [[ "$seen" != *" $gpu "* ]] || problem_with GPUS "$gpu is given twice"
-        seen+="$gpu "
     done
     if [[ "$LAUNCHER" == slurm ]]; then return; fi
     if ((${#wanted[@]} == 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
@@ -126,10 +124,11 @@ read_gpus() { # GPUS, else CUDA_VISIBLE_DEVICES, else what nvidia-smi lists -> g
         words_of "${CUDA_VISIBLE_DEVICES//,/ }"
         for gpu in "${words[@]}"; do
             [[ "$gpu" =~ $gpu_name ]] || break
-            [[ "$seen" != *" $gpu "* ]] || problem_with "$from" "$gpu is given twice, of which CUDA takes none"
-            wanted+=("$gpu") seen+="$gpu "
+            wanted+=("$gpu")
         done
     fi
+    gpu="$(printf '%s\n' "${wanted[@]}" | sort | uniq -d)"
+    if [[ -n "$gpu" ]]; then problem_with "$from" "${gpu%%$'\n'*} is given twice"; fi # CUDA would take none at all
     if [[ "$DEVICE" != cpu ]] && command -v nvidia-smi >/dev/null; then
         # A driver out of order reports so on stdout, in words.
         mapfile -t listed < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+')
@@ -201,9 +200,7 @@ read_answers() { # -> bytes_of each model's shards
     local -A tags_with=()
     for tag in "${tags[@]}"; do
         for part in "${parts[@]}"; do
-            answer="$logs/checks/$part $tag"
-            if [[ ! -e "$answer" ]]; then answer="$logs/checks/models"; fi # not even asked
-            answer="$(printable <"$answer")"
+            answer="$({ cat "$logs/checks/$part $tag" 2>/dev/null || cat "$logs/checks/models"; } | printable)"
             if [[ "$answer" =~ \"bytes_at_most\":\ *([0-9]{1,18})[^0-9] ]]; then
                 bytes_of[$part $tag]="${BASH_REMATCH[1]}"
             else

@@ -1,44 +1,25 @@
-#!/usr/bin/env python3
-"""What `probe_grad_vectors.py` says to several command lines: the libraries, which take seconds, are imported once.
+"""The commands of probe_grad_vectors.py in FILE.command ..., words ended by NUL; what each says goes to FILE.
 
-    python scripts/check_probes.py DIRECTORY/NAME.command ...
-
-A file holds a command's words, each ended by NUL. Each runs in a process of its own, as many at once as there are
-cores; what it says goes to DIRECTORY/NAME. The launcher has models and data checked so.
+Each runs in a process forked from one that has imported the libraries, which takes seconds; as many at once as there
+are cores.
 """
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import gradprobe.probe.run  # noqa: F401 what is imported before the fork is there in all processes
+import gradprobe.probe.run  # noqa: F401 before the fork
 import probe_grad_vectors
 
-
-def answer(file: Path) -> int:
-    """Run a command, with all that it says in `file` less its suffix; its exit status."""
-    with file.with_suffix("").open("wb") as said:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(said.fileno(), stream.fileno())
-    _, _, *arguments = map(os.fsdecode, file.read_bytes().split(b"\0")[:-1])  # behind the interpreter and the script
-    return probe_grad_vectors.main(arguments)
-
-
-def main() -> None:
-    """Answer every command; a fault of one ends its own process."""
-    for n_started, file in enumerate(map(Path, sys.argv[1:])):
-        if n_started >= len(os.sched_getaffinity(0)):
-            os.wait()
-        if os.fork() == 0:
-            sys.exit(answer(file))
+for n_started, file in enumerate(map(Path, sys.argv[1:])):
+    if n_started >= len(os.sched_getaffinity(0)):
+        os.wait()
+    if os.fork() == 0:
+        os.dup2(os.dup2(os.open(file.with_suffix(""), os.O_WRONLY | os.O_CREAT, 0o666), 1), 2)
+        sys.exit(probe_grad_vectors.main([os.fsdecode(word) for word in file.read_bytes().split(b"\0")[2:-1]]))
+with suppress(ChildProcessError):  # all have ended
     while True:
-        try:
-            os.wait()
-        except ChildProcessError:  # all have ended
-            return
-
-
-if __name__ == "__main__":
-    main()
+        os.wait()

@@ -1,7 +1,4 @@
-"""The settings of a probe, each of them a flag of the probe script: explained, given, checked and filled in once.
-
-A command line is judged before torch is imported, which takes seconds.
-"""
+"""The settings of a probe, each of them a flag of the probe script: explained, given, checked and filled in once."""
 
 import argparse
 import math
@@ -273,9 +270,7 @@ class ProbeSettings:
         """The ends of the step that are other checkpoints, under "to" and "from"; empty without a step."""
         named = {"to": (self.step_to, self.step_to_adapter), "from": (self.step_from, self.step_from_adapter)}
         return {
-            end: replace(
-                self.checkpoint, path=path or self.model_path, revision=None, adapter=adapter, tokenizer=None
-            )
+            end: type(self.checkpoint)(path or self.model_path, None, adapter, self.trust_remote_code)
             for end, (path, adapter) in named.items()
             if path is not None or adapter is not None
         }
