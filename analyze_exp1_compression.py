@@ -24,13 +24,10 @@ from pathlib import Path
 from gradprobe.analysis.bucket import DEVICES, device_for
 from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
-from gradprobe.analysis.summaries import Summary, write_results
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
+from gradprobe.analysis.summaries import write_results
+from gradprobe.analysis.text import Table
+from gradprobe.common.console import add_common_flags, add_format_flag, parse_tagged_dumps, script_main
 from gradprobe.common.files import make_directory
-from gradprobe.exp1.measure import measure_dumps, refusal, sample_rollouts
-from gradprobe.exp1.summary import SUMMARY, tables_of, write_arrays
-from gradprobe.figures.exp1 import draw_exp1
-from gradprobe.figures.look import add_format_flag, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -50,12 +47,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def analyse(
     paths: Mapping[str, Path], output_dir: Path, device: str = "cpu", formats: Sequence[str] = ("png",)
-) -> tuple[Summary, list[str]]:
+) -> tuple[list[Table], list[str]]:
     """Read the dumps, compute every number, write arrays, figures and the summary.
 
     Returns:
-        The summary, and the names of all files.
+        The tables, and the names of all files.
     """
+    from gradprobe.exp1.measure import measure_dumps, refusal, sample_rollouts  # scipy, and below matplotlib
+    from gradprobe.exp1.summary import SUMMARY, tables_of, write_arrays
+    from gradprobe.figures.exp1 import draw_exp1
+    from gradprobe.figures.look import save
+
     dumps = {tag: list(map(sample_rollouts, targets)) for tag, targets in open_dumps(paths, refusal).items()}
     make_directory(output_dir)  # what can't be written to is told before minutes of work
     warn(dumps)
@@ -67,7 +69,8 @@ def analyse(
     def write_others() -> list[str]:
         return [write_arrays(output_dir, found.arrays), *save(draw_exp1(summary, found.arrays), output_dir, formats)]
 
-    return summary, write_results(output_dir, SUMMARY, summary, write_others)
+    written = write_results(output_dir, SUMMARY, summary, write_others)
+    return [table for tag, one in summary.items() for table in tables_of(tag, one)], written
 
 
 @script_main
@@ -76,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device, paths = device_for(args.device), parse_tagged_dumps(args.dumps)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
-    summary, written = analyse(paths, output_dir, device, args.figure_format)
-    print_results([table for tag, one in summary.items() for table in tables_of(tag, one)], output_dir, written)
+    tables, written = analyse(paths, output_dir, device, args.figure_format)
+    print_results(tables, output_dir, written)
     return 0
 
 

@@ -23,13 +23,10 @@ from pathlib import Path
 from gradprobe.analysis.bucket import DEVICES, device_for
 from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
-from gradprobe.analysis.summaries import Summary, write_results
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
+from gradprobe.analysis.summaries import write_results
+from gradprobe.analysis.text import Table
+from gradprobe.common.console import add_common_flags, add_format_flag, parse_tagged_dumps, script_main
 from gradprobe.common.files import make_directory
-from gradprobe.exp2.measure import measure_dumps
-from gradprobe.exp2.summary import SUMMARY, numbers_of, tables_of
-from gradprobe.figures.exp2 import draw_exp2
-from gradprobe.figures.look import add_format_flag, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,19 +53,24 @@ def main(argv: list[str] | None = None) -> int:
     device = device_for(args.device)
     paths = parse_tagged_dumps(args.dumps, allow_untagged=True)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
-    summary, written = analyse(paths, output_dir, device, args.figure_format)
-    print_results([table for tag, one in summary.items() for table in tables_of(tag, one)], output_dir, written)
+    tables, written = analyse(paths, output_dir, device, args.figure_format)
+    print_results(tables, output_dir, written)
     return 0
 
 
 def analyse(
     paths: Mapping[str | None, Path], output_dir: Path, device: str = "cpu", formats: Sequence[str] = ("png",)
-) -> tuple[Summary, list[str]]:
+) -> tuple[list[Table], list[str]]:
     """All of Exp 2 of these dumps, by tag; an untagged one alone under None.
 
     Returns:
-        The summary, and the names of the files written to `output_dir`, which is made if needed.
+        The tables, and the names of the files written to `output_dir`, which is made if needed.
     """
+    from gradprobe.exp2.measure import measure_dumps  # scipy, and below matplotlib
+    from gradprobe.exp2.summary import SUMMARY, numbers_of, tables_of
+    from gradprobe.figures.exp2 import draw_exp2
+    from gradprobe.figures.look import save
+
     dumps = open_dumps(paths)
     make_directory(output_dir)  # before minutes of work
     warn(dumps)
@@ -76,7 +78,8 @@ def analyse(
     results, top_of_others = measure_dumps(dumps, device)
     numbers = {tag: numbers_of(targets, results[tag], top_of_others[tag]) for tag, targets in dumps.items()}
     summary = about_study(numbers, dumps, differences)
-    return summary, write_results(output_dir, SUMMARY, summary, lambda: save(draw_exp2(summary), output_dir, formats))
+    written = write_results(output_dir, SUMMARY, summary, lambda: save(draw_exp2(summary), output_dir, formats))
+    return [table for tag, one in summary.items() for table in tables_of(tag, one)], written
 
 
 if __name__ == "__main__":

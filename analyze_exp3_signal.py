@@ -23,13 +23,9 @@ from pathlib import Path
 from gradprobe.analysis.differences import say_differences
 from gradprobe.analysis.inputs import about_study, default_output_dir, open_dumps, print_results, warn
 from gradprobe.analysis.summaries import write_results
-from gradprobe.common.console import add_common_flags, parse_tagged_dumps, script_main
+from gradprobe.common.console import add_common_flags, add_format_flag, parse_tagged_dumps, script_main
 from gradprobe.common.files import make_directory
-from gradprobe.exp3.measure import measure_dumps, refusal
-from gradprobe.exp3.summary import SUMMARY, numbers_of, tables_of, with_measured_gains
 from gradprobe.exp3.weights import OBJECTIVES
-from gradprobe.figures.exp3 import draw_exp3
-from gradprobe.figures.look import add_format_flag, save
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,6 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     """Read the dumps, measure signal and noise, write the summary and the figures, print the tables."""
     args = parse_args(argv)
     paths = parse_tagged_dumps(args.dumps)
+    from gradprobe.exp3.measure import measure_dumps, refusal  # scipy, and below matplotlib
+    from gradprobe.exp3.summary import SUMMARY, numbers_of, tables_of, with_measured_gains
+    from gradprobe.figures.exp3 import draw_exp3
+    from gradprobe.figures.look import save
+
     dumps = open_dumps(paths, refusal)
     output_dir = args.output_dir or default_output_dir(next(iter(paths.values())))
     make_directory(output_dir)  # before minutes of work

@@ -15,18 +15,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from gradprobe.analysis.inputs import print_results
 from gradprobe.analysis.summaries import LAYOUT, write_results
-from gradprobe.common.console import add_common_flags, progress, script_main
+from gradprobe.common.console import add_common_flags, add_format_flag, progress, script_main
 from gradprobe.dump.format import model_name
-from gradprobe.figures.look import add_format_flag, save
-from gradprobe.figures.step_weights import SUMMARY, WEIGHTS, draw_weights, table_by_kind
-from gradprobe.gradients.step import refuse_other_parameters
-from gradprobe.gradients.step_weights import weights_of_step
-from gradprobe.model.checkpoint import load_checkpoint, load_skeleton
-from gradprobe.model.source import CheckpointSource
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -49,6 +41,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Load both checkpoints, look at every parameter, write the summary and the figure, print the table."""
     args = parse_args(argv)
+    import torch  # which takes seconds, as do the others
+
+    from gradprobe.figures.look import save
+    from gradprobe.figures.step_weights import SUMMARY, WEIGHTS, draw_weights, table_by_kind
+    from gradprobe.gradients.step import refuse_other_parameters
+    from gradprobe.gradients.step_weights import weights_of_step
+    from gradprobe.model.checkpoint import load_checkpoint, load_skeleton
+    from gradprobe.model.source import CheckpointSource
+
     ends = {"from": (args.step_from, args.from_adapter), "to": (args.step_to, args.to_adapter)}
     sources = {
         end: CheckpointSource(path, adapter=adapter, trust_remote_code=args.trust_remote_code)

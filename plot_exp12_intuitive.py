@@ -34,21 +34,11 @@ import analyze_exp2_direction
 from gradprobe.analysis.differences import other_study, refuse_different_targets, say_differences, study_of
 from gradprobe.analysis.inputs import fingerprints_of
 from gradprobe.analysis.summaries import Summary, read_summary
-from gradprobe.common.console import add_common_flags, log, parse_tagged_dumps, script_main
+from gradprobe.common.console import add_common_flags, add_format_flag, log, parse_tagged_dumps, script_main
 from gradprobe.common.errors import InputError, raise_if_any
 from gradprobe.common.files import make_directory, read_json, write_text
 from gradprobe.dump.consistency import load_manifest
 from gradprobe.dump.format import target_directories
-from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY
-from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
-from gradprobe.exp3.summary import SUMMARY as EXP3_SUMMARY
-from gradprobe.figures.answers import answers_of, summed_up
-from gradprobe.figures.checkpoints import EXP12_TRAJECTORY, MIN_OF_TRAJECTORY, draw_trajectory
-from gradprobe.figures.look import Figure, add_format_flag, save, subjects_of
-from gradprobe.figures.replication import REPLICATION, draw_replication
-from gradprobe.figures.report import REPORT, render_report
-from gradprobe.figures.rollouts import see_rollouts
-from gradprobe.figures.step_weights import SUMMARY as STEP_SUMMARY
 
 
 @dataclass(frozen=True)
@@ -77,6 +67,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     output_dir, formats = args.output_dir, args.figure_format
     paths = dump_paths(args.dumps, {"base": args.base, "trained": args.trained})
+    from gradprobe.exp1.summary import SUMMARY as EXP1_SUMMARY  # scipy, and below matplotlib and jinja2
+    from gradprobe.exp2.summary import SUMMARY as EXP2_SUMMARY
+    from gradprobe.exp3.summary import SUMMARY as EXP3_SUMMARY
+    from gradprobe.figures.answers import answers_of, summed_up
+    from gradprobe.figures.look import save
+    from gradprobe.figures.report import REPORT, render_report
+    from gradprobe.figures.rollouts import see_rollouts
+    from gradprobe.figures.step_weights import SUMMARY as STEP_SUMMARY
+
     targets = read_sources(paths)
     sources = {tag: found[0] for tag, found in targets.items()}
     refuse_different_buckets(sources)
@@ -149,7 +148,7 @@ def exp3_of_this_study(file: Path, sources: Mapping[str, Source]) -> dict[str, d
         differing = other_study(study_of(sources[tag].manifest), numbers["study"])
         reasons += [f"{tag} has another {', '.join(differing)}"] if differing else []
     if reasons:
-        log.warning(f"{EXP3_SUMMARY} is left out of {REPORT}: {'; '.join(reasons)}")
+        log.warning(f"{file.name} is left out of report.html: {'; '.join(reasons)}")
     return {} if reasons else found or {}
 
 
@@ -165,8 +164,12 @@ def entropy_edges(signal: Mapping[str, Any] | None) -> list[float] | None:
     return signal["edges"] if signal and "signal" in signal and signal["bucket_by"] == "entropy" else None
 
 
-def draw_several(exp1: Summary, exp2: Summary, sources: Mapping[str, Source]) -> dict[str, Figure]:
-    """What only several checkpoints, or several targets of each, can show."""
+def draw_several(exp1: Summary, exp2: Summary, sources: Mapping[str, Source]) -> dict[str, Any]:
+    """Figures of what only several checkpoints, or several targets of each, can show."""
+    from gradprobe.figures.checkpoints import EXP12_TRAJECTORY, MIN_OF_TRAJECTORY, draw_trajectory
+    from gradprobe.figures.look import subjects_of
+    from gradprobe.figures.replication import REPLICATION, draw_replication
+
     subjects, drawn = subjects_of(exp1), {}
     if len(subjects) >= MIN_OF_TRAJECTORY:
         correct = [correct_share(source.manifest) for source in sources.values()]

@@ -24,13 +24,8 @@ import json
 import os
 import sys
 
-import transformers
-
 from gradprobe.common.console import add_common_flags, is_verbose, log, printable, script_main
 from gradprobe.common.files import locked, make_directory
-from gradprobe.probe.output import prepare, refuse_other_settings
-from gradprobe.probe.plan import make_plan
-from gradprobe.probe.run import run_probe
 from gradprobe.probe.settings import ProbeSettings, add_flags, settings_of_task
 from gradprobe.probe.stopwatch import Stopwatch
 
@@ -56,6 +51,12 @@ def parse_args(argv: list[str] | None) -> ProbeSettings:
 def main(argv: list[str] | None = None) -> int:
     """Probe one shard of one model."""
     settings = parse_args(argv)
+    import transformers  # with torch it takes seconds: a command line that can't be is refused before
+
+    from gradprobe.probe.output import prepare, refuse_other_settings
+    from gradprobe.probe.plan import make_plan
+    from gradprobe.probe.run import run_probe
+
     if is_verbose():
         transformers.utils.logging.set_verbosity_info()
     watch = Stopwatch()

@@ -235,6 +235,11 @@ run_probes() { # part: the shards of every model, as many at once as there are s
     finish_all
 }
 
+start_beside() { # name, log, file of results: the array `command`, two at once where there are two cores
+    if ((${#name_of[@]} >= n_cores / analysis_threads)); then finish_one; fi
+    start "$@" 0 "${where[@]}" "${command[@]}"
+}
+
 began=$SECONDS
 for part in "${parts[@]}"; do
     run_probes "$part"
@@ -242,15 +247,14 @@ for part in "${parts[@]}"; do
     for tag in "${tags[@]}"; do
         label="${prefix_of[$part]}$tag"
         merge_command "$part" "$tag"
-        start "merge $label" "$logs/merge_$label.log" - 0 "${where[@]}" "${command[@]}"
-        finish_all
+        start_beside "merge $label" "$logs/merge_$label.log" -
     done
+    finish_all
 done
-for name in "${analyses[@]}" plot; do # two at once where there are two cores
-    if ((${#name_of[@]} >= n_cores / analysis_threads)); then finish_one; fi
+for name in "${analyses[@]}" plot; do
     if [[ "$name" == plot ]]; then finish_all; fi
     analysis_command "$name"
-    start "$name" "$logs/$name.log" "$figures/$name.txt" 0 "${where[@]}" "${command[@]}"
+    start_beside "$name" "$logs/$name.log" "$figures/$name.txt"
 done
 finish_all
 if [[ "$DRY_RUN" == 1 ]]; then exit; fi

@@ -112,12 +112,10 @@ read_pairs() { # name of a setting: TAG=PATH words, or an array of them -> pairs
 }
 
 read_gpus() { # GPUS, else CUDA_VISIBLE_DEVICES, else what nvidia-smi lists -> gpus; none for the CPU and under Slurm
-    local from=GPUS wanted=() listed=() gpu words seen=" "
+    local from=GPUS wanted=() listed=() gpu words
     words_of "${GPUS//,/ }" && wanted=("${words[@]}")
     for gpu in "${wanted[@]}"; do
         [[ "$gpu" =~ $gpu_name ]] || problem_with GPUS "${gpu@Q} is no GPU's number or UUID; give for example 0,1"
-        [[ "$seen" != *" $gpu "* ]] || problem_with GPUS "$gpu is given twice"
-        seen+="$gpu "
     done
     if [[ "$LAUNCHER" == slurm ]]; then return; fi
     if ((${#wanted[@]} == 0)) && [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
@@ -129,6 +127,8 @@ read_gpus() { # GPUS, else CUDA_VISIBLE_DEVICES, else what nvidia-smi lists -> g
             wanted+=("$gpu")
         done
     fi
+    gpu="$(printf '%s\n' "${wanted[@]}" | sort | uniq -d)"
+    if [[ -n "$gpu" ]]; then problem_with "$from" "${gpu%%$'\n'*} is given twice"; fi # CUDA would take none at all
     if [[ "$DEVICE" != cpu ]] && command -v nvidia-smi >/dev/null; then
         # A driver out of order reports so on stdout, in words.
         mapfile -t listed < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+')
@@ -168,7 +168,7 @@ refuse_lost_flags() { # those in PROBE_ARGS that a part's own flags, which come 
 # ---- what the scripts can tell -----------------------------------------------------------------------------------
 
 ask_scripts() { # of every probe, without loading weights, and of the analyses' flags -> their answers in logs/checks
-    local part tag own n_started=0 elsewhere=() checks="$logs/checks"
+    local part tag own elsewhere=() checks="$logs/checks"
     rm -rf -- "$checks" && mkdir -- "$checks"
     # Where jobs are submitted there may be no GPU, and what it would change is no other setting: so nothing is
     # compared with dumps that are there. The probe does so on its node.
@@ -181,15 +181,15 @@ ask_scripts() { # of every probe, without loading weights, and of the analyses' 
     with_threads 1
     for part in "${parts[@]}"; do
         for tag in "${tags[@]}"; do
-            if ((n_started++ >= n_cores)); then wait_for_one && unset "name_of[ended]"; fi
             probe_command "$part" "$tag" 0
             if [[ "$part" == exp3 ]]; then
                 command+=(--rollouts "$checks/one_rollout.jsonl" --num-shards 1 --output-dir "$checks/new/exp3_$tag")
             fi
-            command+=("${elsewhere[@]}" --check-only)
-            start "checking $tag for $part" "$checks/$part $tag" - 0 "${where[@]}" "${command[@]}"
+            printf '%s\0' "${command[@]}" "${elsewhere[@]}" --check-only >"$checks/$part $tag.command"
         done
     done
+    command=("$python" "$PROJECT/scripts/check_probes.py" "$checks"/*.command)
+    start "checking the models" "$checks/models" - 0 "${where[@]}" "${command[@]}"
     analysis_command exp3 # which has the flags of the others too
     start "checking the analyses" "$checks/analyses" - 0 "${where[@]}" "${command[@]}" --help
     while ((${#name_of[@]} > 0)); do wait_for_one && unset "name_of[ended]"; done
@@ -200,7 +200,7 @@ read_answers() { # -> bytes_of each model's shards
     local -A tags_with=()
     for tag in "${tags[@]}"; do
         for part in "${parts[@]}"; do
-            answer="$(printable <"$logs/checks/$part $tag")"
+            answer="$({ cat "$logs/checks/$part $tag" 2>/dev/null || cat "$logs/checks/models"; } | printable)"
             if [[ "$answer" =~ \"bytes_at_most\":\ *([0-9]{1,18})[^0-9] ]]; then
                 bytes_of[$part $tag]="${BASH_REMATCH[1]}"
             else

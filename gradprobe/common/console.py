@@ -31,6 +31,7 @@ LOG_LINE = "{desc}: {n_fmt}/{total_fmt}{unit}, {elapsed} elapsed, {rate_fmt}, ab
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)`")
 COLOURS = {logging.ERROR: 31, logging.WARNING: 33}
 """ANSI colours of a severity, where NO_COLOR (no-color.org) is not set."""
+FIGURE_FORMATS = ("png", "pdf", "svg")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -70,6 +71,25 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
         how_much.add_argument(
             f"-{name[0]}", f"--{name}", action=_SetLevel, nargs=0, const=level, default=argparse.SUPPRESS, help=text
         )
+
+
+def add_format_flag(parser: argparse.ArgumentParser) -> None:
+    """`--figure-format`, which every script that draws has."""
+    parser.add_argument(
+        "--figure-format",
+        type=_formats,
+        default=("png",),
+        metavar="F,F",
+        help="png, with pdf, svg or both for papers; png is always written: the report embeds it (default: png)",
+    )
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    asked = text.lower().split(",")
+    unknown = [name for name in asked if name not in FIGURE_FORMATS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(FIGURE_FORMATS)}; for example png,pdf")
+    return tuple(name for name in FIGURE_FORMATS if name == "png" or name in asked)
 
 
 def is_verbose() -> bool:

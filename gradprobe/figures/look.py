@@ -7,7 +7,6 @@ by lightness, and so have many checkpoints. What can't be drawn (an empty bucket
 says why.
 """
 
-import argparse
 import functools
 import os
 import textwrap
@@ -55,7 +54,7 @@ METADATA: dict[str, dict[str, None]] = {
     "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
     "svg": {"Creator": None, "Date": None},
 }
-"""Of each format, entries that would change from day to day."""
+"""Of each of `FIGURE_FORMATS`, entries that would change from day to day."""
 MAX_NAME_LENGTH = 32
 MAX_TAG_LENGTH = 16
 MAX_UPRIGHT_NAMES = 4
@@ -133,25 +132,6 @@ def bucket_axis(ax: Axes, n_buckets: int, by: str = "entropy") -> None:
 def bucket_colours(n_buckets: int) -> np.ndarray:
     """[n_buckets, 4] colours from dark (lowest entropy) to light; pure yellow is left out, it drowns on white."""
     return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, n_buckets))
-
-
-def add_format_flag(parser: argparse.ArgumentParser) -> None:
-    """`--figure-format`, which every script that draws has."""
-    parser.add_argument(
-        "--figure-format",
-        type=_formats,
-        default=("png",),
-        metavar="F,F",
-        help="png, with pdf, svg or both for papers; png is always written: the report embeds it (default: png)",
-    )
-
-
-def _formats(text: str) -> tuple[str, ...]:
-    asked = text.lower().split(",")
-    unknown = [name for name in asked if name not in METADATA]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(METADATA)}; for example png,pdf")
-    return tuple(name for name in METADATA if name == "png" or name in asked)
 
 
 def save(figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] = ("png",)) -> list[str]:

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..common.errors import InputError, raise_if_any
 from ..dump.buckets import BUCKET, NO_POOLING
-from ..model.source import CheckpointSource
 from ..problems.verifiers import BOXED, SECONDS_PER_ANSWER
 from ..rollouts.formats import FORMATS
 from .rules import ENTROPY, RULES, score_key_of
+
+if TYPE_CHECKING:
+    from ..model.source import CheckpointSource
 
 DEFAULT_DATASET = Path(__file__).parents[2] / "demo" / "problems.jsonl"
 BATCH_TOKENS = {"cuda": 16_384, "cpu": 2048}
@@ -259,16 +259,18 @@ class ProbeSettings:
         return self.pool == BUCKET
 
     @property
-    def checkpoint(self) -> CheckpointSource:
+    def checkpoint(self) -> "CheckpointSource":
         """Which checkpoint is probed."""
+        from ..model.source import CheckpointSource
+
         return CheckpointSource(self.model_path, self.revision, self.adapter, self.trust_remote_code, self.tokenizer)
 
     @property
-    def step_ends(self) -> dict[str, CheckpointSource]:
+    def step_ends(self) -> dict[str, "CheckpointSource"]:
         """The ends of the step that are other checkpoints, under "to" and "from"; empty without a step."""
         named = {"to": (self.step_to, self.step_to_adapter), "from": (self.step_from, self.step_from_adapter)}
         return {
-            end: CheckpointSource(path or self.model_path, None, adapter, self.trust_remote_code)
+            end: type(self.checkpoint)(path or self.model_path, None, adapter, self.trust_remote_code)
             for end, (path, adapter) in named.items()
             if path is not None or adapter is not None
         }
@@ -339,6 +341,8 @@ def settings_of_task(settings: ProbeSettings, environment: Mapping[str, str]) ->
         index, count, gpu = int(environment[rank]), int(environment[size]), int(environment.get(local, 0))
         if settings.device_map == "auto" and local == "LOCAL_RANK":
             raise InputError("`device_map` auto takes all GPUs: not in several tasks of torchrun at once")
+        import torch
+
         n_gpus = torch.cuda.device_count()
         on_one_of_several = settings.device in ("auto", "cuda") and settings.device_map is None and n_gpus > 1
         return replace(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from ..common.errors import InputError, first_of, one_line, raise_if_any, reason
 from ..common.extras import library
 from ..common.fields import is_finite
 from ..common.files import json_object
-from .sample import Sampling
+
+if TYPE_CHECKING:
+    from .sample import Sampling
 
 RETRIES: dict[str, Any] = {
     **{"total": 6, "connect": 2, "read": 0, "redirect": 0, "status_forcelist": (429, 502, 503, 504)},
@@ -145,7 +147,7 @@ def sample_completions(
     server: CompletionsServer,
     prompts: Sequence[list[int]],
     seeds: Seeds,
-    sampling: Sampling,
+    sampling: "Sampling",
     vocab_size: int,
     n_parallel: int = 16,
 ) -> Iterator[list[ServerResponse]]:
@@ -181,7 +183,7 @@ def sample_completions(
             yield [next(answers) for _ in range(sampling.n_samples)]
 
 
-def faults_of_answer(answer: dict[str, Any], prompt: list[int], vocab_size: int, sampling: Sampling) -> Iterator[str]:
+def faults_of_answer(answer: dict[str, Any], prompt: list[int], vocab_size: int, sampling: "Sampling") -> Iterator[str]:
     """What is wrong with the answer to a request for one completion of `prompt` with token ids."""
     if not isinstance(answer.get("choices"), list) or len(answer["choices"]) != 1:
         yield "one completion was asked for, the answer has no list 'choices' with one object"

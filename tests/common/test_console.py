@@ -11,6 +11,7 @@ import pytest
 import analyze_exp1_compression
 import analyze_exp2_direction
 import analyze_exp3_signal
+import describe_step
 import merge_grad_vector_shards
 import plot_exp12_intuitive
 import probe_grad_vectors
@@ -23,6 +24,7 @@ SCRIPTS = [
     analyze_exp1_compression,
     analyze_exp2_direction,
     analyze_exp3_signal,
+    describe_step,
     plot_exp12_intuitive,
     check,
     show,
@@ -42,6 +44,29 @@ def test_every_script_tells_its_version_and_its_flags(script, capsys):
             script.main([flag])
         assert ended.value.code == 0
         assert expected in capsys.readouterr().out
+
+
+ENDS = """
+import importlib, sys
+sys.modules.update(dict.fromkeys(["torch", "transformers", "scipy", "matplotlib", "jinja2"]))  # importing one raises
+for script, *argv in eval(sys.argv[1]):
+    try:
+        status = importlib.import_module(script).main(argv)
+    except SystemExit as end:
+        status = end.code
+    print(f"{script} {argv[0]} ends with {status}")
+"""
+
+
+def test_flags_are_told_and_judged_without_the_libraries_that_take_seconds():
+    lines = [(script.__name__, flag) for script in SCRIPTS for flag in ("--help", "--version", "--no-such-flag")]
+    lines += [("probe_grad_vectors", "--bins=1", "--model-path=m", "--output-dir=d"), ("analyze_exp3_signal", "a")]
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS, repr(lines)], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    found = [line for line in ended.stdout.splitlines() if " ends with " in line]
+    statuses = [0 if line[1] in ("--help", "--version") else 2 for line in lines]
+    assert found == [f"{line[0]} {line[1]} ends with {status}" for line, status in zip(lines, statuses, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,18 @@ def test_each_probe_of_a_model_is_checked_once(environment):
     assert sorted(checked) == ["analyze_exp3_signal.py", *(f"probe_grad_vectors.py:{name}" for name in dumps)]
 
 
+def test_several_command_lines_are_checked_by_one_process_as_each_alone(tmp_path):
+    probe = [sys.executable, ROOT / "probe_grad_vectors.py", "--model-path", ROOT / "demo" / "base", "--check-only"]
+    probe += ["--output-dir", tmp_path / "none"]
+    for name, flags in {"sound": [], "no model's": ["--layer", "99"], "no flag.s": ["--sow"]}.items():
+        (tmp_path / f"{name}.command").write_bytes(b"".join(os.fsencode(word) + b"\0" for word in (*probe, *flags)))
+    command = [sys.executable, ROOT / "scripts" / "check_probes.py", *tmp_path.glob("*.command")]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == b""
+    assert '"bytes_at_most": ' in (tmp_path / "sound").read_text()
+    assert "error: --layer 99: " in (tmp_path / "no model's").read_text()
+    assert "error: unrecognized arguments: --sow" in (tmp_path / "no flag.s").read_text()
+
+
 # ---- failures and interruptions --------------------------------------------------------------------------------------
 
 
@@ -437,6 +449,7 @@ BAD_SETTINGS = [
     ({"DRY_RUN": "yes"}, "DRY_RUN=yes: must be 0 or 1"),
     ({"EXP3": "yes"}, "EXP3=yes: must be 0 or 1"),
     ({"STEP": "2"}, "STEP=2: must be 0 or 1"),
+    ({"DEVICE": "auto", "CUDA_VISIBLE_DEVICES": "0,0", "STUB_GPUS": "0"}, "CUDA_VISIBLE_DEVICES=0\\,0: 0 is given"),
     ({"GPUS": "0,x"}, "GPUS=0\\,x: 'x' is no GPU's number or UUID"),
     ({"GPUS": "1 2 1"}, "GPUS=1\\ 2\\ 1: 1 is given twice"),
     ({"GPUS": "0,8", "DEVICE": "auto", "STUB_GPUS": "0 1"}, "GPUS=0\\,8: nvidia-smi lists 0 1, not 8"),
