@@ -73,8 +73,10 @@ def analyse(
     make_directory(output_dir)  # before minutes of work
     warn(dumps)
     differences = say_differences(dumps)
-    results, top_of_others = measure_dumps(dumps, device)
-    numbers = {tag: numbers_of(targets, results[tag], top_of_others[tag]) for tag, targets in dumps.items()}
+    results, top_of_others, meetings = measure_dumps(dumps, device)
+    numbers = {
+        tag: numbers_of(targets, results[tag], top_of_others[tag], meetings[tag]) for tag, targets in dumps.items()
+    }
     summary = about_study(numbers, dumps, differences)
     return summary, write_results(output_dir, SUMMARY, summary, lambda: save(draw_exp2(summary), output_dir, formats))
 
