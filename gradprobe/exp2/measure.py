@@ -38,14 +38,14 @@ class Exp2Settings:
     Attributes:
         bootstrap: for `min_detectable`.
         permutations: for p-values, which can't fall below 2 / (permutations + 1); 0 for none.
-        ids: deals of token ids behind the null of coupling; 0 for none.
         seed: of splits, bootstrap, permutations and deals.
+        ids: deals of token ids behind the null of coupling; 0 for none.
     """
 
     bootstrap: int = 4000
     permutations: int = 9999
-    ids: int = 1999
     seed: int = 0
+    ids: int = 1999
 
 
 @dataclass(frozen=True)
