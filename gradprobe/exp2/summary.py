@@ -9,9 +9,9 @@ import numpy as np
 from ..analysis.inputs import directory_name
 from ..analysis.prompts import rollouts_of
 from ..analysis.replication import spread_of
-from ..analysis.text import MISSING, Table, estimate, number, replication_table, share, with_interval
+from ..analysis.text import Table, estimate, number, replication_table, share, with_interval
 from ..dump.format import Dump
-from .coupling import ANY, DIFFERENT, KINDS, SAME, Coupling, Meetings
+from .coupling import ANY, DIFFERENT, Coupling, Meetings
 from .direction import CENTRAL, Directions
 from .measure import DEFAULTS, BucketDirections
 
@@ -76,20 +76,18 @@ def _per_prompt(dump: Dump, found: Directions) -> list[dict[str, Any]]:
 
 def _coupling(found: Coupling) -> dict[str, Any]:
     """By kind: what holds whatever the outcomes, and, apart, where they are the same and where not."""
-    return {
-        kind: asdict(by_outcome[ANY]) | {outcome: asdict(by_outcome[outcome]) for outcome in (SAME, DIFFERENT)}
-        for kind, by_outcome in found.items()
-    }
+    apart = {kind: {name: asdict(pairs) for name, pairs in own.items()} for kind, own in found.items()}
+    return {kind: own.pop(ANY) | own for kind, own in apart.items()}
 
 
 def _shared_tokens(dump: Dump, meetings: Meetings) -> list[dict[str, Any]]:
     """With what each token reads; None where texts were not kept."""
-    texts: dict[int, str | None] = dict.fromkeys(one.token_id for one in meetings.shared_tokens)
+    texts = dict.fromkeys(meetings.shared_tokens)
     for rollout in rollouts_of(dump):
         if None not in texts.values() or not rollout.token_texts:
             break
         texts |= {i: text for i, text in zip(rollout.response_ids, rollout.token_texts, strict=True) if i in texts}
-    return [{"text": texts[one.token_id], **asdict(one)} for one in meetings.shared_tokens]
+    return [{"token_id": i, "text": texts[i], **asdict(found)} for i, found in meetings.shared_tokens.items()]
 
 
 def measures_of(found: BucketDirections) -> dict[str, Any]:
@@ -165,45 +163,38 @@ def _coupling_tables(name: str, numbers: Mapping[str, Any]) -> list[Table]:
     caption = f"{name}: where do updates of two rollouts of a prompt meet?"
     if numbers["coupling"] is None:
         return [Table(caption, (), (), notes=["can't be told: not every line of meta.jsonl has token_id and logprob"])]
-    found = {"all": numbers["coupling_all_tokens"]}
-    found |= {bucket: one["coupling"] for bucket, one in reversed(numbers["by_bucket"].items())}
-    header = ["bucket: kind of pair", "pairs", "coupling [95%]", "ids dealt anew", "p", "cosine [95%]"]
-    header += ["other outcome", "part of C [95%]"]
+    buckets = {bucket: one["coupling"] for bucket, one in reversed(numbers["by_bucket"].items())}
+    header = ["pairs", "coupling [95%]", "cosine [95%]", "part of C [95%]"]
     rows = [
-        [f"{bucket}: {kind.replace('_token_', ' token, ').replace('_', ' ')}", *_kind_cells(of_bucket[kind])]
-        for bucket, of_bucket in found.items()
-        for of_token in KINDS
-        for kind in of_token
-        if of_bucket[kind]["n_pairs"]
+        [f"{bucket}: {kind.replace('_token', ' token,').replace('_', ' ')}", *_pair_cells(found), *_null_cells(found)]
+        for bucket, coupling in ({"all": numbers["coupling_all_tokens"]} | buckets).items()
+        for kind, found in coupling.items()
+        if found["n_pairs"]
     ]
-    notes = [
-        "uncertain: π < ½; coupling: Σ |⟨g, g'⟩| over pairs of tokens of different rollouts; C is 1 + all its parts"
-    ]
-    tables = [Table(caption, header, rows, notes=notes if rows else ["no prompt has gradients of two rollouts"])]
+    notes = ["coupling: Σ |⟨g, g'⟩| over pairs of tokens of different rollouts; uncertain: π < ½; C: 1 and all parts"]
+    columns = ["bucket: kind of pair", *header, "other outcome: cosine", "ids dealt anew", "p"]
+    tables = [Table(caption, columns, rows, notes=notes if rows else ["no prompt has gradients of two rollouts"])]
     if numbers["shared_tokens"]:
-        caption = f"{name}: tokens on which correct and incorrect rollouts meet, bucket {numbers['bucket']}"
-        header = ["token", "pairs", "prompts", "coupling between outcomes [95%]", "cosine [95%]"]
-        tables.append(Table(caption, header, list(map(_token_cells, numbers["shared_tokens"]))))
+        caption = f"{name}: tokens on which correct and incorrect rollouts meet, of their coupling in bucket"
+        tokens = [[repr(one["text"] or one["token_id"]), *_pair_cells(one, True)] for one in numbers["shared_tokens"]]
+        tables.append(Table(f"{caption} {numbers['bucket']}", ["token", *header], tokens))
     return tables
 
 
-def _kind_cells(found: Mapping[str, Any]) -> list[str]:
-    null, other, part = found["null"], found[DIFFERENT], found["part_of_c"]
+def _pair_cells(found: Mapping[str, Any], is_counted: bool = False) -> list[str]:
+    part, coupling = found["part_of_c"], found["share_of_coupling"]
     return [
-        share(found["share_of_pairs"], None, 1),
-        share(*found["share_of_coupling"].values(), 1),
-        *((MISSING, MISSING) if null is None else (share(null["mean"], null["ci95"], 1), number(null["p_value"], 3))),
+        number(found["n_pairs"]) if is_counted else share(found["share_of_pairs"], None, 1),
+        share(coupling["value"], coupling["ci95"], 1),
         with_interval(found["mean_cosine"], found["mean_cosine_ci95"]),
-        with_interval(other["mean_cosine"], other["mean_cosine_ci95"]),
         with_interval(part["value"], part["ci95"]),
     ]
 
 
-def _token_cells(found: Mapping[str, Any]) -> list[str]:
-    text = found["token_id"] if found["text"] is None else found["text"]
-    counts = [number(found["n_pairs"]), number(found["n_prompts"])]
-    cosine = with_interval(found["mean_cosine"], found["mean_cosine_ci95"])
-    return [repr(text), *counts, share(*found["share_of_coupling"].values(), 1), cosine]
+def _null_cells(found: Mapping[str, Any]) -> list[str]:
+    other = with_interval(found[DIFFERENT]["mean_cosine"], found[DIFFERENT]["mean_cosine_ci95"])
+    null = found["null"] or {"mean": None, "ci95": None, "p_value": None}
+    return [other, share(null["mean"], null["ci95"], 1), number(null["p_value"], 3)]
 
 
 def _has_cosine(found: Mapping[str, Any]) -> bool:

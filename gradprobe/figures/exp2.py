@@ -15,7 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ..analysis.summaries import Summary
 from ..analysis.text import CANT_TELL, counted, number, share, with_interval
-from ..exp2.coupling import KINDS
+from ..exp2.coupling import SAME_UNCERTAIN
 from ..exp2.direction import (
     ADD_UP,
     ALIGNED,
@@ -55,7 +55,6 @@ CHARS_PER_INCH = 15.5
 ORTHOGONAL_COLOUR, CHANCE_COLOUR = "#eaf3ea", "#cfcfcf"
 FURTHEST_END, LEAST_VIEW = 1.5, 1.1
 N_BINS = 20
-SAME_TOKEN = KINDS[0][0]
 
 Numbers = Mapping[str, Any]
 """One tag's part of `exp2_summary.json`."""
@@ -119,26 +118,27 @@ def _draw_coupling(answers: Axes, ax: Axes, subjects: list[Subject], numbers: Se
     """The share of coupling in the same uncertain token, over what ids dealt anew give and the share of pairs."""
     ax.set_axis_off()
     for place, (subject, one, colour) in enumerate(zip(subjects, numbers, series_colours(subjects), strict=True)):
-        found = one["coupling"] and one["coupling"][SAME_TOKEN]
-        bounds, null = (found["share_of_coupling"]["ci95"], found["null"]) if found else (None, None)
-        is_said = bounds is not None
-        _answer(answers, place, panel_title(subject, subjects), _coupling_said(found, is_said), colour, is_said)
-        if not is_said:
-            _say(ax, place, "no interval: too few prompts, or a few that outweigh all others")
-            continue
-        ax.set_axis_on()
-        if null is not None:
-            ax.plot(null["ci95"], [place, place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt", zorder=2)
-        ax.plot(found["share_of_pairs"], place, "|", color="black", markersize=22, markeredgewidth=1.6, zorder=3)
-        ax.plot(bounds, [place, place], color=colour, linewidth=2.6, solid_capstyle="butt", zorder=3)
-        ax.plot(found["share_of_coupling"]["value"], place, "o", color=colour, markersize=11, zorder=4)
+        found = (one["coupling"] or {}).get(SAME_UNCERTAIN)
+        said, is_said = (
+            ["shared tokens: can't tell"],
+            bool(found and found["null"] and found["share_of_coupling"]["ci95"]),
+        )
+        if found and is_said:
+            ax.set_axis_on()
+            value, bounds = found["share_of_coupling"].values()
+            said = [f"same token: {share(value, None, 1)} of coupling", f"{share(found['share_of_pairs'], None, 1)} of "
+                    f"pairs, ids dealt anew {share(found['null']['mean'], None, 1)}"]  # fmt: skip
+            ax.plot(found["null"]["ci95"], 2 * [place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt")
+            ax.plot(found["share_of_pairs"], place, "|", color="black", markersize=22, markeredgewidth=1.6)
+            ax.plot(bounds, 2 * [place], color=colour, linewidth=2.6, solid_capstyle="butt")
+            ax.plot(value, place, "o", color=colour, markersize=11)
+        _answer(answers, place, panel_title(subject, subjects), said, colour, is_said)
     for of_row in (answers, ax):
         of_row.set_ylim(len(subjects) - 0.5, -0.5)
     ax.set_yticks([])
     ax.grid(axis="y", visible=False)
-    ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_xlabel("share of all coupling in pairs of the same token, uncertain in both rollouts, 95% interval\n"
+    ax.set_xlabel("share of coupling in pairs of the same token, uncertain in both rollouts, 95% interval\n"
                   "upright line: their share of pairs; grey: 95% with ids dealt anew")  # fmt: skip
 
 
@@ -284,14 +284,6 @@ def _rho_said(one: Numbers) -> list[str]:
     if not is_told(found):
         return [f"ρ: {UNSAMPLED if found['verdict'] == UNSAMPLED else CANT_TELL}", n]
     return [f"ρ: {found['verdict']}", f"ρ = {with_interval(found['rho'], found['ci95'])}", n]
-
-
-def _coupling_said(found: Numbers | None, is_said: bool) -> list[str]:
-    if found is None or not is_said:
-        return ["shared tokens: can't tell"]
-    n = f"{share(found['share_of_pairs'], None, 1)} of pairs, cosine {number(found['mean_cosine'], 2)}"
-    by_chance = [] if found["null"] is None else [f"ids dealt anew: {share(found['null']['mean'], None, 1)}"]
-    return [f"same token: {share(found['share_of_coupling']['value'], None, 1)} of coupling", n, *by_chance]
 
 
 def _cosines_said(one: Numbers) -> list[str]:

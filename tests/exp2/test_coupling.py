@@ -8,10 +8,9 @@ import pytest
 
 from gradprobe.analysis.bucket import rollout_codes
 from gradprobe.analysis.jackknife import interval_of, ratio_of, stack_of_means
-from gradprobe.exp2.coupling import KINDS, Meetings, Tokens, meetings_of
+from gradprobe.exp2.coupling import KINDS, SAME_UNCERTAIN, Meetings, Tokens, meetings_of
 from gradprobe.exp2.direction import cancellations, rollout_grams
 
-SAME_UNCERTAIN = KINDS[0][0]
 N_BUCKETS, VOCABULARY = 2, 6
 
 
@@ -57,7 +56,7 @@ def plain_pairs(data: dict, bucket: int | None) -> dict:
         for i, j in combinations(rows, 2):
             if tokens.rollout[i] != tokens.rollout[j]:
                 is_same, differ = tokens.token[i] == tokens.token[j], tokens.correct[i] != tokens.correct[j]
-                kind = KINDS[int(not is_same)][int(not (tokens.is_uncertain[i] and tokens.is_uncertain[j]))]
+                kind = KINDS[2 * (not is_same) + (not (tokens.is_uncertain[i] and tokens.is_uncertain[j]))]
                 product = float(grads[i] @ grads[j])
                 sizes = len(of_rollout[tokens.rollout[i]]) * len(of_rollout[tokens.rollout[j]])
                 part = (-2 if differ else 2) * product / sizes / energy if is_mixed else None
@@ -131,14 +130,17 @@ def test_dealing_ids_anew_keeps_every_rollout_s_ids_in_their_bucket():
 
 def test_tokens_on_which_outcomes_meet_are_those_of_plain_loops():
     data = plant(2, 1.0)
-    pairs = [pair for pairs in plain_pairs(data, N_BUCKETS - 1).values() for pair in pairs if pair[1]]
+    plain = plain_pairs(data, N_BUCKETS - 1)
+    pairs = [pair for pairs in plain.values() for pair in pairs if pair[1]]
     sums = {token: sum(pair[3] for pair in pairs if pair[2] == token) for token in range(VOCABULARY)}
     found = measured(data).shared_tokens
-    assert [one.token_id for one in found] == sorted(sums, key=sums.get, reverse=True)
-    for one in found:
-        own = [pair for pair in pairs if pair[2] == one.token_id]
+    assert list(found) == sorted(sums, key=sums.get, reverse=True)
+    n_mixed = len({code for code, pairs in plain.items() if pairs[0][5] is not None})
+    for token, one in found.items():
+        own = [pair for pair in pairs if pair[2] == token]
         assert (one.n_pairs, one.mean_cosine) == (len(own), pytest.approx(np.mean([pair[4] for pair in own])))
-        assert one.share_of_coupling.value == pytest.approx(sums[one.token_id] / sum(pair[3] for pair in pairs))
+        assert one.share_of_coupling.value == pytest.approx(sums[token] / sum(pair[3] for pair in pairs))
+        assert one.part_of_c.value == pytest.approx(sum(pair[5] for pair in own) / n_mixed)
 
 
 def test_the_order_of_rows_and_their_scale_leave_what_is_no_draw():
