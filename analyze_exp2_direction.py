@@ -4,9 +4,10 @@
 +1: they would cancel under advantages of ±1; 0: orthogonal. Per entropy bucket: whether the update cancels, against
 advantages dealt out at random; the cosine between the mean gradients of both kinds (prompts with at least 2 tokens of
 each), with controls by halves of the tokens and of the rollouts of one prompt and kind; and rho, that cosine with the
-noise removed, with its interval and verdict. Writes `exp2_summary.json`, `exp2_headline.png`, `exp2_alignment.png` (rho
-in every bucket) and `exp2_direction_cosine_hist.png` (cosines in the bucket of highest entropy); tables go to stdout.
-Reads the gradients of one prompt at a time.
+noise removed, with its interval and verdict; of dumps of tokens also where updates of two rollouts meet, by token.
+Writes `exp2_summary.json`, `exp2_headline.png`, `exp2_alignment.png` (rho in every bucket) and
+`exp2_direction_cosine_hist.png` (cosines in the bucket of highest entropy); tables go to stdout. Reads the gradients of
+one prompt at a time.
 
 The study's dumps, results in out/exp12/exp12_figures:
     python analyze_exp2_direction.py base=out/exp12/exp12_base trained=out/exp12/exp12_trained
@@ -75,8 +76,10 @@ def analyse(
     make_directory(output_dir)  # before minutes of work
     warn(dumps)
     differences = say_differences(dumps)
-    results, top_of_others = measure_dumps(dumps, device)
-    numbers = {tag: numbers_of(targets, results[tag], top_of_others[tag]) for tag, targets in dumps.items()}
+    results, top_of_others, meetings = measure_dumps(dumps, device)
+    numbers = {
+        tag: numbers_of(targets, results[tag], top_of_others[tag], meetings[tag]) for tag, targets in dumps.items()
+    }
     summary = about_study(numbers, dumps, differences)
     written = write_results(output_dir, SUMMARY, summary, lambda: save(draw_exp2(summary), output_dir, formats))
     return [table for tag, one in summary.items() for table in tables_of(tag, one)], written

@@ -25,12 +25,12 @@ def with_interval(value: float | None, bounds: Bounds, decimals: int = 2) -> str
     return f"{number(value, decimals)} [{', '.join(number(bound, decimals) for bound in bounds)}]"
 
 
-def share(value: float | None, bounds: Bounds = None) -> str:
+def share(value: float | None, bounds: Bounds = None, decimals: int = 0) -> str:
     """`66% [46, 86]`."""
     if value is None:
         return MISSING
-    ends = "" if bounds is None else f" [{', '.join(number(100 * bound, 0) for bound in bounds)}]"
-    return f"{number(100 * value, 0)}%{ends}"
+    ends = "" if bounds is None else f" [{', '.join(number(100 * bound, decimals) for bound in bounds)}]"
+    return f"{number(100 * value, decimals)}%{ends}"
 
 
 def estimate(found: Mapping[str, Any], decimals: int = 2) -> str:

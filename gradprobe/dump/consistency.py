@@ -339,8 +339,8 @@ def _disagreements(dump: Dump, rollout: Rollout, rows: list[int]) -> Iterator[st
         lines = pooled_tokens([rollout], np.array(dump.manifest["entropy_edges"]))
         expected = {line.bin: {key: getattr(line, key) for key in keys} for line in lines}
     else:
-        place, keys = "pos", ("entropy", "logprob", "correct")
-        tokens = zip(rollout.entropies, rollout.logprobs, itertools.repeat(rollout.correct))
+        place, keys = "pos", ("entropy", "logprob", "token_id", "correct")
+        tokens = zip(rollout.entropies, rollout.logprobs, rollout.response_ids, itertools.repeat(rollout.correct))
         expected = {pos: dict(zip(keys, token, strict=True)) for pos, token in enumerate(tokens)}
     name = f"{dump.path / META}: prompt {rollout.prompt_idx} sample {rollout.sample_idx}"
     row_at = dict(zip(getattr(dump, place)[rows].tolist(), rows, strict=True))

@@ -51,7 +51,11 @@ _COMMON_KINDS = {
     "entropy": NUMBER,
     "correct": TRUE_OR_FALSE,
 }
-META_KINDS = {**_COMMON_KINDS, "pos": INDEX, "logprob": NUMBER.optional(), "tail_mass": NUMBER.optional()}
+META_KINDS = {
+    **_COMMON_KINDS,
+    **{"pos": INDEX, "token_id": INDEX.optional()},
+    **dict.fromkeys(("logprob", "tail_mass"), NUMBER.optional()),
+}
 POOLED_KINDS = {
     **_COMMON_KINDS,
     **dict.fromkeys(("n_tokens", "n_response_tokens"), INDEX),
@@ -59,7 +63,7 @@ POOLED_KINDS = {
     "reward": NUMBER.or_null(),
 }
 COLUMNS = {
-    **dict.fromkeys(("sample_idx", "bin", "pos", "n_tokens", "n_response_tokens"), np.int64),
+    **dict.fromkeys(("sample_idx", "bin", "pos", "token_id", "n_tokens", "n_response_tokens"), np.int64),
     **dict.fromkeys(("entropy", "logprob", "tail_mass", "rare", "reward"), np.float64),
     "correct": np.bool_,
 }
@@ -80,6 +84,7 @@ class Dump:
         entropy: [n] float64, nats; in a pooled dump the mean of the tokens summed.
         correct: [n] bool, whether the gradient's rollout was correct.
         pos: [n] int64; None in a pooled dump.
+        token_id: [n] int64; None in a pooled dump and in dumps of the original scripts.
         logprob: [n] float64, or None in dumps of the original scripts; in a pooled dump the mean.
         tail_mass: [n] float64, 1 - max π; None in a pooled dump and where it is not known.
         n_tokens, n_response_tokens, rare, reward: [n], see `records.PooledTokens`; None where that says so, or in a
@@ -98,6 +103,7 @@ class Dump:
     entropy: np.ndarray
     correct: np.ndarray
     pos: np.ndarray | None
+    token_id: np.ndarray | None
     logprob: np.ndarray | None
     tail_mass: np.ndarray | None
     n_tokens: np.ndarray | None

@@ -181,7 +181,7 @@ def compare_groups(bucket: Bucket, correct: np.ndarray, seed: int = 0) -> Direct
     rng = np.random.default_rng(seed)
     usable: list[tuple[int, int, int, float]] = []
     control: list[float] = []
-    for code, members in _places_by_prompt(bucket.prompt):
+    for code, members in places_by_prompt(bucket.prompt):
         gradients = read_rows(bucket.grads, bucket.rows[members])
         kinds = (gradients[correct[members]], gradients[~correct[members]])
         sizes = len(kinds[0]), len(kinds[1])
@@ -192,7 +192,7 @@ def compare_groups(bucket: Bucket, correct: np.ndarray, seed: int = 0) -> Direct
     return Directions(found[:, 0].astype(int), found[:, 1:3].astype(int), found[:, 3], np.array(control, np.float64))
 
 
-def _places_by_prompt(prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def places_by_prompt(prompt: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Each prompt's number, ascending, with the places in `prompt`, [n], at which it stands."""
     order = np.argsort(prompt, kind="stable")
     codes, starts = np.unique(prompt[order], return_index=True)
@@ -280,7 +280,7 @@ def alignment(
     signals = {kind: _signal(products[:, column]) for column, kind in enumerate(("correct", "incorrect"), start=1)}
     rho = cosine_of(*stack_of_means(products).T) if n_prompts > 1 else NO_ESTIMATE
     null = permutation_null(grams, permutation_rng, n_permutations, _label_cosines)
-    p_value = _two_sided_p(_label_cosines(grams, grams.correct[:, None]).mean(), null)
+    p_value = two_sided_p(_label_cosines(grams, grams.correct[:, None]).mean(), null)
     detectable = rho.ci95 and POWER_FACTOR * _bootstrap_error(products, bootstrap_rng, n_bootstrap)
     verdict, reason = _judged(n_prompts, rho, signals, is_unsampled)
     return Alignment(n_prompts, rho.value, rho.ci95, p_value, detectable, *signals.values(), verdict, reason)
@@ -312,7 +312,7 @@ def _cancellation(n_prompts: int, ratio: float, null: np.ndarray, is_unsampled: 
     """`null`: [draws] of the ratio."""
     if len(null) == 0:
         return Cancellation(n_prompts, ratio, None, None, None, CANT_TELL, "no permutations")
-    mean, p_value = float(null.mean()), _two_sided_p(ratio, null)
+    mean, p_value = float(null.mean()), two_sided_p(ratio, null)
     low, high = np.quantile(null, CENTRAL)
     verdict, reason = ADD_UP if ratio > mean else CANCEL, None
     if is_unsampled:
@@ -417,7 +417,7 @@ def _bootstrap_error(products: np.ndarray, rng: np.random.Generator, n_bootstrap
     return float(high - low) / 2
 
 
-def _two_sided_p(observed: float, null: np.ndarray) -> float | None:
+def two_sided_p(observed: float, null: np.ndarray) -> float | None:
     """Twice the smaller tail of [draws] `null`, with the +1 correction; None without draws."""
     if len(null) == 0:
         return None

@@ -13,6 +13,7 @@ from ..analysis.opposition import rho_over_sums
 from ..common.console import progress_bar
 from ..dump.format import Dump
 from ..dump.on_policy import MIN_RARE_TOKENS, ON_POLICY, OnPolicy, is_chosen_by_prefix
+from .coupling import UNCERTAIN_BELOW, Meetings, Tokens, meetings_of
 from .direction import (
     MIN_ROLLOUTS_OF_EACH_KIND,
     Alignment,
@@ -37,12 +38,14 @@ class Exp2Settings:
     Attributes:
         bootstrap: for `min_detectable`.
         permutations: for p-values, which can't fall below 2 / (permutations + 1); 0 for none.
-        seed: of splits, bootstrap and permutations.
+        seed: of splits, bootstrap, permutations and deals.
+        ids: deals of token ids behind the null of coupling; 0 for none.
     """
 
     bootstrap: int = 4000
     permutations: int = 9999
     seed: int = 0
+    ids: int = 1999
 
 
 @dataclass(frozen=True)
@@ -158,12 +161,23 @@ def reference_of(dump: Dump) -> float | None:
     return REFERENCE if is_on_policy and is_chosen_by_prefix(dump.manifest) else None
 
 
+def meetings_of_dump(dump: Dump, settings: Exp2Settings = DEFAULTS, device: str = "cpu") -> Meetings | None:
+    """Coupling by token; None of pooled dumps, and of those of the original scripts, which lack ids and log-probs."""
+    if dump.token_id is None or dump.logprob is None:
+        return None
+    bucket = bucket_of(dump, device=device)
+    is_uncertain = dump.logprob < np.log(UNCERTAIN_BELOW)
+    tokens = Tokens(bucket.rollout, dump.bin, dump.token_id, is_uncertain, dump.correct)
+    return meetings_of(bucket, tokens, dump.bins, np.random.default_rng([settings.seed, 4]), settings.ids)
+
+
 def measure_dumps(
     dumps: Mapping[Tag, list[Dump]], device: str = "cpu"
-) -> tuple[dict[Tag, list[BucketDirections]], dict[Tag, list[BucketDirections]]]:
-    """Of each tag, every bucket of its first target, and the bucket of highest entropy of its others."""
+) -> tuple[dict[Tag, list[BucketDirections]], dict[Tag, list[BucketDirections]], dict[Tag, Meetings | None]]:
+    """Of each tag every bucket of its first target, the bucket of highest entropy of its others, and the coupling."""
     found: dict[Tag, list[BucketDirections]] = {}
     tops: dict[Tag, list[BucketDirections]] = {}
+    meetings = {tag: meetings_of_dump(targets[0], device=device) for tag, targets in dumps.items()}
     total = sum(targets[0].bins + len(targets) - 1 for targets in dumps.values())
     with progress_bar("Exp 2", total, "buckets") as bar:
         for tag, (first, *others) in dumps.items():
@@ -171,4 +185,4 @@ def measure_dumps(
             for dump in others:
                 tops[tag].append(bucket_directions(dump, dump.bins - 1, device=device))
                 bar.update()
-    return found, tops
+    return found, tops, meetings

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from ..analysis.inputs import directory_name
+from ..analysis.prompts import rollouts_of
 from ..analysis.replication import spread_of
-from ..analysis.text import Table, estimate, number, replication_table, with_interval
+from ..analysis.text import Table, estimate, number, replication_table, share, with_interval
 from ..dump.format import Dump
+from .coupling import ANY, DIFFERENT, Coupling, Meetings
 from .direction import CENTRAL, Directions
 from .measure import DEFAULTS, BucketDirections
 
@@ -22,7 +24,10 @@ REPLICATED = {
 
 
 def numbers_of(
-    dumps: Sequence[Dump], of_first: Sequence[BucketDirections], top_of_others: Sequence[BucketDirections]
+    dumps: Sequence[Dump],
+    of_first: Sequence[BucketDirections],
+    top_of_others: Sequence[BucketDirections],
+    meetings: Meetings | None,
 ) -> dict[str, Any]:
     """One tag's numbers: its first target's bucket of highest entropy, every bucket's, and how targets vary.
 
@@ -30,9 +35,11 @@ def numbers_of(
         dumps: the targets.
         of_first: the first target's buckets.
         top_of_others: the bucket of highest entropy of every other target.
+        meetings: coupling by token of the first target; None where it is not known.
     """
     dump, manifest = dumps[0], dumps[0].manifest
-    by_bucket = list(map(measures_of, of_first))
+    coupled = [None] * dump.bins if meetings is None else list(map(_coupling, meetings.by_bucket))
+    by_bucket = [measures_of(one) | {"coupling": of_bucket} for one, of_bucket in zip(of_first, coupled, strict=True)]
     summary = {
         "run_dir": directory_name(dump.path),
         "bucket": dump.bins - 1,
@@ -40,7 +47,9 @@ def numbers_of(
         "bucket_by": manifest.get("bucket_by", "entropy"),
         "on_policy_all_tokens": manifest.get("on_policy"),
         **by_bucket[-1],
-        "draws": {"bootstrap": DEFAULTS.bootstrap, "permutations": DEFAULTS.permutations},
+        "coupling_all_tokens": meetings and _coupling(meetings.all_tokens),
+        "shared_tokens": meetings and _shared_tokens(dump, meetings),
+        "draws": {"bootstrap": DEFAULTS.bootstrap, "permutations": DEFAULTS.permutations, "ids": DEFAULTS.ids},
         "per_prompt": _per_prompt(dump, of_first[-1].directions),
         "by_bucket": {str(index): measures for index, measures in enumerate(by_bucket)},
     }
@@ -63,6 +72,22 @@ def _per_prompt(dump: Dump, found: Directions) -> list[dict[str, Any]]:
             found.prompt.tolist(), found.n_tokens.tolist(), found.cosines.tolist(), strict=True
         )
     ]
+
+
+def _coupling(found: Coupling) -> dict[str, Any]:
+    """By kind: what holds whatever the outcomes, and, apart, where they are the same and where not."""
+    apart = {kind: {name: asdict(pairs) for name, pairs in own.items()} for kind, own in found.items()}
+    return {kind: own.pop(ANY) | own for kind, own in apart.items()}
+
+
+def _shared_tokens(dump: Dump, meetings: Meetings) -> list[dict[str, Any]]:
+    """With what each token reads; None where texts were not kept."""
+    texts = dict.fromkeys(meetings.shared_tokens)
+    for rollout in rollouts_of(dump):
+        if None not in texts.values() or not rollout.token_texts:
+            break
+        texts |= {i: text for i, text in zip(rollout.response_ids, rollout.token_texts, strict=True) if i in texts}
+    return [{"token_id": i, "text": texts[i], **asdict(found)} for i, found in meetings.shared_tokens.items()]
 
 
 def measures_of(found: BucketDirections) -> dict[str, Any]:
@@ -125,10 +150,51 @@ def tables_of(tag: str | None, numbers: Mapping[str, Any]) -> list[Table]:
     if cosine_rows:
         caption = f"{name}: cosines of correct and incorrect gradients"
         tables.append(Table(caption, header, cosine_rows, notes=_left_out(numbers)))
+    if numbers["rho_over_sums"] is None:  # a dump of tokens
+        tables += _coupling_tables(name, numbers)
     if "replication" in numbers:
         spreads = {one.replace("_", " "): numbers["replication"][one] for one in REPLICATED}
         tables.append(replication_table(name, spreads))
     return tables
+
+
+def _coupling_tables(name: str, numbers: Mapping[str, Any]) -> list[Table]:
+    """Where updates of two rollouts meet, of all tokens and per bucket; and on which tokens those of both kinds do."""
+    caption = f"{name}: where do updates of two rollouts of a prompt meet?"
+    if numbers["coupling"] is None:
+        return [Table(caption, (), (), notes=["can't be told: not every line of meta.jsonl has token_id and logprob"])]
+    buckets = {bucket: one["coupling"] for bucket, one in reversed(numbers["by_bucket"].items())}
+    header = ["pairs", "coupling [95%]", "cosine [95%]", "part of C [95%]"]
+    rows = [
+        [f"{bucket}: {kind.replace('_token', ' token,').replace('_', ' ')}", *_pair_cells(found), *_null_cells(found)]
+        for bucket, coupling in ({"all": numbers["coupling_all_tokens"]} | buckets).items()
+        for kind, found in coupling.items()
+        if found["n_pairs"]
+    ]
+    notes = ["coupling: Σ |⟨g, g'⟩| over pairs of tokens of different rollouts; uncertain: π < ½; C: 1 and all parts"]
+    columns = ["bucket: kind of pair", *header, "other outcome: cosine", "ids dealt anew", "p"]
+    tables = [Table(caption, columns, rows, notes=notes if rows else ["no prompt has gradients of two rollouts"])]
+    if numbers["shared_tokens"]:
+        caption = f"{name}: tokens on which correct and incorrect rollouts meet, of their coupling in bucket"
+        tokens = [[repr(one["text"] or one["token_id"]), *_pair_cells(one, True)] for one in numbers["shared_tokens"]]
+        tables.append(Table(f"{caption} {numbers['bucket']}", ["token", *header], tokens))
+    return tables
+
+
+def _pair_cells(found: Mapping[str, Any], is_counted: bool = False) -> list[str]:
+    part, coupling = found["part_of_c"], found["share_of_coupling"]
+    return [
+        number(found["n_pairs"]) if is_counted else share(found["share_of_pairs"], None, 1),
+        share(coupling["value"], coupling["ci95"], 1),
+        with_interval(found["mean_cosine"], found["mean_cosine_ci95"]),
+        with_interval(part["value"], part["ci95"]),
+    ]
+
+
+def _null_cells(found: Mapping[str, Any]) -> list[str]:
+    other = with_interval(found[DIFFERENT]["mean_cosine"], found[DIFFERENT]["mean_cosine_ci95"])
+    null = found["null"] or {"mean": None, "ci95": None, "p_value": None}
+    return [other, share(null["mean"], null["ci95"], 1), number(null["p_value"], 3)]
 
 
 def _has_cosine(found: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ..analysis.summaries import Summary
 from ..analysis.text import CANT_TELL, counted, number, share, with_interval
+from ..exp2.coupling import SAME_UNCERTAIN
 from ..exp2.direction import (
     ADD_UP,
     ALIGNED,
@@ -71,11 +72,17 @@ def draw_exp2(summary: Summary) -> dict[str, Figure]:
 
 @styled
 def draw_headline(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
-    """C against chance in the bucket of highest entropy, and under it ρ against what theory fixes: a line per tag."""
+    """C against chance in the bucket of highest entropy, under it ρ against what theory fixes: a line per tag.
+
+    And where it is known, how much of the coupling there is in the same token, of which the model was uncertain.
+    """
     asked = f"Would updates of correct and\nincorrect rollouts cancel?\n{top_bucket_name(subjects)}"
-    figure, axes = _with_answers(asked, subjects, 2, 5 * len(subjects))
+    has_coupling = any(one["coupling"] for one in numbers)
+    figure, axes = _with_answers(asked, subjects, 2 + has_coupling, 5 * len(subjects))
     colours = series_colours(subjects)
-    for (answers, ax), measure, said in zip(axes, ("cancellation", "alignment"), (_c_said, _rho_said), strict=True):
+    if has_coupling:
+        _draw_coupling(*axes[2], subjects, numbers)
+    for (answers, ax), measure, said in zip(axes[:2], ("cancellation", "alignment"), (_c_said, _rho_said), strict=True):
         found = [one[measure] for one in numbers]
         ax.set_yticks([])
         ax.grid(axis="y", visible=False)
@@ -105,6 +112,34 @@ def _draw_c(ax: Axes, place: float, found: Numbers, colour: str) -> None:
     low, high = found["null_ci95"]
     ax.plot([low, high], [place, place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt", zorder=2)
     ax.plot(found["ratio"], place, "o", color=colour, markersize=13, zorder=4)
+
+
+def _draw_coupling(answers: Axes, ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
+    """The share of coupling in the same uncertain token, over what ids dealt anew give and the share of pairs."""
+    ax.set_axis_off()
+    for place, (subject, one, colour) in enumerate(zip(subjects, numbers, series_colours(subjects), strict=True)):
+        found = (one["coupling"] or {}).get(SAME_UNCERTAIN)
+        said, is_said = (
+            ["shared tokens: can't tell"],
+            bool(found and found["null"] and found["share_of_coupling"]["ci95"]),
+        )
+        if found and is_said:
+            ax.set_axis_on()
+            value, bounds = found["share_of_coupling"].values()
+            said = [f"same token: {share(value, None, 1)} of coupling", f"{share(found['share_of_pairs'], None, 1)} of "
+                    f"pairs, ids dealt anew {share(found['null']['mean'], None, 1)}"]  # fmt: skip
+            ax.plot(found["null"]["ci95"], 2 * [place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt")
+            ax.plot(found["share_of_pairs"], place, "|", color="black", markersize=22, markeredgewidth=1.6)
+            ax.plot(bounds, 2 * [place], color=colour, linewidth=2.6, solid_capstyle="butt")
+            ax.plot(value, place, "o", color=colour, markersize=11)
+        _answer(answers, place, panel_title(subject, subjects), said, colour, is_said)
+    for of_row in (answers, ax):
+        of_row.set_ylim(len(subjects) - 0.5, -0.5)
+    ax.set_yticks([])
+    ax.grid(axis="y", visible=False)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xlabel("share of coupling in pairs of the same token, uncertain in both rollouts, 95% interval\n"
+                  "upright line: their share of pairs; grey: 95% with ids dealt anew")  # fmt: skip
 
 
 @styled

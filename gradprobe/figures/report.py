@@ -153,6 +153,8 @@ MEANINGS = (
      "what does not repeat within a bucket cannot be called orthogonal to another's."),
     ("C", "‖Σ A g‖² / Σ ‖A g‖² per prompt with advantages ±1: 1 for orthogonal rollouts. Above what the same "
      "advantages give when dealt out at random (the null), correct and incorrect updates add up; below, they cancel."),
+    ("coupling", "Σ |⟨g, g'⟩| over pairs of tokens of different rollouts of a prompt; uncertain: π < ½. Ids are dealt "
+     "anew among the uncertain tokens of a rollout in a bucket: as many pairs as before are of the same token."),
     ("ρ", "the cosine between correct and incorrect mean gradients with noise removed, from products of different "
      "rollouts only; aligned: its interval lies above 0; opposed: below; orthogonal: holds 0 and lies inside ±0.25; "
      "underpowered: none of these, or no signal to align; unsampled: fewer than 30 rare tokens were to be expected "

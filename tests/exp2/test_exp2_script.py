@@ -28,6 +28,7 @@ MEASURES = {
     "on_policy",
     "rho_over_sums",
     "reference",
+    "coupling",
 }
 ALIGNMENT_KEYS = {"n_prompts", "rho", "ci95", "p_value", "min_detectable", "signal_correct", "signal_incorrect"}
 ALIGNMENT_KEYS |= {"verdict", "reason"}
@@ -67,7 +68,7 @@ def test_every_key_in_every_bucket_and_null_where_there_is_no_number(case, tmp_p
     summary = run_exp2(tmp_path, write_exp2_dump(tmp_path / "dump", n_correct, n_rollouts))
     assert list(summary["by_bucket"]) == list("01234")
     assert {key: summary[key] for key in MEASURES} == summary["by_bucket"]["4"]
-    assert summary["draws"] == {"bootstrap": 4000, "permutations": 9999}
+    assert summary["draws"] == {"bootstrap": 4000, "permutations": 9999, "ids": 1999}
     for found in summary["by_bucket"].values():
         assert set(found) == MEASURES
         assert set(found["alignment"]) == ALIGNMENT_KEYS
@@ -102,6 +103,39 @@ def test_planted_directions_get_their_verdict_in_summary_table_and_figure(plante
     said = texts_of(draw_exp2({None: summary})[HEADLINE]).splitlines()
     assert {c["verdict"], f"ρ: {verdict}"} <= set(said)
     assert any(f"ρ = {rho['rho']:.2f} [".replace("-", "−") in text for text in said)
+
+
+def write_dump_of_tokens(path: Path) -> Path:
+    """Two tokens of which the model is uncertain, one of them a line's end."""
+    dump = planted.write_dump_along_step(path, np.full(5, 1.0), n_prompts=12)
+    for file, change in (
+        ("meta.jsonl", lambda line: {"token_id": (line["sample_idx"] + line["pos"]) % 2, "logprob": -1.0}),
+        ("rollouts.jsonl", lambda line: {
+            "response_ids": [i % 2 for i in range(len(line["response_ids"]))],
+            "token_texts": ["\n" if i % 2 else " is" for i in range(len(line["response_ids"]))],
+        }),
+    ):  # fmt: skip
+        lines = map(json.loads, (dump / file).read_text().splitlines())
+        (dump / file).write_text("".join(json.dumps(line | change(line)) + "\n" for line in lines))
+    return dump
+
+
+def test_coupling_by_token_stands_in_summary_tables_and_figure(tmp_path: Path, capsys):
+    summary = run_exp2(tmp_path / "out", f"base={write_dump_of_tokens(tmp_path / 'dump')}")["base"]
+    out, figure = capsys.readouterr().out, draw_exp2({"base": summary})[HEADLINE]
+    for found in (summary["coupling_all_tokens"], *(one["coupling"] for one in summary["by_bucket"].values())):
+        assert sum(one["share_of_coupling"]["value"] for one in found.values() if one["n_pairs"]) == pytest.approx(1)
+        same = found["same_token_both_uncertain"]
+        assert set(same) == {"n_pairs", "share_of_pairs", "share_of_coupling", "mean_cosine", "mean_cosine_ci95",
+                             "part_of_c", "null", "same_outcome", "different_outcome"}  # fmt: skip
+        assert same["n_pairs"] == sum(same[outcome]["n_pairs"] for outcome in ("same_outcome", "different_outcome")) > 0
+    assert summary["coupling"] == summary["by_bucket"]["4"]["coupling"]
+    assert {one["text"] for one in summary["shared_tokens"]} == {"\n", " is"}
+    assert re.search(r"^'\\n' +\d+ +\d+ +\d", out, re.M)
+    assert re.search(r"^all: same token, both uncertain +\d+\.\d% ", out, re.M)
+    share = summary["coupling"]["same_token_both_uncertain"]["share_of_coupling"]["value"]
+    assert f"same token: {100 * share:.1f}% of coupling" in texts_of(figure)
+    assert_nothing_is_cut_off(figure)
 
 
 def marks_of(axes, colour: str) -> int:
@@ -188,7 +222,8 @@ def test_one_reason_is_said_once():
 
 def test_a_bucket_s_reasons_stand_below_the_table(tmp_path: Path):
     summary = run_exp2(tmp_path, write_exp2_dump(tmp_path / "dump", [0, 4]))
-    answers, cosines = tables_of(None, summary)
+    answers, cosines, coupling = tables_of(None, summary)
+    assert coupling.notes == ["can't be told: not every line of meta.jsonl has token_id and logprob"]
     assert answers.rows == []
     assert len(cosines.rows) == 5  # the controls
     assert answers.notes == [
