@@ -9,7 +9,7 @@ from ..common.files import make_directory, read_json, write_json
 Tag = TypeVar("Tag", bound="str | None")
 Summary = Mapping[str, Mapping[str, Any]]
 """Of each tag its numbers: what tables, figures and sentences are made from."""
-LAYOUT = 2
+LAYOUT = 3
 """Of the summaries' keys and meanings: raise it where a reader of one could not read the other."""
 
 

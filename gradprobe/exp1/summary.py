@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from ..analysis.jackknife import prompts_to_tell
-from ..analysis.text import MISSING, Table, number, replication_table, share, with_interval
+from ..analysis.text import MISSING, Table, estimate, number, replication_table, share, share_estimate, with_interval
 from ..common.files import bytes_aside
-from .compression import CANT_TELL
+from .compression import CANT_TELL, MIN_PROMPTS
+from .proxies import ALL, NEEDED, TOP_SHARE
 
 SUMMARY = "exp1_summary.json"
 ARRAYS = "exp1_arrays.npz"
@@ -77,13 +78,17 @@ def what_would_tell(ratio: Mapping[str, Any] | None) -> str | None:
 
 
 def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
-    """One tag's tables: its buckets, its comparison with the first tag, its spread over targets."""
+    """One tag's tables: buckets, the comparison with the first tag, proxies of the norms, the spread over targets."""
     tables = [_bucket_table(tag, numbers)]
     found = compared(numbers)
     if found is not None:
         tables.append(_comparison_table(tag, *found))
+    tables.append(_proxy_table(tag, numbers))
     if "replication" in numbers:
-        spreads = {f"unit-norm PR, bucket {bucket}": one for bucket, one in numbers["replication"][TRUSTED].items()}
+        replication = numbers["replication"]
+        spreads = {f"unit-norm PR, bucket {bucket}": one for bucket, one in replication[TRUSTED].items()}
+        for name, groups in replication["proxies"].items():
+            spreads |= {f"rank correlation of {name}, {group_name(group)}": one for group, one in groups.items()}
         tables.append(replication_table(tag, spreads))
     return tables
 
@@ -93,6 +98,7 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
     note = f"bucket {top}, of highest entropy: {span(of_top)}"
     if of_top[TRUSTED] is not None:
         note += f" directions, {share_of_random(numbers, of_top)} of what random ones would span"
+    notes = [note, *_size_in_words(numbers)]
     halves, repeats = numbers["cross_bucket_ceiling"], numbers["cross_bucket_top1_repeats"]
     rows = [
         [
@@ -114,7 +120,46 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
         f"{tag}: how many directions the gradients of each entropy bucket span, in {numbers['row_dim']:,} dimensions",
         header,
         rows,
-        [note],
+        notes,
+    )
+
+
+def _size_in_words(numbers: Mapping[str, Any]) -> list[str]:
+    """In which buckets random directions with the same norms would give a PR outside the interval of the real one."""
+    buckets: dict[bool, list[str]] = {False: [], True: []}
+    for bucket, found in numbers["per_bucket"].items():
+        if found["participation_ratio_ci95"] is not None:
+            low, high = found["participation_ratio_ci95"]
+            buckets[low <= found["participation_ratio_isotropic"] <= high].append(bucket)
+    said = {False: "is not", True: "may be"}
+    return [f"PR {said[which]} of norms alone: bucket {', '.join(own)}" for which, own in buckets.items() if own]
+
+
+def group_name(group: str) -> str:
+    """`all rows`, `bucket 4`."""
+    return "all rows" if group == ALL else f"bucket {group}"
+
+
+def _proxy_table(tag: str, numbers: Mapping[str, Any]) -> Table:
+    known = {name: groups for name, groups in numbers["proxies"].items() if groups is not None}
+    rows = [
+        [
+            group_name(group),
+            *(estimate(groups[group]["rank_correlation"]) for groups in known.values()),
+            *(share_estimate(groups[group]["top_overlap"]) for groups in known.values()),
+        ]
+        for group in next(iter(known.values()))
+    ]
+    missing = [name for name in numbers["proxies"] if name not in known]
+    notes = [f"{'; '.join(missing)}: {CANT_TELL}, {NEEDED}"] if missing else []
+    if all(one["rank_correlation"]["ci95"] is None for groups in known.values() for one in groups.values()):
+        notes.append(f"{CANT_TELL}: at least {MIN_PROMPTS} prompts, and norms that differ, are needed")
+    return Table(
+        f"{tag}: rank correlation (Spearman) of proxies with the gradient norm, and how much the top {TOP_SHARE:.0%} "
+        f"by both have in common (by chance {TOP_SHARE:.0%})",
+        ["", *known, *(f"top {TOP_SHARE:.0%}: {name}" for name in known)],
+        rows,
+        notes,
     )
 
 

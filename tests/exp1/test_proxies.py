@@ -1,0 +1,162 @@
+"""Proxies of the gradient norm against plain loops and known truths, and what a dump of an older time can't tell."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+import torch
+from looking import assert_nothing_is_cut_off, texts_of
+from scipy.stats import multivariate_normal, norm, spearmanr
+
+from gradprobe.analysis.inputs import about_study, open_dumps
+from gradprobe.analysis.jackknife import interval_of
+from gradprobe.analysis.tokens import logit_norm, sum_p2_of
+from gradprobe.exp1.measure import Exp1Settings, measure_dumps
+from gradprobe.exp1.proxies import ENTROPY, LOGIT_NORM, SURPRISAL, agreements
+from gradprobe.exp1.summary import tables_of
+from gradprobe.figures.exp1 import draw_exp1
+from gradprobe.model.softmax import Softmax
+
+FEW = Exp1Settings(halves=20, matched=2, ceiling=2, null=2)
+
+
+def clustered(
+    rng, n_prompts: int = 20, of_prompt: int = 25, r: float = 0.8
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Truth, score and prompt of rows of standard normal distribution, correlated by r within and between prompts."""
+    of_prompts, own = rng.standard_normal((2, n_prompts, 1)), rng.standard_normal((2, n_prompts, of_prompt))
+    first, second = np.sqrt(0.2) * of_prompts + np.sqrt(0.8) * own
+    score = r * first + np.sqrt(1 - r * r) * second
+    return first.ravel(), score.ravel(), np.repeat(np.arange(n_prompts), of_prompt)
+
+
+def test_rank_correlations_and_overlaps_are_those_of_plain_loops():
+    truth, score, prompt = clustered(np.random.default_rng(0))
+    tied = np.round(score)
+    found, of_ties = agreements(truth, [score, tied], 7 * prompt)
+    for one, values in ((found, score), (of_ties, tied)):
+        without = [spearmanr(truth[prompt != p], values[prompt != p]).statistic for p in range(20)]
+        stack = np.array([spearmanr(truth, values).statistic, *without])
+        assert one.rank_correlation.value == pytest.approx(stack[0], abs=1e-12)
+        assert one.rank_correlation.ci95 == pytest.approx(interval_of(stack), abs=1e-12)
+    highest = [set(np.argsort(values)[-100:].tolist()) for values in (truth, score)]
+    assert found.top_overlap.value == pytest.approx(len(highest[0] & highest[1]) / 100)
+    places = 100 - np.sum(tied > 1)  # left for those that are 1, of whom each gets as much of one as another
+    at_edge = np.isin(np.arange(500), list(highest[0])) & (tied == 1)
+    expected = np.sum(np.isin(np.flatnonzero(tied > 1), list(highest[0]))) + at_edge.sum() * places / np.sum(tied == 1)
+    assert 0 < places < np.sum(tied == 1)
+    assert of_ties.top_overlap.value == pytest.approx(expected / 100)
+
+
+def test_intervals_hold_the_truth_as_often_as_said_and_0_of_what_is_permuted():
+    cut = norm.ppf(0.2)
+    both = multivariate_normal.cdf([cut, cut], cov=[[1, 0.8], [0.8, 1]])
+    truths = {"rank_correlation": 6 / np.pi * np.arcsin(0.4), "top_overlap": both / 0.2}
+    inside = dict.fromkeys((*truths, "permuted"), 0)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        truth, score, prompt = clustered(rng)
+        found, itself, permuted = agreements(truth, [score, truth**3, rng.permutation(score)], prompt)
+        for name, value in truths.items():
+            low, high = getattr(found, name).ci95
+            inside[name] += low < value < high
+        low, high = permuted.rank_correlation.ci95
+        inside["permuted"] += low < 0 < high
+        for one in asdict(itself).values():
+            assert [one["value"], *one["ci95"]] == pytest.approx([1.0] * 3, abs=0.01)
+    assert all(180 <= count <= 196 for count in inside.values()), inside
+
+
+def test_the_length_in_the_logits_is_that_of_the_softmax_down_to_certain_tokens():
+    logits = torch.randn(400, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] += torch.linspace(0, 40, 400)
+    softmax, ids = Softmax(logits), torch.zeros(400, dtype=torch.int64)
+    ids[::7] = 3
+    found = logit_norm(softmax.log_prob(ids).numpy(), softmax.sum_p2.numpy())
+    expected = softmax.logit_norm(ids).numpy()
+    told = softmax.not_drawn(ids).numpy() > 1e-5
+    np.testing.assert_allclose(found[told], expected[told], rtol=1e-5)
+    assert np.all(np.abs(np.log(found / expected)) < np.log(2) / 2 + 1e-9)
+    assert told.sum() > 100 < (~told).sum()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Two targets of a probe with 8 prompts of 3 rollouts, whose rollouts tell Σ π²."""
+    rng = np.random.default_rng(0)
+    prompt, sample, bucket, _ = (axis.ravel() for axis in np.indices((8, 3, 5, 4)))
+    names = ["L1.mlp.down_proj.weight.r0", "L2.mlp.down_proj.weight.r0"]
+    lines, of_rollouts = {}, {}
+    for target in names:
+        grads = rng.standard_normal((len(prompt), 12)) * np.exp(rng.standard_normal((len(prompt), 1)))
+        path = planted.write_dump(tmp_path / "study" / target, grads, bucket, prompt=prompt, sample=sample)
+        meta = [json.loads(line) for line in (path / "meta.jsonl").read_text().splitlines()]
+        for line in meta:
+            line["pos"] = line["row"] % 20
+            place = line["prompt_idx"], line["sample_idx"], line["pos"]
+            tokens = lines.setdefault(
+                place, {"logprob": -rng.exponential(), "entropy": (line["bin"] + rng.random()) / 5}
+            )
+            line |= tokens
+            of_rollouts.setdefault(place[:2], {})[place[2]] = tokens
+        (path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in meta))
+    rollouts = []
+    for (p, s), tokens in of_rollouts.items():
+        own = [tokens[position] for position in range(20)]
+        pi = np.exp([one["logprob"] for one in own])
+        sums = (pi**2 + rng.random(20) * (1 - pi) ** 2).tolist()  # the other words' share of it is at most (1 − π)²
+        rollout = {"prompt_idx": p, "sample_idx": s, "prompt_ids": [1 + p], "response_ids": [1] * 20, "sum_p2": sums}
+        rollout |= {"entropies": [one["entropy"] for one in own], "logprobs": [one["logprob"] for one in own]}
+        rollouts.append(rollout | {"problem_id": "", "response": "", "ground_truth": "", "correct": True})
+    (tmp_path / "study" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+    (tmp_path / "study" / "settings.json").write_text(json.dumps({"targets": names}))
+    return tmp_path / "study"
+
+
+def test_of_targets_the_first_is_audited_and_all_are_spread(study: Path):
+    dumps = open_dumps({"base": study})
+    found = measure_dumps(dumps, FEW)
+    numbers = found.numbers["base"]
+    rollouts = [json.loads(line) for line in (study / "rollouts.jsonl").read_text().splitlines()]
+    sum_p2 = {(one["prompt_idx"], one["sample_idx"]): one["sum_p2"] for one in rollouts}
+    first, second = dumps["base"]
+    places = zip(first.prompt, first.sample_idx, first.pos, strict=True)
+    expected = [sum_p2[first.prompt_keys[p], s][t] for p, s, t in places]
+    np.testing.assert_array_equal(sum_p2_of([first])[0], expected)
+    proxies = {SURPRISAL: -first.logprob, ENTROPY: first.entropy}
+    proxies[LOGIT_NORM] = np.sqrt(1 - 2 * np.exp(first.logprob) + expected)
+    for group, kept in {"all": first.bin >= 0, "4": first.bin == 4, "0": first.bin == 0}.items():
+        for name, values in proxies.items():
+            rhos = [
+                spearmanr(values[kept], np.linalg.norm(dump.grads[np.arange(480)], axis=1)[kept]).statistic
+                for dump in (first, second)
+            ]
+            assert numbers["proxies"][name][group]["rank_correlation"]["value"] == pytest.approx(rhos[0])
+            if group != "0":
+                assert numbers["replication"]["proxies"][name][group]["values"] == pytest.approx(rhos)
+    summary = about_study(found.numbers, dumps, {"base": []})
+    assert f"rank correlation of {ENTROPY}, bucket 4" in tables_of("base", summary["base"])[-1].text()
+    figure = draw_exp1(summary, found.arrays)["exp1_norms.png"]
+    assert_nothing_is_cut_off(figure)
+    low, high = numbers["proxies"][SURPRISAL]["4"]["rank_correlation"]["ci95"]
+    assert f"[{low:.3f}, {high:.3f}]".replace("-", "−") in texts_of(figure)
+
+
+@pytest.mark.parametrize(("lacks", "missing"), [("sum_p2", [LOGIT_NORM]), ("logprob", [SURPRISAL, LOGIT_NORM])])
+def test_what_an_older_dump_lacks_is_said_in_a_line_and_entropy_is_audited_all_the_same(study: Path, lacks, missing):
+    file = study / "rollouts.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"sum_p2": []}) + "\n" for line in lines))
+    (dump, _) = open_dumps({"old": study})["old"]
+    dumps = {"old": [replace(dump, logprob=None) if lacks == "logprob" else dump]}
+    found = measure_dumps(dumps, FEW)
+    proxies = found.numbers["old"]["proxies"]
+    assert [name for name, groups in proxies.items() if groups is None] == missing
+    assert proxies[ENTROPY]["all"]["rank_correlation"]["ci95"] is not None
+    summary = about_study(found.numbers, dumps, {"old": []})
+    said = tables_of("old", summary["old"])[-1].text()
+    assert f"{'; '.join(missing)}: can't tell, needs `logprob`" in said
+    assert_nothing_is_cut_off(draw_exp1(summary, found.arrays)["exp1_norms.png"])
