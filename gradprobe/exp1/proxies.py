@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.jackknife import NO_ESTIMATE, Estimate, interval_of, stack_of_means
+from ..analysis.jackknife import MIN_PROMPTS, NO_ESTIMATE, Estimate, estimate_of, stack_of_means
 from ..analysis.tokens import logit_norm
 from ..dump.format import Dump
-from .compression import MIN_PROMPTS
 
 SURPRISAL, LOGIT_NORM, ENTROPY = "1 − π, −log π", "‖onehot − π‖", "entropy"
 NEEDED = f"needs `logprob` in meta.jsonl ({LOGIT_NORM} also `sum_p2` in rollouts.jsonl), which older dumps lack"
@@ -84,7 +83,9 @@ def agreements(truth: np.ndarray, scores: Sequence[np.ndarray], prompt: np.ndarr
     codes = [np.unique(values, return_inverse=True)[1] for values in (truth, *scores)]
     correlations = _rank_correlations(codes, prompt)
     overlaps = [_top_overlap(codes[0], own, prompt) for own in codes[1:]]
-    return [Agreement(_estimate(one), _estimate(other)) for one, other in zip(correlations.T, overlaps, strict=True)]
+    return [
+        Agreement(estimate_of(one), estimate_of(other)) for one, other in zip(correlations.T, overlaps, strict=True)
+    ]
 
 
 def _rank_correlations(codes: Sequence[np.ndarray], prompt: np.ndarray) -> np.ndarray:
@@ -138,8 +139,3 @@ def _highest(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     up_to = np.cumsum(count)
     is_near = np.abs(up_to - count / 2 - edge) < TOP_SHARE / 2 * len(code)
     return np.clip((up_to - edge) / count, 0.0, 1.0)[code], is_near[code]
-
-
-def _estimate(stack: np.ndarray) -> Estimate:
-    """`stack`: [1 + P]."""
-    return Estimate(float(stack[0]), interval_of(stack)) if np.isfinite(stack).all() else NO_ESTIMATE

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.jackknife import prompts_to_tell
+from ..analysis.jackknife import MIN_PROMPTS, prompts_to_tell
 from ..analysis.text import MISSING, Table, estimate, number, replication_table, share, share_estimate, with_interval
 from ..common.files import bytes_aside
-from .compression import CANT_TELL, MIN_PROMPTS
+from .compression import CANT_TELL
 from .proxies import ALL, NEEDED, TOP_SHARE
 
 SUMMARY = "exp1_summary.json"
