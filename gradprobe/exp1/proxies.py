@@ -70,72 +70,75 @@ def _groups(dump: Dump) -> list[tuple[str, np.ndarray]]:
 
 
 def agreements(truth: np.ndarray, scores: Sequence[np.ndarray], prompt: np.ndarray) -> list[Agreement]:
-    """Each of several scores against the truth, with delete-one jackknife intervals over prompts.
+    """Each of several scores against the truth, with intervals over prompts; [n] each, `prompt` int codes.
 
-    Args:
-        truth: [n].
-        scores: [n] each.
-        prompt: [n] int codes.
+    The jackknife is the linear part of the one that leaves out a prompt at a time: nothing is ranked anew.
     """
     prompt = np.unique(prompt, return_inverse=True)[1]
     if prompt.max(initial=-1) + 1 < MIN_PROMPTS:
         return [Agreement(NO_ESTIMATE, NO_ESTIMATE) for _ in scores]
-    codes = [np.unique(values, return_inverse=True)[1] for values in (truth, *scores)]
-    correlations = _rank_correlations(codes, prompt)
-    overlaps = [_top_overlap(codes[0], own, prompt) for own in codes[1:]]
+    ranked, *others = (_Ranked.of(values) for values in (truth, *scores))
     return [
-        Agreement(estimate_of(one), estimate_of(other)) for one, other in zip(correlations.T, overlaps, strict=True)
+        Agreement(*(estimate_of(stack(ranked, own, prompt)) for stack in (_rank_correlation, _top_overlap)))
+        for own in others
     ]
 
 
-def _rank_correlations(codes: Sequence[np.ndarray], prompt: np.ndarray) -> np.ndarray:
-    """[1 + P, k] stack of Spearman's ρ of each column but the first with that.
+@dataclass(frozen=True)
+class _Ranked:
+    """Numbers by their order; [n] each.
 
-    Without a prompt all are ranked anew, by counting and not by sorting: this is the jackknife, not its linear part.
-
-    Args:
-        codes: [n] each, 0, 1, ... in the order of the values.
-        prompt: [n] 0, 1, ...
+    Attributes:
+        code: 0, 1, ... of the distinct values, ascending.
+        rank: of equals the mean, less the mean of all: Σ_j k(i, j), with k = ½, 0, −½ where i is above, equal, below.
+        top: how far it is in the highest fifth, 0 to 1.
+        is_near: whether it is near that one's edge.
     """
-    order = np.argsort(prompt, kind="stable")
-    codes = [code[order] for code in codes]
-    counts = [np.bincount(code) for code in codes]
-    ends = np.cumsum(np.bincount(prompt))
-    stack = []
-    for left_out in (slice(0), *map(slice, [0, *ends[:-1]], ends)):
-        ranks = []
-        for code, count in zip(codes, counts, strict=True):
-            rest = count - np.bincount(code[left_out], minlength=len(count))
-            ranks.append(_ranks(rest)[np.delete(code, left_out)])
-        truth, *own = ranks
-        with np.errstate(invalid="ignore"):  # a constant has no ρ
-            stack.append([truth @ one / np.sqrt((truth @ truth) * (one @ one)) for one in own])
-    return np.array(stack)
+
+    code: np.ndarray
+    rank: np.ndarray
+    top: np.ndarray
+    is_near: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "_Ranked":
+        code = np.unique(values, return_inverse=True)[1]
+        count, n = np.bincount(code), len(code)
+        up_to, edge = np.cumsum(count), (1 - TOP_SHARE) * n
+        place = up_to - count / 2
+        top, is_near = np.clip((up_to - edge) / count, 0.0, 1.0), np.abs(place - edge) < TOP_SHARE / 2 * n
+        return cls(code, (place - n / 2)[code], top[code], is_near[code])
 
 
-def _ranks(count: np.ndarray) -> np.ndarray:
-    """[u] of distinct values that come up `count` times each, their mean rank less the mean of all."""
-    up_to = np.cumsum(count)
-    return up_to - (count + up_to[-1]) / 2
+def _rank_correlation(truth: _Ranked, own: _Ranked, prompt: np.ndarray) -> np.ndarray:
+    """[1 + P] stack of Spearman's ρ. `prompt`: [n] 0, 1, ..."""
+    products = [_products(one, other, prompt) for one, other in ((truth, own), (truth, truth), (own, own))]
+    with np.errstate(invalid="ignore"):  # a constant has no ρ
+        return products[0] / np.sqrt(products[1] * products[2])
 
 
-def _top_overlap(truth: np.ndarray, own: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-    """[1 + P] stack of the share of the highest fifth by `truth` that is in that by `own`; [n] codes and prompts.
+def _products(first: _Ranked, second: _Ranked, prompt: np.ndarray) -> np.ndarray:
+    """[1 + P] stack of Σ_i r_i s_i = Σ_ijl k(i, j) k'(i, l): a row counts as i, as j and as l, and so thrice in all."""
+    own = first.rank * second.rank
+    part = own + _pushed(first.code, second.rank) + _pushed(second.code, first.rank)
+    beyond_size = np.bincount(prompt, part - 3 * own.mean())
+    return stack_of_means(len(beyond_size) * beyond_size + own.sum())
 
-    Without a prompt the edges of both fifths move, by so many places that the overlap would jump. What a place costs is
-    taken from all rows near the edge instead: the influence function of the overlap, smoothed.
+
+def _pushed(code: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """[n] of each j Σ_i k(i, j) rank_i."""
+    of_value = np.bincount(code, rank)
+    return (of_value / 2 - np.cumsum(of_value))[code]
+
+
+def _top_overlap(truth: _Ranked, own: _Ranked, prompt: np.ndarray) -> np.ndarray:
+    """[1 + P] stack of the share of the highest fifth by `truth` that is in that by `own`.
+
+    Without a prompt both edges move, and the overlap would jump. What a place costs is told by all rows near the edge.
     """
-    (top, is_near), (own_top, is_near_own) = map(_highest, (truth, own))
-    if not (is_near.any() and is_near_own.any()):
-        return np.array([np.nan])
-    moved = top[is_near_own].mean() * (own_top - TOP_SHARE) + own_top[is_near].mean() * (top - TOP_SHARE)
-    sums = np.bincount(prompt, np.minimum(top, own_top) - moved)
+    if not (truth.is_near.any() and own.is_near.any()):
+        return np.full(1, np.nan)
+    moved = truth.top[own.is_near].mean() * (own.top - TOP_SHARE)
+    moved += own.top[truth.is_near].mean() * (truth.top - TOP_SHARE)
+    sums = np.bincount(prompt, np.minimum(truth.top, own.top) - moved)
     return stack_of_means(sums) / stack_of_means(TOP_SHARE * np.bincount(prompt))
-
-
-def _highest(code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] how far each row is in the highest fifth, 0 to 1; and whether it is near the edge."""
-    count, edge = np.bincount(code), (1 - TOP_SHARE) * len(code)
-    up_to = np.cumsum(count)
-    is_near = np.abs(up_to - count / 2 - edge) < TOP_SHARE / 2 * len(code)
-    return np.clip((up_to - edge) / count, 0.0, 1.0)[code], is_near[code]
