@@ -1,14 +1,11 @@
 """What the probed softmax says of single tokens, beside what a dump's rows hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..dump.format import Dump
-from ..dump.records import PromptKey
 from .prompts import rollouts_of
-
-NONE = np.zeros(0)
 
 
 def logit_norm(logprob: np.ndarray, sum_p2: np.ndarray) -> np.ndarray:
@@ -27,13 +24,10 @@ def logit_norm(logprob: np.ndarray, sum_p2: np.ndarray) -> np.ndarray:
 def sum_p2_of(dumps: Sequence[Dump]) -> list[np.ndarray | None]:
     """Of targets of one probe, [n] Σ π² at each gradient's token; None where their rollouts don't tell it."""
     known = {(one.prompt_idx, one.sample_idx): np.array(one.sum_p2) for one in rollouts_of(dumps[0])}
-    return [_at_rows(dump, known) for dump in dumps]
 
+    def at_rows(dump: Dump) -> np.ndarray | None:
+        rows = zip(dump.prompt.tolist(), dump.sample_idx.tolist(), dump.pos.tolist(), strict=True)
+        found = [known.get((dump.prompt_keys[code], sample), ())[pos : pos + 1] for code, sample, pos in rows]
+        return np.array(found).ravel() if all(map(len, found)) else None
 
-def _at_rows(dump: Dump, known: Mapping[tuple[PromptKey, int], np.ndarray]) -> np.ndarray | None:
-    keys = [dump.prompt_keys[code] for code in dump.prompt.tolist()]
-    found = [
-        known.get((key, sample), NONE)[pos : pos + 1]
-        for key, sample, pos in zip(keys, dump.sample_idx.tolist(), dump.pos.tolist(), strict=True)
-    ]
-    return np.concatenate([NONE, *found]) if all(map(len, found)) else None
+    return list(map(at_rows, dumps))

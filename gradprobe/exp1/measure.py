@@ -335,34 +335,27 @@ def _repeats(halves: Numbers | None, dim: int) -> str | None:
 
 
 def _replication(
-    of_first: Numbers,
-    dumps: Sequence[Dump],
-    sum_p2: Sequence[np.ndarray | None],
-    device: str,
-    on_target: Callable[[], Any],
+    first: Numbers, dumps: Sequence[Dump], sum_p2: Sequence[Any], device: str, on_target: Callable[[], Any]
 ) -> Numbers:
     """How a tag's numbers vary over its targets: of the others, one Gram matrix a bucket and no draws."""
-    of_buckets, proxies = [of_first["per_bucket"]], [of_first["proxies"]]
+    of_buckets, proxies = [first["per_bucket"]], [first["proxies"]]
     for dump, known in zip(dumps[1:], sum_p2[1:], strict=True):
         of_buckets.append({bucket: _replicated(bucket_of(dump, int(bucket), device)) for bucket in of_buckets[0]})
         proxies.append(audit(dump, bucket_of(dump, device=device).squared_norms, known))
         on_target()
     shown = (ALL, str(dumps[0].bins - 1))
+
+    def rhos(name: str, group: str) -> list[float | None]:
+        return [found[name] and found[name][group]["rank_correlation"]["value"] for found in proxies]
+
     return {
         "targets": [dump.path.name for dump in dumps],
         **{
             measure: {bucket: spread_of([target[bucket][measure] for target in of_buckets]) for bucket in of_buckets[0]}
             for measure in REPLICATED
         },
-        "proxies": {
-            name: {group: spread_of([_rho(found[name], group) for found in proxies]) for group in shown}
-            for name in proxies[0]
-        },
+        "proxies": {name: {group: spread_of(rhos(name, group)) for group in shown} for name in proxies[0]},
     }
-
-
-def _rho(groups: Numbers | None, group: str) -> float | None:
-    return groups and groups[group]["rank_correlation"]["value"]
 
 
 def _replicated(bucket: Bucket) -> Numbers:

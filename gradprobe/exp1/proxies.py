@@ -1,14 +1,11 @@
 """Do proxies rank tokens as the length of their gradient does? Spearman's ρ, and what the highest fifths share.
 
-    audit(dump, squared_norms, sum_p2)["entropy"]["4"]["rank_correlation"]
-
 Every dumped row counts once: as many of each bucket and rollout as were picked. Ties share their mean rank, and where
 the highest fifth ends among equals, they share the places that are left.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,93 +25,74 @@ class Agreement:
 
     Attributes:
         rank_correlation: Spearman's.
-        top_overlap: which share of the fifth with the largest norms is in the fifth with the highest proxy; by chance
-            0.2.
+        top_overlap: which share of the fifth with the largest norms is in the fifth by proxy; by chance 0.2.
     """
 
     rank_correlation: Estimate
     top_overlap: Estimate
 
 
-def proxies_of(dump: Dump, sum_p2: np.ndarray | None) -> dict[str, np.ndarray | None]:
-    """What people choose tokens by, [n] each; None where the dump lacks what it takes. `sum_p2`: [n] Σ π²."""
-    has_all = dump.logprob is not None and sum_p2 is not None
-    return {
-        SURPRISAL: None if dump.logprob is None else -dump.logprob,  # ranks as 1 − π does
-        LOGIT_NORM: logit_norm(dump.logprob, sum_p2) if has_all else None,
-        ENTROPY: dump.entropy,
-    }
-
-
 def audit(dump: Dump, squared_norms: np.ndarray, sum_p2: np.ndarray | None) -> dict[str, Any]:
-    """Of each proxy its agreement with the norms over all rows and inside each bucket; None where it is not known.
+    """Of each proxy its agreement over all rows and inside each bucket; None where the dump lacks what it takes.
 
     Args:
         dump: of tokens.
-        squared_norms: [n] of its rows.
-        sum_p2: [n] Σ π² of their tokens.
+        squared_norms, sum_p2: [n] of its rows, Σ π² where it is known.
     """
-    proxies = proxies_of(dump, sum_p2)
-    known = {name: scores for name, scores in proxies.items() if scores is not None}
-    found: dict[str, Any] = {name: None if scores is None else {} for name, scores in proxies.items()}
-    for group, rows in _groups(dump):
-        scores = [one[rows] for one in known.values()]
-        for name, agreement in zip(known, agreements(squared_norms[rows], scores, dump.prompt[rows]), strict=True):
-            found[name][group] = asdict(agreement)
-    return found
+    proxies = {
+        SURPRISAL: None if dump.logprob is None else -dump.logprob,  # ranks as 1 − π does
+        LOGIT_NORM: None if dump.logprob is None or sum_p2 is None else logit_norm(dump.logprob, sum_p2),
+        ENTROPY: dump.entropy,
+    }
+    groups = {ALL: np.arange(len(dump.row)), **{str(index): dump.rows_of_bucket(index) for index in range(dump.bins)}}
+
+    def by_group(scores: np.ndarray) -> dict[str, Any]:
+        found = {
+            group: agreement(squared_norms[rows], scores[rows], dump.prompt[rows]) for group, rows in groups.items()
+        }
+        return {group: asdict(one) for group, one in found.items()}
+
+    return {name: scores if scores is None else by_group(scores) for name, scores in proxies.items()}
 
 
-def _groups(dump: Dump) -> list[tuple[str, np.ndarray]]:
-    everything = np.arange(len(dump.row))
-    return [(ALL, everything), *((str(bucket), dump.rows_of_bucket(bucket)) for bucket in range(dump.bins))]
+def agreement(truth: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> Agreement:
+    """Of a score with the truth, [n] each, by the linear part of the jackknife over prompts, [n] int codes.
 
-
-def agreements(truth: np.ndarray, scores: Sequence[np.ndarray], prompt: np.ndarray) -> list[Agreement]:
-    """Each of several scores against the truth, with intervals over prompts; [n] each, `prompt` int codes.
-
-    The jackknife is the linear part of the one that leaves out a prompt at a time: nothing is ranked anew.
+    So nothing is ranked anew: every prompt's part in a number is told by all rows.
     """
     prompt = np.unique(prompt, return_inverse=True)[1]
     if prompt.max(initial=-1) + 1 < MIN_PROMPTS:
-        return [Agreement(NO_ESTIMATE, NO_ESTIMATE) for _ in scores]
-    ranked, *others = (_Ranked.of(values) for values in (truth, *scores))
-    return [
-        Agreement(*(estimate_of(stack(ranked, own, prompt)) for stack in (_rank_correlation, _top_overlap)))
-        for own in others
-    ]
+        return Agreement(NO_ESTIMATE, NO_ESTIMATE)
+    pair = _ranked(truth), _ranked(score)
+    return Agreement(estimate_of(_rank_correlation(*pair, prompt)), estimate_of(_top_overlap(*pair, prompt)))
 
 
-@dataclass(frozen=True)
-class _Ranked:
-    """Numbers by their order; [n] each.
-
-    Attributes:
-        code: 0, 1, ... of the distinct values, ascending.
-        rank: of equals the mean, less the mean of all: Σ_j k(i, j), with k = ½, 0, −½ where i is above, equal, below.
-        top: how far it is in the highest fifth, 0 to 1.
-        is_near: whether it is near that one's edge.
-    """
+class _Ranked(NamedTuple):
+    """Numbers by their order, [n] each."""
 
     code: np.ndarray
+    """Of the distinct values, 0, 1, ..."""
     rank: np.ndarray
+    """Of equals the mean, less the mean of all: Σ_j k(i, j), with k = ½, 0, −½ where i is above, equal, below."""
     top: np.ndarray
+    """How far it is in the highest fifth, 0 to 1."""
     is_near: np.ndarray
+    """Whether it is near the edge of that."""
 
-    @classmethod
-    def of(cls, values: np.ndarray) -> "_Ranked":
-        code = np.unique(values, return_inverse=True)[1]
-        count, n = np.bincount(code), len(code)
-        up_to, edge = np.cumsum(count), (1 - TOP_SHARE) * n
-        place = up_to - count / 2
-        top, is_near = np.clip((up_to - edge) / count, 0.0, 1.0), np.abs(place - edge) < TOP_SHARE / 2 * n
-        return cls(code, (place - n / 2)[code], top[code], is_near[code])
+
+def _ranked(values: np.ndarray) -> _Ranked:
+    code, count = np.unique(values, return_inverse=True, return_counts=True)[1:]
+    up_to, edge = np.cumsum(count), (1 - TOP_SHARE) * len(code)
+    place = up_to - count / 2
+    is_near = np.abs(place - edge) < TOP_SHARE / 2 * len(code)
+    return _Ranked(code, (place - len(code) / 2)[code], np.clip((up_to - edge) / count, 0, 1)[code], is_near[code])
 
 
 def _rank_correlation(truth: _Ranked, own: _Ranked, prompt: np.ndarray) -> np.ndarray:
     """[1 + P] stack of Spearman's ρ. `prompt`: [n] 0, 1, ..."""
-    products = [_products(one, other, prompt) for one, other in ((truth, own), (truth, truth), (own, own))]
+    product, *squares = (_products(*pair, prompt) for pair in ((truth, own), (truth, truth), (own, own)))
     with np.errstate(invalid="ignore"):  # a constant has no ρ
-        return products[0] / np.sqrt(products[1] * products[2])
+        return product / np.sqrt(squares[0] * squares[1])
 
 
 def _products(first: _Ranked, second: _Ranked, prompt: np.ndarray) -> np.ndarray:

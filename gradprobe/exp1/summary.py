@@ -10,7 +10,7 @@ from ..analysis.jackknife import MIN_PROMPTS, prompts_to_tell
 from ..analysis.text import MISSING, Table, estimate, number, replication_table, share, share_estimate, with_interval
 from ..common.files import bytes_aside
 from .compression import CANT_TELL
-from .proxies import ALL, NEEDED, TOP_SHARE
+from .proxies import ALL, ENTROPY, NEEDED, TOP_SHARE
 
 SUMMARY = "exp1_summary.json"
 ARRAYS = "exp1_arrays.npz"
@@ -98,7 +98,11 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
     note = f"bucket {top}, of highest entropy: {span(of_top)}"
     if of_top[TRUSTED] is not None:
         note += f" directions, {share_of_random(numbers, of_top)} of what random ones would span"
-    notes = [note, *_size_in_words(numbers)]
+    intervals = [(bucket, one["participation_ratio_ci95"], one) for bucket, one in numbers["per_bucket"].items()]
+    beyond = [
+        b for b, ends, one in intervals if ends and not ends[0] <= one["participation_ratio_isotropic"] <= ends[1]
+    ]
+    notes = [note, f"buckets in which PR is not what their norms alone would give: {', '.join(beyond) or 'none'}"]
     halves, repeats = numbers["cross_bucket_ceiling"], numbers["cross_bucket_top1_repeats"]
     rows = [
         [
@@ -124,17 +128,6 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
     )
 
 
-def _size_in_words(numbers: Mapping[str, Any]) -> list[str]:
-    """In which buckets random directions with the same norms would give a PR outside the interval of the real one."""
-    buckets: dict[bool, list[str]] = {False: [], True: []}
-    for bucket, found in numbers["per_bucket"].items():
-        if found["participation_ratio_ci95"] is not None:
-            low, high = found["participation_ratio_ci95"]
-            buckets[low <= found["participation_ratio_isotropic"] <= high].append(bucket)
-    said = {False: "is not", True: "may be"}
-    return [f"PR {said[which]} of norms alone: bucket {', '.join(own)}" for which, own in buckets.items() if own]
-
-
 def group_name(group: str) -> str:
     """`all rows`, `bucket 4`."""
     return "all rows" if group == ALL else f"bucket {group}"
@@ -148,18 +141,20 @@ def _proxy_table(tag: str, numbers: Mapping[str, Any]) -> Table:
             *(estimate(groups[group]["rank_correlation"]) for groups in known.values()),
             *(share_estimate(groups[group]["top_overlap"]) for groups in known.values()),
         ]
-        for group in next(iter(known.values()))
+        for group in known[ENTROPY]
     ]
-    missing = [name for name in numbers["proxies"] if name not in known]
-    notes = [f"{'; '.join(missing)}: {CANT_TELL}, {NEEDED}"] if missing else []
-    if all(one["rank_correlation"]["ci95"] is None for groups in known.values() for one in groups.values()):
-        notes.append(f"{CANT_TELL}: at least {MIN_PROMPTS} prompts, and norms that differ, are needed")
+    unknown, of_all = numbers["proxies"].keys() - known.keys(), known[ENTROPY][ALL]["rank_correlation"]
+    told = {
+        f"{'; '.join(sorted(unknown))}: {CANT_TELL}, {NEEDED}": unknown,
+        f"{CANT_TELL}: at least {MIN_PROMPTS} prompts, and norms that differ, are needed": of_all["ci95"] is None,
+        "norms are those of the projected gradients": numbers["projection"],
+    }
     return Table(
         f"{tag}: rank correlation (Spearman) of proxies with the gradient norm, and how much the top {TOP_SHARE:.0%} "
         f"by both have in common (by chance {TOP_SHARE:.0%})",
         ["", *known, *(f"top {TOP_SHARE:.0%}: {name}" for name in known)],
         rows,
-        notes,
+        [note for note, is_so in told.items() if is_so],
     )
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..analysis.jackknife import (
-    MIN_PROMPTS,
     NO_ESTIMATE,
     Estimate,
     Interval,
@@ -31,7 +30,7 @@ from ..analysis.jackknife import (
 from ..analysis.pooled import Pooled
 from ..analysis.text import number
 from ..dump.on_policy import MIN_RARE_TOKENS
-from .tables import Moments, PromptTables, moments_of, prompt_tables
+from .tables import MIN_PROMPTS, Moments, PromptTables, moments_of, prompt_tables
 
 SEEN, UNDERPOWERED = "seen", "underpowered"
 CLAIMED_SHARE = 0.2

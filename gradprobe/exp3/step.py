@@ -12,17 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ..analysis.jackknife import (
-    MIN_PROMPTS,
-    NO_ESTIMATE,
-    Estimate,
-    Interval,
-    interval_of,
-    ratio_of,
-    stack_of_means,
-    z_of,
-)
+from ..analysis.jackknife import NO_ESTIMATE, Estimate, Interval, interval_of, ratio_of, stack_of_means, z_of
 from ..dump.on_policy import MIN_RARE_TOKENS
+from .tables import MIN_PROMPTS
 from .weights import update_weights
 
 LEAST_T = 2.0

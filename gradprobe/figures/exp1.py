@@ -130,27 +130,24 @@ def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Fi
 
 @look.styled
 def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
-    """Per subject, how proxies rank rows as their norms do; below, the norms per bucket and against surprisal."""
-    n_abreast = min(2, len(subjects))
-    n_lines = -(-len(subjects) // n_abreast)
-    figure = look.new_figure(13.0, 4.8 * n_lines + 4.8)
-    above, below = figure.subfigures(2, 1, height_ratios=(4.8 * n_lines, 4.2))
-    upper = look.grid(above, len(subjects), n_abreast)[:, 0]
-    for subject, one, ax in zip(subjects, numbers, upper, strict=True):
+    """Per subject, how proxies rank rows as their norms do; beside them the norms against surprisal."""
+    has_surprisal = any(one["norm_by_surprisal"] for one in numbers)
+    count = len(subjects) + has_surprisal
+    n_columns = min(3, count)
+    figure = look.new_figure(max(8.0, 5.8 * n_columns), 5.2 * -(-count // n_columns) + 0.8)
+    axes = figure.subplots(-(-count // n_columns), n_columns, squeeze=False).ravel()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    for subject, one, ax in zip(subjects, numbers, axes, strict=False):
         _draw_proxies(ax, one)
         ax.set_title(f"{look.panel_title(subject, subjects)}\n{_proxy_in_words(one)}", loc="left")
     handles = [
         Line2D([], [], marker=marker, linestyle="none", color=colour, label=name)
         for name, (marker, colour) in zip(numbers[0]["proxies"], PROXY_MARKS, strict=True)
     ]
-    above.legend(handles=handles, loc="outside lower left", ncols=3, handletextpad=0.2)
-    has_surprisal = any(one["norm_by_surprisal"] for one in numbers)
-    lower = below.subplots(1, 1 + has_surprisal, squeeze=False)[0]
-    _draw_norm_ranges(lower[0], subjects, numbers)
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, handletextpad=0.2)
     if has_surprisal:
-        _draw_norms_by_surprisal(lower[1], subjects, numbers)
-    of_series = [Patch(color=c, label=s.label) for c, s in zip(look.series_colours(subjects), subjects, strict=True)]
-    below.legend(handles=of_series, loc="outside lower left", ncols=2, handlelength=1.2)
+        _draw_norms_by_surprisal(axes[len(subjects)], subjects, numbers)
     _ask(figure, "Do proxies rank tokens as the length of their gradient does?", subjects)
     return figure
 
@@ -358,8 +355,8 @@ def _listed(buckets: Iterable[int]) -> str:
 def _proxy_in_words(one: Numbers) -> str:
     """The first proxy that is known, over all rows and inside the bucket of highest entropy."""
     name, groups = next((name, groups) for name, groups in one["proxies"].items() if groups is not None)
-    shown = (ALL, str(one["bins"] - 1))
-    return f"{name}: " + ", ".join(f"{group_name(g)} {estimate(groups[g]['rank_correlation'], 3)}" for g in shown)
+    said = [(group, estimate(groups[group]["rank_correlation"], 3)) for group in (ALL, str(one["bins"] - 1))]
+    return "\n".join(f"{name}, {group_name(group)}: {found}" for group, found in said)
 
 
 def _draw_proxies(ax: Axes, one: Numbers) -> None:
@@ -379,26 +376,8 @@ def _draw_proxies(ax: Axes, one: Numbers) -> None:
                 ax.plot([at, at], found["ci95"], color=colour, linewidth=2.0, solid_capstyle="butt")
                 ax.plot(at, found["value"], marker, color=colour, markersize=6)
     ax.set_ylim(-1.05, 1.1)
-    ax.set_yticks([-1.0, -0.5, 0.0, 0.5, 1.0], ["−1\nreversed", "−0.5", "0", "0.5", "1\nthe same"])
-    ax.set_ylabel("rank correlation with\nthe gradient norm, 95%")
-
-
-def _draw_norm_ranges(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
-    """Per bucket and subject: median, quartiles and central 95% of the norms that are not 0, the largest above."""
-    thickness = 8 if len(subjects) <= 3 else 24 / len(subjects)
-    for place, colour, found in _placed(subjects, numbers):
-        if found["norm"] is None:
-            _say_why(ax, place, found["n"], colour)
-            continue
-        low, lower, median, upper, high = found["norm"]["quantiles"]
-        ax.plot([place, place], [low, high], color=colour, linewidth=1.6, solid_capstyle="butt")
-        ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
-        ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
-        ax.plot(place, found["norm"]["max"], "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
-    _log_axis(ax)
-    look.bucket_axis(ax, _n_buckets(numbers))
-    ax.set_ylabel("gradient norm (log scale)")
-    ax.set_title("norms: median, quartiles, central 95%, largest", loc="left")
+    ax.set_yticks([-1.0, -0.5, 0.0, 0.5, 1.0])
+    ax.set_ylabel("rank correlation with the gradient norm, 95%\nreversed: −1, the same order: 1")
 
 
 def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
@@ -409,6 +388,8 @@ def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequenc
         low, median, high = np.reshape([group["quartiles"] for group in groups], (-1, 3)).T
         ax.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
         ax.plot(places, median, "o-", color=colour, linewidth=2.0, markersize=5)
+    series = zip(look.series_colours(subjects), subjects, strict=True)
+    ax.legend(handles=[Patch(color=colour, label=subject.label) for colour, subject in series], loc="lower right")
     _log_axis(ax)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))

@@ -13,9 +13,9 @@ from scipy.stats import multivariate_normal, norm, spearmanr
 
 from gradprobe.analysis.inputs import about_study, open_dumps
 from gradprobe.analysis.jackknife import interval_of
-from gradprobe.analysis.tokens import logit_norm, sum_p2_of
+from gradprobe.analysis.tokens import logit_norm
 from gradprobe.exp1.measure import Exp1Settings, measure_dumps
-from gradprobe.exp1.proxies import ENTROPY, LOGIT_NORM, SURPRISAL, agreements
+from gradprobe.exp1.proxies import ENTROPY, LOGIT_NORM, SURPRISAL, agreement
 from gradprobe.exp1.summary import tables_of
 from gradprobe.figures.exp1 import draw_exp1
 from gradprobe.model.softmax import Softmax
@@ -37,7 +37,7 @@ def test_rank_correlations_and_overlaps_are_those_of_plain_loops():
     truth, score, prompt = clustered(np.random.default_rng(0))
     prompt = np.minimum(prompt, 17)  # of another size than others
     tied = np.round(score)
-    found, of_ties = agreements(truth, [score, tied], 7 * prompt)
+    found, of_ties = (agreement(truth, values, 7 * prompt) for values in (score, tied))
     for one, values in ((found, score), (of_ties, tied)):
         without = [spearmanr(truth[prompt != p], values[prompt != p]).statistic for p in range(18)]
         stack = np.array([spearmanr(truth, values).statistic, *without])
@@ -60,7 +60,8 @@ def test_intervals_hold_the_truth_as_often_as_said_and_0_of_what_is_permuted():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         truth, score, prompt = clustered(rng)
-        found, itself, permuted = agreements(truth, [score, truth**3, rng.permutation(score)], prompt)
+        scores = score, truth**3, rng.permutation(score)
+        found, itself, permuted = (agreement(truth, one, prompt) for one in scores)
         for name, value in truths.items():
             low, high = getattr(found, name).ci95
             inside[name] += low < value < high
@@ -85,56 +86,42 @@ def test_the_length_in_the_logits_is_that_of_the_softmax_down_to_certain_tokens(
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """Two targets of a probe with 8 prompts of 3 rollouts, whose rollouts tell Σ π²."""
-    rng = np.random.default_rng(0)
+def study(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Two targets of a probe of 8 prompts, 3 rollouts each, that tell Σ π²; and the proxies of their 480 rows."""
+    rng, names = np.random.default_rng(0), ["L1.mlp.down_proj.weight.r0", "L2.mlp.down_proj.weight.r0"]
     prompt, sample, bucket, _ = (axis.ravel() for axis in np.indices((8, 3, 5, 4)))
-    names = ["L1.mlp.down_proj.weight.r0", "L2.mlp.down_proj.weight.r0"]
-    lines, of_rollouts = {}, {}
+    surprisal, entropy, off = rng.exponential(size=480), (bucket + rng.random(480)) / 5, rng.random(480)
+    pi = np.exp(-surprisal)
+    sum_p2 = pi**2 + off * (1 - pi) ** 2
+    root = tmp_path / "study"
     for target in names:
-        grads = rng.standard_normal((len(prompt), 12)) * np.exp(rng.standard_normal((len(prompt), 1)))
-        path = planted.write_dump(tmp_path / "study" / target, grads, bucket, prompt=prompt, sample=sample)
-        meta = [json.loads(line) for line in (path / "meta.jsonl").read_text().splitlines()]
-        for line in meta:
-            line["pos"] = line["row"] % 20
-            place = line["prompt_idx"], line["sample_idx"], line["pos"]
-            tokens = lines.setdefault(
-                place, {"logprob": -rng.exponential(), "entropy": (line["bin"] + rng.random()) / 5}
-            )
-            line |= tokens
-            of_rollouts.setdefault(place[:2], {})[place[2]] = tokens
-        (path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in meta))
+        grads = rng.standard_normal((480, 12)) * np.exp(rng.standard_normal((480, 1)))
+        path = planted.write_dump(root / target, grads, bucket, prompt=prompt, sample=sample)
+        lines = [json.loads(line) for line in (path / "meta.jsonl").read_text().splitlines()]
+        for line in lines:
+            row = line["row"]
+            line |= {"pos": row % 20, "entropy": entropy[row], "logprob": -surprisal[row]}
+        (path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rollouts = []
-    for (p, s), tokens in of_rollouts.items():
-        own = [tokens[position] for position in range(20)]
-        pi = np.exp([one["logprob"] for one in own])
-        sums = (pi**2 + rng.random(20) * (1 - pi) ** 2).tolist()  # the other words' share of it is at most (1 − π)²
-        rollout = {"prompt_idx": p, "sample_idx": s, "prompt_ids": [1 + p], "response_ids": [1] * 20, "sum_p2": sums}
-        rollout |= {"entropies": [one["entropy"] for one in own], "logprobs": [one["logprob"] for one in own]}
-        rollouts.append(rollout | {"problem_id": "", "response": "", "ground_truth": "", "correct": True})
-    (tmp_path / "study" / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
-    (tmp_path / "study" / "settings.json").write_text(json.dumps({"targets": names}))
-    return tmp_path / "study"
+    for first in range(0, 480, 20):
+        own, texts = slice(first, first + 20), dict.fromkeys(("problem_id", "response", "ground_truth"), "")
+        numbers = {"entropies": entropy[own], "logprobs": -surprisal[own], "sum_p2": sum_p2[own]}
+        ids = {"prompt_idx": first // 60, "sample_idx": first // 20 % 3}
+        ids |= {"prompt_ids": [first // 60], "response_ids": [1] * 20}
+        rollouts.append(ids | texts | {key: values.tolist() for key, values in numbers.items()} | {"correct": True})
+    (root / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+    (root / "settings.json").write_text(json.dumps({"targets": names}))
+    return root, {SURPRISAL: 1 - pi, LOGIT_NORM: np.sqrt((1 + off) * (1 - pi) ** 2), ENTROPY: entropy}
 
 
-def test_of_targets_the_first_is_audited_and_all_are_spread(study: Path):
-    dumps = open_dumps({"base": study})
+def test_of_targets_the_first_is_audited_and_all_are_spread(study):
+    dumps = open_dumps({"base": study[0]})
     found = measure_dumps(dumps, FEW)
-    numbers = found.numbers["base"]
-    rollouts = [json.loads(line) for line in (study / "rollouts.jsonl").read_text().splitlines()]
-    sum_p2 = {(one["prompt_idx"], one["sample_idx"]): one["sum_p2"] for one in rollouts}
-    first, second = dumps["base"]
-    places = zip(first.prompt, first.sample_idx, first.pos, strict=True)
-    expected = [sum_p2[first.prompt_keys[p], s][t] for p, s, t in places]
-    np.testing.assert_array_equal(sum_p2_of([first])[0], expected)
-    proxies = {SURPRISAL: -first.logprob, ENTROPY: first.entropy}
-    proxies[LOGIT_NORM] = np.sqrt(1 - 2 * np.exp(first.logprob) + expected)
-    for group, kept in {"all": first.bin >= 0, "4": first.bin == 4, "0": first.bin == 0}.items():
-        for name, values in proxies.items():
-            rhos = [
-                spearmanr(values[kept], np.linalg.norm(dump.grads[np.arange(480)], axis=1)[kept]).statistic
-                for dump in (first, second)
-            ]
+    numbers, bucket = found.numbers["base"], dumps["base"][0].bin
+    norms = [np.linalg.norm(dump.grads[np.arange(480)], axis=1) for dump in dumps["base"]]
+    for group, kept in {"all": bucket >= 0, "4": bucket == 4, "0": bucket == 0}.items():
+        for name, values in study[1].items():
+            rhos = [spearmanr(values[kept], of_target[kept]).statistic for of_target in norms]
             assert numbers["proxies"][name][group]["rank_correlation"]["value"] == pytest.approx(rhos[0])
             if group != "0":
                 assert numbers["replication"]["proxies"][name][group]["values"] == pytest.approx(rhos)
@@ -147,17 +134,16 @@ def test_of_targets_the_first_is_audited_and_all_are_spread(study: Path):
 
 
 @pytest.mark.parametrize(("lacks", "missing"), [("sum_p2", [LOGIT_NORM]), ("logprob", [SURPRISAL, LOGIT_NORM])])
-def test_what_an_older_dump_lacks_is_said_in_a_line_and_entropy_is_audited_all_the_same(study: Path, lacks, missing):
-    file = study / "rollouts.jsonl"
+def test_what_an_older_dump_lacks_is_said_in_a_line_and_entropy_is_audited_all_the_same(study, lacks, missing):
+    file = study[0] / "rollouts.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(line | {"sum_p2": []}) + "\n" for line in lines))
-    (dump, _) = open_dumps({"old": study})["old"]
+    dump = open_dumps({"old": study[0]})["old"][0]
     dumps = {"old": [replace(dump, logprob=None) if lacks == "logprob" else dump]}
     found = measure_dumps(dumps, FEW)
     proxies = found.numbers["old"]["proxies"]
     assert [name for name, groups in proxies.items() if groups is None] == missing
     assert proxies[ENTROPY]["all"]["rank_correlation"]["ci95"] is not None
     summary = about_study(found.numbers, dumps, {"old": []})
-    said = tables_of("old", summary["old"])[-1].text()
-    assert f"{'; '.join(missing)}: can't tell, needs `logprob`" in said
+    assert f"{'; '.join(missing)}: can't tell, needs `logprob`" in tables_of("old", summary["old"])[-1].text()
     assert_nothing_is_cut_off(draw_exp1(summary, found.arrays)["exp1_norms.png"])
