@@ -1,6 +1,6 @@
 """Exact per-token policy gradients of language models by entropy bucket, and what their directions say about RL.
 
-    from gradprobe import alignment, load_dump, participation_ratio, row_gradients
+    from gradprobe import alignment, jackknife, load_dump, participation_ratio, row_gradients
 
 docs/library.md shows them at work.
 """
@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["alignment", "load_dump", "participation_ratio", "row_gradients"]
+__all__ = ["alignment", "jackknife", "load_dump", "participation_ratio", "row_gradients"]
 
 if TYPE_CHECKING:
-    from .library import alignment, load_dump, participation_ratio, row_gradients
+    from .library import alignment, jackknife, load_dump, participation_ratio, row_gradients
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
-"""The toolkit's numbers for one's own code: gradients, dumps, participation ratio, alignment."""
+"""The toolkit's numbers for one's own code: gradients, dumps, participation ratio, alignment, intervals."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from .analysis.bucket import Bucket
 from .analysis.inputs import open_dumps
+from .analysis.jackknife import Estimate, estimate_of
 from .common.errors import InputError
 from .dump import format as dump
 from .exp1.spectrum import participation_ratio as participation_ratio_of_energies
@@ -101,3 +103,20 @@ def alignment(loaded: dump.Dump, bucket: int | None = None, *, seed: int = 0) ->
     """
     index = loaded.bins - 1 if bucket is None else bucket
     return bucket_directions(loaded, index, Exp2Settings(seed=seed)).alignment
+
+
+def jackknife(measure: Callable[[np.ndarray], Any], prompt: np.ndarray) -> Estimate:
+    """A measure of one's own and its 95% interval over prompts, by the delete-one jackknife that all analyses share.
+
+    Args:
+        measure: takes [k] ascending row numbers and returns a number. It is called for all rows, and once without those
+            of each prompt. It should move smoothly with the rows, as means, ratios and correlations do and medians do
+            not.
+        prompt: [n] each row's prompt, for example `dump.prompt`.
+
+    Returns:
+        `value` and `ci95`, both None with fewer than 3 prompts, or where a number is not finite.
+    """
+    codes = np.unique(np.asarray(prompt), return_inverse=True)[1]
+    left_out = range(-1, codes.max(initial=-1) + 1)
+    return estimate_of(np.array([measure(np.flatnonzero(codes != code)) for code in left_out], np.float64))

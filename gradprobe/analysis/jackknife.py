@@ -21,6 +21,8 @@ class Estimate:
 
 
 NO_ESTIMATE = Estimate(None, None)
+MIN_PROMPTS = 3
+"""Averages over pairs of different prompts need a pair when one is left out; of fewer nothing is told."""
 POWER_FACTOR = 2.8
 """Standard errors that a two-sided test at 5% finds with 80% power: 1.96 + 0.84."""
 LEAST_Z = 0.5
@@ -53,6 +55,12 @@ def interval_of(stack: np.ndarray) -> Interval:
     """value ± t standard errors. `stack`: [1 + P]."""
     margin = quantile_of(stack) * float(np.sqrt(covariance_of(stack)[0, 0]))
     return float(stack[0]) - margin, float(stack[0]) + margin
+
+
+def estimate_of(stack: np.ndarray) -> Estimate:
+    """The value with its interval; none with fewer than 3 prompts, or where a number can't be had. `stack`: [1 + P]."""
+    is_told = len(stack) > MIN_PROMPTS and bool(np.isfinite(stack).all())
+    return Estimate(float(stack[0]), interval_of(stack)) if is_told else NO_ESTIMATE
 
 
 def z_of(stack: np.ndarray) -> float | None:

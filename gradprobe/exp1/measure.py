@@ -19,6 +19,7 @@ from scipy.special import betaincinv
 from ..analysis.bucket import Bucket, bucket_of, rollout_codes
 from ..analysis.prompts import Pairs, number_prompts
 from ..analysis.replication import spread_of
+from ..analysis.tokens import sum_p2_of
 from ..common.console import progress_bar
 from ..dump.format import Dump
 from .compression import (
@@ -32,6 +33,7 @@ from .compression import (
     sums_of,
 )
 from .plane import project_to_plane
+from .proxies import ALL, audit
 from .spectrum import effective_rank, participation_ratio, rank_of_share, top1_energy_frac
 from .subspaces import (
     CEILING_DRAWS,
@@ -152,8 +154,10 @@ def measure_dumps(
             result = measure_dump(whole, dump.bin, dump.bins, settings, bar.update)
             numbers = {"n_positions": len(dump.grads), "row_dim": dump.row_dim} | result.numbers
             numbers["norm_by_surprisal"] = None if dump.logprob is None else norm_by(-dump.logprob, whole.squared_norms)
+            sum_p2 = sum_p2_of((dump, *others))
+            numbers["proxies"] = audit(dump, whole.squared_norms, sum_p2[0])
             if others:
-                numbers["replication"] = _replication(numbers["per_bucket"], dump, others, device, bar.update)
+                numbers["replication"] = _replication(numbers, (dump, *others), sum_p2, device, bar.update)
         if first is None:
             first = result
         else:
@@ -331,19 +335,26 @@ def _repeats(halves: Numbers | None, dim: int) -> str | None:
 
 
 def _replication(
-    of_first: Mapping[str, Numbers], first: Dump, others: Sequence[Dump], device: str, on_target: Callable[[], Any]
+    first: Numbers, dumps: Sequence[Dump], sum_p2: Sequence[Any], device: str, on_target: Callable[[], Any]
 ) -> Numbers:
     """How a tag's numbers vary over its targets: of the others, one Gram matrix a bucket and no draws."""
-    of_targets = [of_first]
-    for dump in others:
-        of_targets.append({bucket: _replicated(bucket_of(dump, int(bucket), device)) for bucket in of_first})
+    of_buckets, proxies = [first["per_bucket"]], [first["proxies"]]
+    for dump, known in zip(dumps[1:], sum_p2[1:], strict=True):
+        of_buckets.append({bucket: _replicated(bucket_of(dump, int(bucket), device)) for bucket in of_buckets[0]})
+        proxies.append(audit(dump, bucket_of(dump, device=device).squared_norms, known))
         on_target()
+    shown = (ALL, str(dumps[0].bins - 1))
+
+    def rhos(name: str, group: str) -> list[float | None]:
+        return [found[name] and found[name][group]["rank_correlation"]["value"] for found in proxies]
+
     return {
-        "targets": [dump.path.name for dump in (first, *others)],
+        "targets": [dump.path.name for dump in dumps],
         **{
-            measure: {bucket: spread_of([target[bucket][measure] for target in of_targets]) for bucket in of_first}
+            measure: {bucket: spread_of([target[bucket][measure] for target in of_buckets]) for bucket in of_buckets[0]}
             for measure in REPLICATED
         },
+        "proxies": {name: {group: spread_of(rhos(name, group)) for group in shown} for name in proxies[0]},
     }
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.jackknife import prompts_to_tell
-from ..analysis.text import MISSING, Table, number, replication_table, share, with_interval
+from ..analysis.jackknife import MIN_PROMPTS, prompts_to_tell
+from ..analysis.text import MISSING, Table, estimate, number, replication_table, share, share_estimate, with_interval
 from ..common.files import bytes_aside
 from .compression import CANT_TELL
+from .proxies import ALL, ENTROPY, NEEDED, TOP_SHARE
 
 SUMMARY = "exp1_summary.json"
 ARRAYS = "exp1_arrays.npz"
@@ -77,13 +78,17 @@ def what_would_tell(ratio: Mapping[str, Any] | None) -> str | None:
 
 
 def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
-    """One tag's tables: its buckets, its comparison with the first tag, its spread over targets."""
+    """One tag's tables: buckets, the comparison with the first tag, proxies of the norms, the spread over targets."""
     tables = [_bucket_table(tag, numbers)]
     found = compared(numbers)
     if found is not None:
         tables.append(_comparison_table(tag, *found))
+    tables.append(_proxy_table(tag, numbers))
     if "replication" in numbers:
-        spreads = {f"unit-norm PR, bucket {bucket}": one for bucket, one in numbers["replication"][TRUSTED].items()}
+        replication = numbers["replication"]
+        spreads = {f"unit-norm PR, bucket {bucket}": one for bucket, one in replication[TRUSTED].items()}
+        for name, groups in replication["proxies"].items():
+            spreads |= {f"rank correlation of {name}, {group_name(group)}": one for group, one in groups.items()}
         tables.append(replication_table(tag, spreads))
     return tables
 
@@ -93,6 +98,11 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
     note = f"bucket {top}, of highest entropy: {span(of_top)}"
     if of_top[TRUSTED] is not None:
         note += f" directions, {share_of_random(numbers, of_top)} of what random ones would span"
+    intervals = [(bucket, one["participation_ratio_ci95"], one) for bucket, one in numbers["per_bucket"].items()]
+    beyond = [
+        b for b, ends, one in intervals if ends and not ends[0] <= one["participation_ratio_isotropic"] <= ends[1]
+    ]
+    notes = [note, f"buckets in which PR is not what their norms alone would give: {', '.join(beyond) or 'none'}"]
     halves, repeats = numbers["cross_bucket_ceiling"], numbers["cross_bucket_top1_repeats"]
     rows = [
         [
@@ -114,7 +124,37 @@ def _bucket_table(tag: str, numbers: Mapping[str, Any]) -> Table:
         f"{tag}: how many directions the gradients of each entropy bucket span, in {numbers['row_dim']:,} dimensions",
         header,
         rows,
-        [note],
+        notes,
+    )
+
+
+def group_name(group: str) -> str:
+    """`all rows`, `bucket 4`."""
+    return "all rows" if group == ALL else f"bucket {group}"
+
+
+def _proxy_table(tag: str, numbers: Mapping[str, Any]) -> Table:
+    known = {name: groups for name, groups in numbers["proxies"].items() if groups is not None}
+    rows = [
+        [
+            group_name(group),
+            *(estimate(groups[group]["rank_correlation"]) for groups in known.values()),
+            *(share_estimate(groups[group]["top_overlap"]) for groups in known.values()),
+        ]
+        for group in known[ENTROPY]
+    ]
+    unknown, of_all = numbers["proxies"].keys() - known.keys(), known[ENTROPY][ALL]["rank_correlation"]
+    told = {
+        f"{'; '.join(sorted(unknown))}: {CANT_TELL}, {NEEDED}": unknown,
+        f"{CANT_TELL}: at least {MIN_PROMPTS} prompts, and norms that differ, are needed": of_all["ci95"] is None,
+        "norms are those of the projected gradients": numbers["projection"],
+    }
+    return Table(
+        f"{tag}: rank correlation (Spearman) of proxies with the gradient norm, and how much the top {TOP_SHARE:.0%} "
+        f"by both have in common (by chance {TOP_SHARE:.0%})",
+        ["", *known, *(f"top {TOP_SHARE:.0%}: {name}" for name in known)],
+        rows,
+        [note for note, is_so in told.items() if is_so],
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..analysis.inputs import is_judged_anew, on_policy_by_bucket, pooled_of
 from ..analysis.prompts import rollouts_of
+from ..analysis.tokens import logit_norm
 from ..common.console import progress_bar
 from ..dump.buckets import buckets_of
 from ..dump.format import Dump, find_rollouts
@@ -114,8 +115,7 @@ def rules_of(rollouts: list[Rollout], dump: Dump, shift: np.ndarray) -> dict[str
     surprisal = -_tokens(rollouts, "logprobs")
     rules = {"entropy": _tokens(rollouts, "entropies"), "surprisal": surprisal}
     if all(rollout.sum_p2 for rollout in rollouts if rollout.response_ids):
-        square = 1 - 2 * np.exp(-surprisal) + _tokens(rollouts, "sum_p2")
-        rules["‖onehot − π‖"] = np.sqrt(np.maximum(square, 0.0))
+        rules["‖onehot − π‖"] = logit_norm(-surprisal, _tokens(rollouts, "sum_p2"))
     if dump.manifest.get("bucket_by", "entropy").startswith("score:"):
         rules[dump.manifest["bucket_by"]] = _tokens(rollouts, "bucket_scores")
     rules["|Δ log π|"] = np.abs(shift)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..analysis.jackknife import MIN_PROMPTS
 from ..analysis.pooled import Pooled, PromptRollouts, iter_prompts
 from .weights import MIN_ROLLOUTS_FOR_HSIC, hsic_weights, update_weights
-
-MIN_PROMPTS = 3
-"""A jackknife of averages over pairs of different prompts needs a pair when one is left out."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ..analysis.summaries import Summary
-from ..analysis.text import MISSING, number
+from ..analysis.text import MISSING, estimate, number
 from ..exp1.compression import CANT_TELL
+from ..exp1.proxies import ALL
 from ..exp1.spectrum import cumulative_energy, rank_of_share
 from ..exp1.summary import (
     TRUSTED,
     compared,
+    group_name,
     ratio_in_words,
     share_of_random,
     span,
@@ -45,12 +47,7 @@ PLANE = ("points", "point_buckets", "explained")
 MAX_SCATTERS = 3
 MAX_ANSWERS = 6
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-COUNTS_SHOWN = {
-    "participation ratio (PR)": ("participation_ratio", "o", "#000000"),
-    "PR of unit-norm rows": (TRUSTED, "s", "#009E73"),
-    "ESS, which PR can't exceed": ("ess", "v", "#CC79A7"),
-    "PR of isotropic directions, same norms": ("participation_ratio_isotropic", "D", "#E69F00"),
-}
+PROXY_MARKS = (("o", "#000000"), ("s", "#009E73"), ("D", "#CC79A7"))
 
 Numbers = Mapping[str, Any]
 """One tag's part of `exp1_summary.json`."""
@@ -133,28 +130,25 @@ def draw_cross_bucket(subjects: list[Subject], numbers: Sequence[Numbers]) -> Fi
 
 @look.styled
 def draw_norms(subjects: list[Subject], numbers: Sequence[Numbers]) -> Figure:
-    """Per subject, PR beside what norms alone do to it; below, gradient norms per bucket and against surprisal."""
-    n_abreast = min(2, len(subjects))
-    n_lines = -(-len(subjects) // n_abreast)
-    figure = look.new_figure(13.0, 5.2 * n_lines + 5.2)
-    above, below = figure.subfigures(2, 1, height_ratios=(5.2 * n_lines, 4.6))
-    upper = look.grid(above, len(subjects), n_abreast)[:, 0]
-    for subject, one, ax in zip(subjects, numbers, upper, strict=True):
-        _draw_counts(ax, one)
-        ax.set_title(f"{look.panel_title(subject, subjects)}\n{_size_in_words(one)}", loc="left")
+    """Per subject, how proxies rank rows as their norms do; beside them the norms against surprisal."""
+    has_surprisal = any(one["norm_by_surprisal"] for one in numbers)
+    count = len(subjects) + has_surprisal
+    n_columns = min(3, count)
+    figure = look.new_figure(max(8.0, 5.8 * n_columns), 5.2 * -(-count // n_columns) + 0.8)
+    axes = figure.subplots(-(-count // n_columns), n_columns, squeeze=False).ravel()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    for subject, one, ax in zip(subjects, numbers, axes, strict=False):
+        _draw_proxies(ax, one)
+        ax.set_title(f"{look.panel_title(subject, subjects)}\n{_proxy_in_words(one)}", loc="left")
     handles = [
         Line2D([], [], marker=marker, linestyle="none", color=colour, label=name)
-        for name, (_, marker, colour) in COUNTS_SHOWN.items()
+        for name, (marker, colour) in zip(numbers[0]["proxies"], PROXY_MARKS, strict=True)
     ]
-    above.legend(handles=handles, loc="outside lower left", ncols=4, handletextpad=0.2)
-    has_surprisal = any(one["norm_by_surprisal"] for one in numbers)
-    lower = below.subplots(1, 1 + has_surprisal, squeeze=False)[0]
-    _draw_norm_ranges(lower[0], subjects, numbers)
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, handletextpad=0.2)
     if has_surprisal:
-        _draw_norms_by_surprisal(lower[1], subjects, numbers)
-    of_series = [Patch(color=c, label=s.label) for c, s in zip(look.series_colours(subjects), subjects, strict=True)]
-    below.legend(handles=of_series, loc="outside lower left", ncols=2, handlelength=1.2)
-    _ask(figure, "Is it direction or size?", subjects)
+        _draw_norms_by_surprisal(axes[len(subjects)], subjects, numbers)
+    _ask(figure, "Do proxies rank tokens as the length of their gradient does?", subjects)
     return figure
 
 
@@ -358,51 +352,32 @@ def _listed(buckets: Iterable[int]) -> str:
     return f"{len(found)} of them" if len(found) > look.MAX_NUMBERED_BUCKETS else ", ".join(map(str, found)) or "none"
 
 
-def _size_in_words(one: Numbers) -> str:
-    """In which buckets random directions with the same norms would give a PR outside the interval of the real one."""
-    told = [
-        (int(bucket), bool(low <= found["participation_ratio_isotropic"] <= high))
-        for bucket, found in one["per_bucket"].items()
-        for low, high in [found["participation_ratio_ci95"] or (np.nan, np.nan)]
-        if low <= high
-    ]
-    inside, outside = (_listed(bucket for bucket, is_inside in told if is_inside is which) for which in (True, False))
-    return f"PR is not of norms alone: {outside}\nPR may be of norms alone: {inside}"
+def _proxy_in_words(one: Numbers) -> str:
+    """The first proxy that is known, over all rows and inside the bucket of highest entropy."""
+    name, groups = next((name, groups) for name, groups in one["proxies"].items() if groups is not None)
+    said = [(group, estimate(groups[group]["rank_correlation"], 3)) for group in (ALL, str(one["bins"] - 1))]
+    return "\n".join(f"{name}, {group_name(group)}: {found}" for group, found in said)
 
 
-def _draw_counts(ax: Axes, one: Numbers) -> None:
-    """Per bucket PR, unit-norm PR, ESS and isotropic PR, with intervals, on one log axis."""
-    buckets = one["per_bucket"].values()
-    offsets = np.linspace(-0.27, 0.27, len(COUNTS_SHOWN))
-    for place, found in zip(look.bucket_places(len(buckets)), buckets, strict=True):
-        if found["participation_ratio"] is None:
-            _say_why(ax, place, found["n"], look.NOTE_COLOUR)
-            continue
-        for at, (measure, marker, colour) in zip(place + offsets, COUNTS_SHOWN.values(), strict=True):
-            ends = found.get(f"{measure}_ci95") or (found[measure],) * 2
-            ax.plot([at, at], ends, color=colour, linewidth=2.0, solid_capstyle="butt")
-            ax.plot(at, found[measure], marker, color=colour, markersize=7)
-    _log_axis(ax)
-    look.bucket_axis(ax, len(buckets))
-    ax.set_ylabel("count (log scale), 95%")
-
-
-def _draw_norm_ranges(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
-    """Per bucket and subject: median, quartiles and central 95% of the norms that are not 0, the largest above."""
-    thickness = 8 if len(subjects) <= 3 else 24 / len(subjects)
-    for place, colour, found in _placed(subjects, numbers):
-        if found["norm"] is None:
-            _say_why(ax, place, found["n"], colour)
-            continue
-        low, lower, median, upper, high = found["norm"]["quantiles"]
-        ax.plot([place, place], [low, high], color=colour, linewidth=1.6, solid_capstyle="butt")
-        ax.plot([place, place], [lower, upper], color=colour, linewidth=thickness, solid_capstyle="butt")
-        ax.plot(place, median, "o", color="white", markeredgecolor=colour, markersize=0.75 * thickness)
-        ax.plot(place, found["norm"]["max"], "_", color=colour, markersize=thickness + 1, markeredgewidth=1.8)
-    _log_axis(ax)
-    look.bucket_axis(ax, _n_buckets(numbers))
-    ax.set_ylabel("gradient norm (log scale)")
-    ax.set_title("norms: median, quartiles, central 95%, largest", loc="left")
+def _draw_proxies(ax: Axes, one: Numbers) -> None:
+    """Each proxy's rank correlation with its interval: over all rows at the left, then inside each bucket."""
+    n_buckets = one["bins"]
+    places = {ALL: -1.5, **{str(bucket): place for bucket, place in enumerate(look.bucket_places(n_buckets))}}
+    look.bucket_axis(ax, n_buckets)
+    ax.set_xticks([places[ALL], *ax.get_xticks()], ["all rows", *(text.get_text() for text in ax.get_xticklabels())])
+    ax.set_xlim(left=-2.1)
+    ax.axvline(-0.75, color="#d0d0d0", linewidth=0.8, zorder=0.5)
+    for level in (0.0, 1.0):
+        ax.axhline(level, color="black", linewidth=1.0, zorder=1)
+    for groups, (marker, colour), off in zip(one["proxies"].values(), PROXY_MARKS, (-0.22, 0.0, 0.22), strict=True):
+        for group, agreement in (groups or {}).items():
+            found, at = agreement["rank_correlation"], places[group] + off
+            if found["ci95"] is not None:
+                ax.plot([at, at], found["ci95"], color=colour, linewidth=2.0, solid_capstyle="butt")
+                ax.plot(at, found["value"], marker, color=colour, markersize=6)
+    ax.set_ylim(-1.05, 1.1)
+    ax.set_yticks([-1.0, -0.5, 0.0, 0.5, 1.0])
+    ax.set_ylabel("rank correlation with the gradient norm, 95%\nreversed: −1, the same order: 1")
 
 
 def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequence[Numbers]) -> None:
@@ -413,6 +388,8 @@ def _draw_norms_by_surprisal(ax: Axes, subjects: list[Subject], numbers: Sequenc
         low, median, high = np.reshape([group["quartiles"] for group in groups], (-1, 3)).T
         ax.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
         ax.plot(places, median, "o-", color=colour, linewidth=2.0, markersize=5)
+    series = zip(look.series_colours(subjects), subjects, strict=True)
+    ax.legend(handles=[Patch(color=colour, label=subject.label) for colour, subject in series], loc="lower right")
     _log_axis(ax)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(_power_of_ten))

@@ -149,6 +149,8 @@ MEANINGS = (
     ("ESS", "(Σa)²/Σa² with a the squared norms: PR cannot exceed it; near 1, one gradient holds all energy."),
     ("PR if isotropic", "the PR that random directions with the same norms would have."),
     ("rank95", "the fewest directions that hold 95% of the energy."),
+    ("rank correlation of proxies", "Spearman's, with ‖∇ log π‖: 1 the same order, −1 the reverse; inside a bucket of "
+     "tokens that entropy has chosen already. 1 − π and −log π rank alike; ‖onehot − π‖: the length in the logits."),
     ("leading direction repeats", "|cos| between the first singular vectors of two halves of one bucket's prompts: "
      "what does not repeat within a bucket cannot be called orthogonal to another's."),
     ("C", "‖Σ A g‖² / Σ ‖A g‖² per prompt with advantages ±1: 1 for orthogonal rollouts. Above what the same "

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import planted
 import pytest
 import torch
+from scipy import stats
 from tiny import oracle_gradient, relative_error, tiny_model
 
 import gradprobe
@@ -22,9 +24,11 @@ PROMPT, RESPONSE = [3, 70, 41, 9], [12, 200, 33, 8, 91]
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_the_examples_run(number, tmp_path):
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    planted.write_dump_along_step(tmp_path / "out" / "exp12" / "exp12_base", np.arange(5.0), n_prompts=12)
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", BLOCKS[number]]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -65,3 +69,13 @@ def test_participation_ratio_counts_directions_and_unit_norm_takes_lengths_out()
     assert gradprobe.participation_ratio(rows) == pytest.approx(1.0, abs=1e-3)
     assert gradprobe.participation_ratio(rows, unit_norm=True) == pytest.approx(4.0)
     assert gradprobe.participation_ratio(np.zeros((3, 7)), unit_norm=True) is None
+
+
+def test_of_a_mean_over_prompts_the_jackknife_is_students_interval():
+    values = np.random.default_rng(0).standard_normal((12, 5))
+    prompt = np.repeat(np.arange(12) * 3, 5)
+    found = gradprobe.jackknife(lambda rows: values.ravel()[rows].mean(), prompt)
+    low, high = stats.t.interval(0.95, 11, values.mean(), values.mean(axis=1).std(ddof=1) / np.sqrt(12))
+    assert [found.value, *found.ci95] == pytest.approx([values.mean(), low, high])
+    assert gradprobe.jackknife(len, prompt[:10]).value is None
+    assert gradprobe.jackknife(lambda rows: np.nan, prompt).ci95 is None
