@@ -2,10 +2,11 @@
 """Exp 1: how many independent directions do the gradients of each entropy bucket span, and do buckets share them?
 
 Reads one dump per tag and takes participation ratios, ranks and leading directions of each bucket's gradients (not
-centred, float64) with their intervals, ceilings and nulls; docs/methods.md says what each means. The first tag is
-what the others are compared with. Writes `exp1_summary.json`, `exp1_arrays.npz` (spectra and principal components, for
-figures of your own), `exp1_headline.png`, `exp1_bin4_energy.png`, `exp1_cumulative_energy.png`,
-`exp1_cross_bucket_cosine.png` and `exp1_norms.png`; the tables go to stdout.
+centred, float64) with their intervals, ceilings and nulls, and holds proxies of the gradient norm against it;
+docs/methods.md says what each means. The first tag is what the others are compared with. Writes `exp1_summary.json`,
+`exp1_arrays.npz` (spectra and principal components, for figures of your own), `exp1_headline.png`,
+`exp1_bin4_energy.png`, `exp1_cumulative_energy.png`, `exp1_cross_bucket_cosine.png` and `exp1_norms.png`; the tables go
+to stdout.
 Reads the gradients block by block: memory is a few matrices of d × d numbers, or of a bucket's rows if these are fewer.
 
 The study's dumps, results in out/exp12/exp12_figures:

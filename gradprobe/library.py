@@ -109,9 +109,8 @@ def jackknife(measure: Callable[[np.ndarray], Any], prompt: np.ndarray) -> Estim
     """A measure of one's own and its 95% interval over prompts, by the delete-one jackknife that all analyses share.
 
     Args:
-        measure: takes [k] ascending row numbers and returns a number. It is called for all rows, and once without those
-            of each prompt. It should move smoothly with the rows, as means, ratios and correlations do and medians do
-            not.
+        measure: takes [k] ascending row numbers and returns a number, first of all rows, then without each prompt's. It
+            should move smoothly with the rows, as means, ratios and correlations do and medians do not.
         prompt: [n] each row's prompt, for example `dump.prompt`.
 
     Returns:

@@ -37,7 +37,8 @@ def audit(dump: Dump, squared_norms: np.ndarray, sum_p2: np.ndarray | None) -> d
 
     Args:
         dump: of tokens.
-        squared_norms, sum_p2: [n] of its rows, Σ π² where it is known.
+        squared_norms: [n] of its rows.
+        sum_p2: [n] Σ π² at their tokens; None where it is not known.
     """
     proxies = {
         SURPRISAL: None if dump.logprob is None else -dump.logprob,  # ranks as 1 − π does
@@ -46,19 +47,19 @@ def audit(dump: Dump, squared_norms: np.ndarray, sum_p2: np.ndarray | None) -> d
     }
     groups = {ALL: np.arange(len(dump.row)), **{str(index): dump.rows_of_bucket(index) for index in range(dump.bins)}}
 
-    def by_group(scores: np.ndarray) -> dict[str, Any]:
-        found = {
-            group: agreement(squared_norms[rows], scores[rows], dump.prompt[rows]) for group, rows in groups.items()
-        }
-        return {group: asdict(one) for group, one in found.items()}
+    def within(rows: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        return asdict(agreement(squared_norms[rows], scores[rows], dump.prompt[rows]))
 
-    return {name: scores if scores is None else by_group(scores) for name, scores in proxies.items()}
+    return {
+        name: None if scores is None else {group: within(rows, scores) for group, rows in groups.items()}
+        for name, scores in proxies.items()
+    }
 
 
 def agreement(truth: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> Agreement:
-    """Of a score with the truth, [n] each, by the linear part of the jackknife over prompts, [n] int codes.
+    """Of a score with the truth, [n] each; `prompt`: [n] int codes.
 
-    So nothing is ranked anew: every prompt's part in a number is told by all rows.
+    Intervals come from the linear part of the jackknife: nothing is ranked anew without a prompt.
     """
     prompt = np.unique(prompt, return_inverse=True)[1]
     if prompt.max(initial=-1) + 1 < MIN_PROMPTS:
@@ -96,7 +97,10 @@ def _rank_correlation(truth: _Ranked, own: _Ranked, prompt: np.ndarray) -> np.nd
 
 
 def _products(first: _Ranked, second: _Ranked, prompt: np.ndarray) -> np.ndarray:
-    """[1 + P] stack of Σ_i r_i s_i = Σ_ijl k(i, j) k'(i, l): a row counts as i, as j and as l, and so thrice in all."""
+    """[1 + P] stack of Σ_i r_i s_i = Σ_ijl k(i, j) k'(i, l), in which a row stands as i, as j and as l.
+
+    What a prompt adds by its size alone, thrice the mean of each of its rows, goes out of ρ and so is left out here.
+    """
     own = first.rank * second.rank
     part = own + _pushed(first.code, second.rank) + _pushed(second.code, first.rank)
     beyond_size = np.bincount(prompt, part - 3 * own.mean())
