@@ -8,6 +8,7 @@ import numpy as np
 from ..analysis.inputs import is_judged_anew, on_policy_by_bucket, pooled_of
 from ..analysis.prompts import rollouts_of
 from ..common.console import progress_bar
+from ..common.errors import InputError
 from ..dump.buckets import buckets_of
 from ..dump.format import Dump, find_rollouts
 from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy
@@ -105,8 +106,17 @@ def along_of(dump: Dump) -> tuple[Along | None, tuple[str, ...]]:
         tail_mass=_tokens(rollouts, "tail_mass"),
         rules=rules_of(rollouts, dump, shift),
         token=token,
+        by_weight=_by_weight(rollouts, dump),
     )
     return along, tuple(words.tolist())
+
+
+def _by_weight(rollouts: list[Rollout], dump: Dump) -> dict[str, np.ndarray]:
+    """Every weight's sums along the step, [m] each; of a dump that has none, empty."""
+    names = dump.manifest["step"].get("weights", [])
+    if any(len(rollout.step_by_weight) != len(names) for rollout in rollouts):
+        raise InputError(f"{dump.path}: step_by_weight of its rollouts is not of the manifest's {len(names)} weights")
+    return dict(zip(names, np.array([rollout.step_by_weight for rollout in rollouts]).T, strict=True))
 
 
 def rules_of(rollouts: list[Rollout], dump: Dump, shift: np.ndarray) -> dict[str, np.ndarray]:

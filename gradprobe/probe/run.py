@@ -205,7 +205,7 @@ def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tok
             "logprobs": scores[i].logprobs.tolist(),
             "tail_mass": scores[i].tail_mass.tolist(),
             "sum_p2": scores[i].sum_p2.tolist(),
-            **({} if "step" in plan.facts and not plan.step_ends else dict.fromkeys(OF_STEP, [])),
+            **({} if "step" in plan.facts and not plan.step_ends else {key: [] for key in OF_STEP}),
         }
         rollout = replace(rollout, **per_token)
         by_rule = bucket_scores(plan.settings.bucket_by, plan.settings.seed, rollout, scores[i].logit_norms)

@@ -1,0 +1,101 @@
+"""Which weights carry the update's signal or the step's gain, in the look of `look`: layers by kinds of weight."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from ..analysis.summaries import Summary
+from ..analysis.text import share_estimate
+from ..exp3.by_weight import kind_and_layer
+from ..exp3.signal import SEEN
+from .look import CONTROL_COLOUR, Subject, heading, new_figure, panel_title, shortened, styled, subjects_of, wrapped
+
+BY_WEIGHT = "exp3_weights.png"
+COLOURS = {"share": "#0072B2", "noise_share": "#8c8c8c"}
+APART = {"share": -0.14, "noise_share": 0.14}
+VIEW = (-0.5, 1.5)
+
+Carried = Mapping[str, Any]
+"""`by_weight` of `exp3_summary.json`."""
+
+
+def told_by_weight(summary: Summary) -> list[tuple[Subject, str, Carried]]:
+    """Of whom, of what, and what its weights carry: wherever there are several and shares are told."""
+    told = []
+    for subject, one in zip(subjects_of(summary), summary.values(), strict=True):
+        step = one.get("step")
+        if step and step["by_weight"] and not step["gain"]["reason"]:
+            told.append((subject, "the step's gain", step["by_weight"]))
+        if one.get("by_weight") and one["signal"]["verdict"] == SEEN:
+            told.append((subject, "the update's signal", one["by_weight"]))
+    return told
+
+
+@styled
+def draw_by_weight(told: Sequence[tuple[Subject, str, Carried]]) -> Figure:
+    """Of each a heat map of its shares, with those of the layers above and those of the kinds beside it."""
+    n_columns, n_kinds = min(2, len(told)), max(len(found["kinds"]) for _, _, found in told)
+    n_lines, subjects = -(-len(told) // n_columns), [subject for subject, _, _ in told]
+    figure = new_figure(max(11.0, 9.5 * n_columns), n_lines * (4.0 + 0.34 * n_kinds) + 1.2)
+    parts = np.ravel(figure.subfigures(n_lines, n_columns, squeeze=False))
+    for part, (subject, what, found) in zip(parts, told, strict=False):
+        kind, most = max(found["kinds"].items(), key=lambda named: named[1]["share"]["value"])
+        said = f"{kind}, of {most['n_weights']}, carries most of {what}: {share_estimate(most['share'])}, "
+        said += f"and {share_estimate(most['noise_share'])} of the noise"
+        part.suptitle(f"{panel_title(subject, subjects)}\n{wrapped(said, 90)}", x=0.02, ha="left", fontsize=11)
+        _draw(part, what, found)
+    handles = [
+        Line2D([], [], color=COLOURS["share"], marker="o", label="share of the signal or gain, with 95% interval"),
+        Line2D([], [], color=COLOURS["noise_share"], marker="o", label="share of the noise"),
+        Line2D([], [], color=CONTROL_COLOUR, marker="x", linestyle="", label="not told apart from 0"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.suptitle(heading("Which weights carry it?", subjects))
+    return figure
+
+
+def _draw(part: SubFigure, what: str, found: Carried) -> None:
+    kinds, layers = list(found["kinds"]), list(found["layers"])
+    ratios = {"width_ratios": (2.2, 1.0), "height_ratios": (1.0, 0.4 + 0.16 * len(kinds))}
+    (above, corner), (ax, beside) = part.subplots(2, 2, sharex="col", sharey="row", gridspec_kw=ratios)
+    corner.set_axis_off()
+    values, untold = np.full((len(kinds), len(layers)), np.nan), []
+    for name, carried in found["weights"].items():
+        kind, layer = kind_and_layer(name)
+        if layer is not None:
+            place = kinds.index(kind), layers.index(str(layer))
+            low, high = carried["share"]["ci95"]
+            values[place] = carried["share"]["value"]
+            untold += [place] if low <= 0 <= high else []
+    most = np.nanmax(np.abs(values), initial=0.0)
+    image = ax.imshow(np.ma.masked_invalid(values), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
+    rows, columns = np.reshape(untold, (-1, 2)).T
+    ax.scatter(columns, rows, marker="x", s=22, linewidth=0.9, color=CONTROL_COLOUR)
+    every = -(-len(layers) // 15)
+    ax.set_xticks(range(0, len(layers), every), layers[::every])
+    ax.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds])
+    ax.set_xlabel("layer")
+    ax.grid(visible=False)
+    bar = part.colorbar(image, ax=ax, location="bottom", shrink=0.7, label=f"share of {what}")
+    bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    _margin(above, list(found["layers"].values()), "y")
+    _margin(beside, list(found["kinds"].values()), "x")
+    above.set_ylabel("layer's share")
+    beside.set_xlabel("kind's share")
+
+
+def _margin(ax: Axes, carried: Sequence[Carried], along: str) -> None:
+    """Shares with intervals along an axis, cut off at the view."""
+    for key, colour in COLOURS.items():
+        for place, one in ((place, one[key]) for place, one in enumerate(carried) if one[key]["ci95"]):
+            at, ends, value = [place + APART[key]] * 2, np.clip(one["ci95"], *VIEW), np.clip(one["value"], *VIEW)
+            ax.plot(*((at, ends) if along == "y" else (ends, at)), color=colour, linewidth=1.8)
+            ax.plot(*((at[0], value) if along == "y" else (value, at[0])), "o", color=colour, markersize=4.5)
+    axis, zero = (ax.yaxis, ax.axhline) if along == "y" else (ax.xaxis, ax.axvline)
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    zero(0.0, color="black", linewidth=0.8, zorder=1)
