@@ -132,7 +132,7 @@ def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
             _kept_table(f"{name}; {CLAIMED_SHARE:.0%} of the tokens kept", "which", kept, notes=[_facts(numbers)]),
             _kept_table(f"{name}; the highest kept", "tokens", curve),
             _bucket_table(name, numbers),
-            *_kind_tables(name, "signal", numbers["by_weight"]),
+            *_kind_tables(name, "signal", numbers.get("by_weight")),
         ]
     if "replication" in numbers:
         spreads = {one.replace("_", " "): numbers["replication"][one] for one in REPLICATED}
@@ -177,7 +177,7 @@ def _step_tables(tag: str, step: Mapping[str, Any]) -> list[Table]:
             buckets,
         ),
         Table(f"{name}: words that carry most", ["word", "n", "tokens", "share of the gain [95%]"], words),
-        *_kind_tables(name, "share of the gain", step["by_weight"]),
+        *_kind_tables(name, "share of the gain", step.get("by_weight")),
     ]
 
 

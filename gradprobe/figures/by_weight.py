@@ -13,7 +13,7 @@ from ..analysis.summaries import Summary
 from ..analysis.text import share_estimate
 from ..exp3.by_weight import kind_and_layer
 from ..exp3.signal import SEEN
-from .look import CONTROL_COLOUR, Subject, heading, new_figure, panel_title, shortened, styled, subjects_of, wrapped
+from .look import CONTROL_COLOUR, Subject, new_figure, shortened, styled, subjects_of
 
 BY_WEIGHT = "exp3_weights.png"
 COLOURS = {"share": "#0072B2", "noise_share": "#8c8c8c"}
@@ -29,7 +29,7 @@ def told_by_weight(summary: Summary) -> list[tuple[Subject, str, Carried]]:
     told = []
     for subject, one in zip(subjects_of(summary), summary.values(), strict=True):
         step = one.get("step")
-        if step and step["by_weight"] and not step["gain"]["reason"]:
+        if step and step.get("by_weight") and not step["gain"]["reason"]:
             told.append((subject, "the step's gain", step["by_weight"]))
         if one.get("by_weight") and one["signal"]["verdict"] == SEEN:
             told.append((subject, "the update's signal", one["by_weight"]))
@@ -40,14 +40,14 @@ def told_by_weight(summary: Summary) -> list[tuple[Subject, str, Carried]]:
 def draw_by_weight(told: Sequence[tuple[Subject, str, Carried]]) -> Figure:
     """Of each a heat map of its shares, with those of the layers above and those of the kinds beside it."""
     n_columns, n_kinds = min(2, len(told)), max(len(found["kinds"]) for _, _, found in told)
-    n_lines, subjects = -(-len(told) // n_columns), [subject for subject, _, _ in told]
+    n_lines = -(-len(told) // n_columns)
     figure = new_figure(max(11.0, 9.5 * n_columns), n_lines * (4.0 + 0.34 * n_kinds) + 1.2)
     parts = np.ravel(figure.subfigures(n_lines, n_columns, squeeze=False))
     for part, (subject, what, found) in zip(parts, told, strict=False):
         kind, most = max(found["kinds"].items(), key=lambda named: named[1]["share"]["value"])
-        said = f"{kind}, of {most['n_weights']}, carries most of {what}: {share_estimate(most['share'])}, "
-        said += f"and {share_estimate(most['noise_share'])} of the noise"
-        part.suptitle(f"{panel_title(subject, subjects)}\n{wrapped(said, 90)}", x=0.02, ha="left", fontsize=11)
+        said = f"{shortened(kind)} (n = {most['n_weights']}): {share_estimate(most['share'])} of {what}, "
+        said += f"{share_estimate(most['noise_share'])} of the noise"
+        part.suptitle(f"{subject.label}\nmost in {said}", x=0.02, ha="left", fontsize=11)
         _draw(part, what, found)
     handles = [
         Line2D([], [], color=COLOURS["share"], marker="o", label="share of the signal or gain, with 95% interval"),
@@ -55,7 +55,7 @@ def draw_by_weight(told: Sequence[tuple[Subject, str, Carried]]) -> Figure:
         Line2D([], [], color=CONTROL_COLOUR, marker="x", linestyle="", label="not told apart from 0"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    figure.suptitle(heading("Which weights carry it?", subjects))
+    figure.suptitle("Which weights carry it?")
     return figure
 
 
@@ -81,6 +81,7 @@ def _draw(part: SubFigure, what: str, found: Carried) -> None:
     ax.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds])
     ax.set_xlabel("layer")
     ax.grid(visible=False)
+    ax.set_facecolor("#f0f0f0")  # where there is no such weight
     bar = part.colorbar(image, ax=ax, location="bottom", shrink=0.7, label=f"share of {what}")
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     _margin(above, list(found["layers"].values()), "y")
