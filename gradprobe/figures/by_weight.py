@@ -12,7 +12,6 @@ from matplotlib.ticker import PercentFormatter
 from ..analysis.summaries import Summary
 from ..analysis.text import share_estimate
 from ..exp3.by_weight import kind_and_layer
-from ..exp3.signal import SEEN
 from .look import CONTROL_COLOUR, Subject, new_figure, shortened, styled, subjects_of
 
 BY_WEIGHT = "exp3_weights.png"
@@ -26,14 +25,12 @@ Carried = Mapping[str, Any]
 
 def told_by_weight(summary: Summary) -> list[tuple[Subject, str, Carried]]:
     """Of whom, of what, and what its weights carry: wherever there are several and shares are told."""
-    told = []
-    for subject, one in zip(subjects_of(summary), summary.values(), strict=True):
-        step = one.get("step")
-        if step and step.get("by_weight") and not step["gain"]["reason"]:
-            told.append((subject, "the step's gain", step["by_weight"]))
-        if one.get("by_weight") and one["signal"]["verdict"] == SEEN:
-            told.append((subject, "the update's signal", one["by_weight"]))
-    return told
+    found = [
+        (subject, what, of.get("by_weight"))
+        for subject, one in zip(subjects_of(summary), summary.values(), strict=True)
+        for what, of in (("the step's gain", one.get("step", {})), ("the update's signal", one))
+    ]
+    return [of for of in found if of[2] and all(one["share"]["ci95"] for one in of[2]["kinds"].values())]
 
 
 @styled
