@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..analysis.summaries import Summary
 from ..analysis.text import share_estimate
@@ -42,9 +42,9 @@ def draw_by_weight(told: Sequence[tuple[Subject, str, Carried]]) -> Figure:
     parts = np.ravel(figure.subfigures(n_lines, n_columns, squeeze=False))
     for part, (subject, what, found) in zip(parts, told, strict=False):
         kind, most = max(found["kinds"].items(), key=lambda named: named[1]["share"]["value"])
-        said = f"{shortened(kind)} (n = {most['n_weights']}): {share_estimate(most['share'])} of {what}, "
-        said += f"{share_estimate(most['noise_share'])} of the noise"
-        part.suptitle(f"{subject.label}\nmost in {said}", x=0.02, ha="left", fontsize=11)
+        said = f"largest share of {what}: {shortened(kind)}, {share_estimate(most['share'])}, "
+        said += f"and {share_estimate(most['noise_share'])} of the noise"
+        part.suptitle(f"{subject.label}\n{said}", x=0.02, ha="left", fontsize=11)
         _draw(part, what, found)
     handles = [
         Line2D([], [], color=COLOURS["share"], marker="o", label="share of the signal or gain, with 95% interval"),
@@ -72,14 +72,15 @@ def _draw(part: SubFigure, what: str, found: Carried) -> None:
     most = np.nanmax(np.abs(values), initial=0.0)
     image = ax.imshow(np.ma.masked_invalid(values), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
     rows, columns = np.reshape(untold, (-1, 2)).T
-    ax.scatter(columns, rows, marker="x", s=22, linewidth=0.9, color=CONTROL_COLOUR)
+    for width, colour in ((2.6, "white"), (0.9, CONTROL_COLOUR)):
+        ax.scatter(columns, rows, marker="x", s=22, linewidth=width, color=colour)
     every = -(-len(layers) // 15)
     ax.set_xticks(range(0, len(layers), every), layers[::every])
     ax.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds])
     ax.set_xlabel("layer")
     ax.grid(visible=False)
     ax.set_facecolor("#f0f0f0")  # where there is no such weight
-    bar = part.colorbar(image, ax=ax, location="bottom", shrink=0.7, label=f"share of {what}")
+    bar = part.colorbar(image, ax=ax, location="bottom", shrink=0.7, label=f"share of {what}", ticks=MaxNLocator(5))
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     _margin(above, list(found["layers"].values()), "y")
     _margin(beside, list(found["kinds"].values()), "x")
