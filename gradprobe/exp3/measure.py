@@ -92,6 +92,9 @@ def along_of(dump: Dump) -> tuple[Along | None, tuple[str, ...]]:
     keys = {key: code for code, key in enumerate(sorted({rollout.prompt_idx for rollout in rollouts}))}
     d, logprobs, other = (_tokens(rollouts, name) for name in ("step", "logprobs", "step_logprobs"))
     shift = other - logprobs if dump.manifest["step"]["logprobs_of"] == "to" else logprobs - other
+    names = dump.manifest["step"].get("weights", [])
+    if any(len(rollout.step_by_weight) != len(names) for rollout in rollouts):
+        raise InputError(f"{file}: step_by_weight is not of the manifest's {len(names)} weights")
     rewards = [rollout.reward for rollout in rollouts]
     is_rewarded = None not in rewards and not is_judged_anew(dump.manifest)
     words, token = np.unique(np.concatenate([_words(rollout) for rollout in rollouts]), return_inverse=True)
@@ -106,17 +109,10 @@ def along_of(dump: Dump) -> tuple[Along | None, tuple[str, ...]]:
         tail_mass=_tokens(rollouts, "tail_mass"),
         rules=rules_of(rollouts, dump, shift),
         token=token,
-        by_weight=_by_weight(rollouts, dump),
+        by_weight=np.array([rollout.step_by_weight for rollout in rollouts]),
+        weights=tuple(names),
     )
     return along, tuple(words.tolist())
-
-
-def _by_weight(rollouts: list[Rollout], dump: Dump) -> dict[str, np.ndarray]:
-    """Every weight's sums along the step, [m] each; of a dump that has none, empty."""
-    names = dump.manifest["step"].get("weights", [])
-    if any(len(rollout.step_by_weight) != len(names) for rollout in rollouts):
-        raise InputError(f"{dump.path}: step_by_weight of its rollouts is not of the manifest's {len(names)} weights")
-    return dict(zip(names, np.array([rollout.step_by_weight for rollout in rollouts]).T, strict=True))
 
 
 def rules_of(rollouts: list[Rollout], dump: Dump, shift: np.ndarray) -> dict[str, np.ndarray]:

@@ -187,7 +187,9 @@ def signal_of_pooled(pooled: Pooled, objective: str = "dapo") -> Exp3:
             "bottom": kept_tokens(moments, tokens, highest_share(tokens[::-1], CLAIMED_SHARE)[::-1]),
             "random": kept_tokens(moments, tokens, CLAIMED_SHARE * everything),
         },
-        by_weight=moments and by_weight(tuple(pooled.weights), moments.weight_signal, moments.weight_noise),
+        by_weight=by_weight(tuple(pooled.weights), moments.weight_signal, moments.weight_noise)
+        if pooled.weights and moments
+        else None,
     )
 
 

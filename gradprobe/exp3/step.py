@@ -7,7 +7,7 @@ linear in d_t, so that each rule of which tokens count is read off the same numb
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -39,7 +39,8 @@ class Along:
         tail_mass: [T] 1 − max π; None where it is not known.
         rules: by name, [T] scores each: the higher, the earlier a token is kept.
         token: [T] int codes of what the tokens read.
-        by_weight: by weight, [m] each rollout's ⟨∇_w Σ_t log π_t, Δ_w⟩; empty where that is not known.
+        weights: full names of those whose parts are known, maybe none.
+        by_weight: [m, weights] ⟨∇_w Σ_t log π_t, Δ_w⟩ of every rollout.
     """
 
     d: np.ndarray
@@ -52,7 +53,8 @@ class Along:
     tail_mass: np.ndarray | None
     rules: Mapping[str, np.ndarray]
     token: np.ndarray
-    by_weight: Mapping[str, np.ndarray] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+    by_weight: np.ndarray | None = None
 
     @cached_property
     def rollout(self) -> np.ndarray:
@@ -182,22 +184,16 @@ def step_signal(along: Along, objective: str = "dapo", seed: int = 0) -> StepSig
             (code, int(np.sum(along.token == code)), part(along.token == code))
             for code in heaviest[: TOKENS_SHOWN if is_told else 0].tolist()
         ),
-        by_weight=_by_weight(along.by_weight, weights, members, sign),
+        by_weight=_by_weight(along, weights, members, sign) if along.weights and gain.value is not None else None,
     )
 
 
-def _by_weight(
-    of_weights: Mapping[str, np.ndarray], weights: np.ndarray, members: list[np.ndarray], sign: float
-) -> ByWeight | None:
+def _by_weight(along: Along, weights: np.ndarray, members: list[np.ndarray], sign: float) -> ByWeight | None:
     """`sign`: of the gain, 0 where it is not told from 0."""
-    if len(members) < MIN_PROMPTS or not of_weights:
-        return None
-    sums = np.stack([*of_weights.values()], axis=1)  # [m, W]
-    updates = np.array([weights[of_prompt] @ sums[of_prompt] for of_prompt in members])  # [P, W]
-    whole = updates.sum(axis=1, keepdims=True)
-    means = stack_of_means(updates)
+    updates = np.array([weights[of_prompt] @ along.by_weight[of_prompt] for of_prompt in members])  # [P, W]
+    whole, means = updates.sum(axis=1, keepdims=True), stack_of_means(updates)
     noise = stack_of_means(updates * whole) - means * stack_of_means(whole)
-    return by_weight(tuple(of_weights), sign * means, noise)
+    return by_weight(along.weights, sign * means, noise)
 
 
 def _weights(along: Along, members: list[np.ndarray], objective: str) -> np.ndarray:

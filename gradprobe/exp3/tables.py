@@ -100,13 +100,7 @@ def moments_of(tables: PromptTables) -> Moments | None:
 
 
 def _of_pairs(with_all: np.ndarray, all_with: np.ndarray, with_own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stacks of the mean product over pairs of different prompts, and of the covariance, of what the tables hold.
-
-    Args:
-        with_all: [P, ...] ⟨û_a, S_b⟩.
-        all_with: [P, ...] ⟨S_a, û_b⟩.
-        with_own: [P, ...] ⟨û_a, û_b⟩.
-    """
+    """Stacks of ⟨U_a, U_b⟩ and of the covariance, of [P, ...] ⟨û_a, S_b⟩, ⟨S_a, û_b⟩ and ⟨û_a, û_b⟩."""
     n, own, sums = len(with_own), with_own.sum(axis=0), with_all.sum(axis=0)  # the last is ⟨S_a, S_b⟩
     products = np.concatenate([sums[None], sums - with_all - all_with + with_own])
     squares = np.concatenate([own[None], own - with_own])

@@ -16,7 +16,6 @@ from .look import CONTROL_COLOUR, Subject, new_figure, shortened, styled, subjec
 
 BY_WEIGHT = "exp3_weights.png"
 COLOURS = {"share": "#0072B2", "noise_share": "#8c8c8c"}
-APART = {"share": -0.14, "noise_share": 0.14}
 VIEW = (-0.5, 1.5)
 
 Carried = Mapping[str, Any]
@@ -42,14 +41,15 @@ def draw_by_weight(told: Sequence[tuple[Subject, str, Carried]]) -> Figure:
     parts = np.ravel(figure.subfigures(n_lines, n_columns, squeeze=False))
     for part, (subject, what, found) in zip(parts, told, strict=False):
         kind, most = max(found["kinds"].items(), key=lambda named: named[1]["share"]["value"])
-        said = f"largest share of {what}: {shortened(kind)}, {share_estimate(most['share'])}, "
-        said += f"and {share_estimate(most['noise_share'])} of the noise"
+        said, noise = (share_estimate(most[key]) for key in COLOURS)
+        said = f"largest share of {what}: {shortened(kind)}, {said}, and {noise} of the noise"
         part.suptitle(f"{subject.label}\n{said}", x=0.02, ha="left", fontsize=11)
         _draw(part, what, found)
+    looks = {"linestyle": "", "marker": "o"}
     handles = [
-        Line2D([], [], color=COLOURS["share"], marker="o", label="share of the signal or gain, with 95% interval"),
-        Line2D([], [], color=COLOURS["noise_share"], marker="o", label="share of the noise"),
-        Line2D([], [], color=CONTROL_COLOUR, marker="x", linestyle="", label="not told apart from 0"),
+        Line2D([], [], **looks, color=COLOURS["share"], label="share of the signal or gain, with 95% interval"),
+        Line2D([], [], **looks, color=COLOURS["noise_share"], label="share of the noise"),
+        Line2D([], [], **looks | {"marker": "x"}, color=CONTROL_COLOUR, label="not told apart from 0"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle("Which weights carry it?")
@@ -65,36 +65,36 @@ def _draw(part: SubFigure, what: str, found: Carried) -> None:
     for name, carried in found["weights"].items():
         kind, layer = kind_and_layer(name)
         if layer is not None:
-            place = kinds.index(kind), layers.index(str(layer))
-            low, high = carried["share"]["ci95"]
+            place, (low, high) = (kinds.index(kind), layers.index(str(layer))), carried["share"]["ci95"]
             values[place] = carried["share"]["value"]
             untold += [place] if low <= 0 <= high else []
-    most = np.nanmax(np.abs(values), initial=0.0)
+    most = np.nanmax(np.abs(values))
     image = ax.imshow(np.ma.masked_invalid(values), cmap="PuOr_r", vmin=-most, vmax=most, aspect="auto")
-    rows, columns = np.reshape(untold, (-1, 2)).T
     for width, colour in ((2.6, "white"), (0.9, CONTROL_COLOUR)):
-        ax.scatter(columns, rows, marker="x", s=22, linewidth=width, color=colour)
+        ax.scatter(*np.reshape(untold, (-1, 2)).T[::-1], marker="x", s=22, linewidth=width, color=colour)
     every = -(-len(layers) // 15)
     ax.set_xticks(range(0, len(layers), every), layers[::every])
-    ax.set_yticks(range(len(kinds)), [shortened(kind) for kind in kinds])
+    ax.set_yticks(range(len(kinds)), map(shortened, kinds))
     ax.set_xlabel("layer")
     ax.grid(visible=False)
     ax.set_facecolor("#f0f0f0")  # where there is no such weight
-    bar = part.colorbar(image, ax=ax, location="bottom", shrink=0.7, label=f"share of {what}", ticks=MaxNLocator(5))
-    bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    _margin(above, list(found["layers"].values()), "y")
-    _margin(beside, list(found["kinds"].values()), "x")
+    where = {"location": "bottom", "shrink": 0.7, "ticks": MaxNLocator(5), "format": PercentFormatter(1.0)}
+    part.colorbar(image, ax=ax, label=f"share of {what}", **where)
+    _margin(above, found["layers"], "y")
+    _margin(beside, found["kinds"], "x")
     above.set_ylabel("layer's share")
     beside.set_xlabel("kind's share")
 
 
-def _margin(ax: Axes, carried: Sequence[Carried], along: str) -> None:
+def _margin(ax: Axes, carried: Carried, along: str) -> None:
     """Shares with intervals along an axis, cut off at the view."""
-    for key, colour in COLOURS.items():
-        for place, one in ((place, one[key]) for place, one in enumerate(carried) if one[key]["ci95"]):
-            at, ends, value = [place + APART[key]] * 2, np.clip(one["ci95"], *VIEW), np.clip(one["value"], *VIEW)
-            ax.plot(*((at, ends) if along == "y" else (ends, at)), color=colour, linewidth=1.8)
-            ax.plot(*((at[0], value) if along == "y" else (value, at[0])), "o", color=colour, markersize=4.5)
-    axis, zero = (ax.yaxis, ax.axhline) if along == "y" else (ax.xaxis, ax.axvline)
+    for apart, (key, colour) in zip((-0.14, 0.14), COLOURS.items(), strict=True):
+        known = {place: one[key] for place, one in enumerate(carried.values()) if one[key]["ci95"]}
+        values, places = np.array([one["value"] for one in known.values()]), np.array([*known]) + apart
+        errors = np.abs(np.array([one["ci95"] for one in known.values()]).T - values)
+        x, y = (places, values) if along == "y" else (values, places)
+        ax.errorbar(x, y, **{f"{along}err": errors}, fmt="o", color=colour, markersize=4.5, linewidth=1.8)
+    axis = getattr(ax, f"{along}axis")
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    zero(0.0, color="black", linewidth=0.8, zorder=1)
+    getattr(ax, f"set_{along}lim")(np.clip(axis.get_view_interval(), *VIEW))
+    (ax.axhline if along == "y" else ax.axvline)(0.0, color="black", linewidth=0.8, zorder=1)

@@ -12,35 +12,29 @@ import torch
 from torch import nn
 
 from ..model.batches import pad_right
-from ..model.decoder import decoder_hidden, head_logits, positions_per_head_block
+from ..model.decoder import decoder_hidden
 from ..model.placement import input_device
 from ..model.softmax import Softmax
+from ..rollouts.score import in_blocks
 
 
 @torch.enable_grad()
 def along_weights(
     model: nn.Module, step: dict[str, torch.Tensor], prompts: list[list[int]], responses: list[list[int]]
 ) -> Iterator[np.ndarray]:
-    """Σ_t ⟨∇_w log π_t, Δ_w⟩ over each response's tokens, of every weight w, nats; one response at a time.
+    """Of each response [weights] float64, in the order of `step`, nats. Arguments as of `step.along_step`."""
 
-    Args:
-        model, step: as of `step.along_step`.
-        prompts, responses: token ids; prompts not empty.
+    def back(logits: torch.Tensor, ids: torch.Tensor) -> tuple[()]:
+        logits.backward(Softmax(logits.detach()).logit_gradient(ids))
+        return ()
 
-    Yields:
-        [weights] float64 of each response, in the order of `step`.
-    """
-    device, at_once = input_device(model), positions_per_head_block(model)
     for prompt, response in zip(prompts, responses, strict=True):
         with _dotted(model, step) as sums:
             # The token at index q of a sequence is predicted at index q - 1.
-            hidden = decoder_hidden(model, pad_right([prompt + response], device))[0, len(prompt) - 1 : -1]
-            leaf, ids = hidden.detach().requires_grad_(), torch.tensor(response, dtype=torch.long, device=device)
-            for tokens in (slice(start, start + at_once) for start in range(0, len(response), at_once)):
-                logits = head_logits(model, leaf[tokens])
-                logits.backward(Softmax(logits.detach()).logit_gradient(ids[tokens]))
-            if response:
-                hidden.backward(leaf.grad)
+            hidden = decoder_hidden(model, pad_right([prompt + response], input_device(model)))[0, len(prompt) - 1 : -1]
+            leaf = hidden.detach().requires_grad_()
+            in_blocks(model, leaf, torch.tensor(response, dtype=torch.long, device=leaf.device), back)
+            hidden.backward(leaf.grad)
         yield torch.stack([*sums.values()]).cpu().numpy()
 
 
@@ -51,19 +45,16 @@ def _dotted(model: nn.Module, step: dict[str, torch.Tensor]) -> Iterator[dict[st
 
     def dotted(name: str, weight: nn.Parameter) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        gradient, delta = (of.detach().to(wide) for of in (weight.grad, step[name]))
-        sums[name] += (gradient * delta).sum(dtype=torch.float64)
+        sums[name] += (weight.grad.to(wide) * step[name].to(wide)).sum(dtype=torch.float64)
         weight.grad = None
 
-    weights = dict(model.named_parameters())
     hooks = [
         weight.requires_grad_().register_post_accumulate_grad_hook(lambda weight, name=name: dotted(name, weight))
-        for name, weight in weights.items()
+        for name, weight in model.named_parameters()
     ]
     try:
         yield sums
     finally:
-        for hook, weight in zip(hooks, weights.values(), strict=True):
+        for hook in hooks:
             hook.remove()
-            weight.requires_grad_(False)
-            weight.grad = None
+        model.requires_grad_(False).zero_grad()

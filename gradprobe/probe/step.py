@@ -61,10 +61,8 @@ def along_step_of(
         if plan.settings.step_by_weight:
             said["weights"] = list(step)
             n_tokens = sum(len(r.prompt_ids) + len(r.response_ids) for chunk in left for r in chunk)
-            log.info(
-                f"parts of {len(step)} weights: a forward and a backward pass for each of {sum(map(len, left)):,} "
-                f"rollouts, one at a time, {n_tokens:,} tokens in all; room for the gradient of the largest weight"
-            )
+            passes = f"{sum(map(len, left)):,} rollouts one at a time, {n_tokens:,} tokens in all"
+            log.info(f"parts of {len(step)} weights: also a forward and a backward pass of {passes}")
         if said["unchanged"]:
             names = said["unchanged_tensors"]
             whole = f", of which {len(names)} parameters as a whole: {', '.join(names[:3])}" if names else ""
@@ -77,8 +75,8 @@ def along_step_of(
             ))  # fmt: skip
             parts = [np.zeros(0)] * len(chunk)
             if plan.settings.step_by_weight:
-                of_weights = along_weights(checkpoint.model, step, *_ids(chunk))
-                parts = list(progress(of_weights, "by weight", len(chunk), "rollouts"))
+                by_weight = along_weights(checkpoint.model, step, *_ids(chunk))
+                parts = list(progress(by_weight, "by weight", len(chunk), "rollouts"))
             if not all(np.isfinite(values).all() for values in (*found.values(), *parts)):
                 raise InputError("the derivatives along the step are not finite: are both checkpoints sound?")
             in_order = [(found[i].tolist(), of_chunk[i], parts[i].tolist()) for i in range(len(chunk))]

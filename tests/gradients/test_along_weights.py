@@ -43,10 +43,4 @@ def test_every_weight_s_part_equals_autograd_s_and_all_of_them_the_tokens_sum(fa
     monkeypatch.setattr(decoder, "LOGITS_PER_BLOCK", 1)  # a token at a time through the head
     for apart, mine in zip(along_weights(model, step, prompts, responses), found, strict=True):
         np.testing.assert_allclose(apart, mine, rtol=1e-9, atol=1e-12 * np.abs(mine).max())
-
-
-def test_a_response_of_no_tokens_has_sums_of_0():
-    model = tiny_of_family("qwen2")
-    step = subtract(end := moved(model), model, end)
-    (empty,) = along_weights(model, step, [[5, 6]], [[]])
-    np.testing.assert_array_equal(empty, np.zeros(len(step)))
+    assert not next(along_weights(model, step, [[5, 6]], [[]])).any()
