@@ -94,7 +94,7 @@ def _margin(ax: Axes, carried: Carried, along: str) -> None:
         errors = np.abs(np.array([one["ci95"] for one in known.values()]).T - values)
         x, y = (places, values) if along == "y" else (values, places)
         ax.errorbar(x, y, **{f"{along}err": errors}, fmt="o", color=colour, markersize=4.5, linewidth=1.8)
+    (ax.axhline if along == "y" else ax.axvline)(0.0, color="black", linewidth=0.8, zorder=1)
     axis = getattr(ax, f"{along}axis")
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     getattr(ax, f"set_{along}lim")(np.clip(axis.get_view_interval(), *VIEW))
-    (ax.axhline if along == "y" else ax.axvline)(0.0, color="black", linewidth=0.8, zorder=1)
