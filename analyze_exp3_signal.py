@@ -6,8 +6,9 @@ gain of the objective to first order, and which share of it the highest tokens b
 carry; `exp3_step.png`. Of pooled dumps (`--pool bucket`), read a prompt at a time: each bucket's share of the signal
 (the update that prompts share, freed of noise) and of the noise, and with the highest, the lowest or random tokens kept
 the cosine with the full update and the prompts that a batch needs; `exp3_headline.png`, `exp3_keep_top.png` and, of
-three or more checkpoints, `exp3_trajectory.png`. All with 95% intervals over prompts; no share is given where no signal
-is seen. Writes `exp3_summary.json`; tables go to stdout.
+three or more checkpoints, `exp3_trajectory.png`. Of several weights (`all-linear`, `--step-by-weight`) which of them
+carry it; `exp3_weights.png`. All with 95% intervals over prompts; no share is given where no signal is seen. Writes
+`exp3_summary.json`; tables go to stdout.
 
 The study's dumps, results in out/exp12/exp12_figures:
     python analyze_exp3_signal.py base=out/exp12/exp12_base trained=out/exp12/exp12_trained

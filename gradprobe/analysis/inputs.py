@@ -100,6 +100,7 @@ def pooled_of(dump: Dump) -> Pooled:
     code_of = {key: code for code, key in enumerate(keys)}
     codes = np.array([code_of[key] for key in dump.prompt_keys], np.int64)
     columns = np.array([list(facts) for facts in rollouts.values()], np.float64).reshape(-1, 3)
+    weights = (dump.manifest.get("projection") or {}).get("weights", [])
     is_rewarded = len(columns) > 0 and not np.isnan(columns[:, 2]).any() and not is_judged_anew(dump.manifest)
     return Pooled(
         grads=dump.grads,
@@ -115,6 +116,7 @@ def pooled_of(dump: Dump) -> Pooled:
         n_response_tokens=columns[:, 1].astype(np.int64),
         n_buckets=dump.bins,
         outcome_is="reward" if is_rewarded else "verdict",
+        weights={weight["name"]: weight["offset"] for weight in weights} if len(weights) > 1 else {},
     )
 
 

@@ -1,7 +1,7 @@
 """A pooled dump as arrays, and its rollouts' gradients prompt by prompt."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Pooled:
         n_response_tokens: [m] tokens of the whole response.
         n_buckets: B, empty buckets included.
         outcome_is: "reward" or "verdict".
+        weights: of several weights in a row, where each one's numbers begin, ascending, by its full name; else empty.
     """
 
     grads: np.ndarray | SelectedRows
@@ -39,6 +40,7 @@ class Pooled:
     n_response_tokens: np.ndarray
     n_buckets: int
     outcome_is: str = "verdict"
+    weights: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Rollout(Line):
         sum_p2: Σ π², one per response token; empty in older files.
         step: ⟨∇ log π_t, Δ⟩ along the manifest's step, nats, one per response token; empty without one.
         step_logprobs: log-probs of the response tokens under the step's other end, nats; empty without one.
+        step_by_weight: Σ_t ⟨∇_w log π_t, Δ_w⟩, nats, one per weight of the manifest's step; empty where not asked for.
     """
 
     prompt_idx: PromptKey
@@ -61,6 +62,7 @@ class Rollout(Line):
     sum_p2: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     step_logprobs: list[float] = field(default_factory=list)
+    step_by_weight: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ ROLLOUT_KINDS = {
     "sum_p2": PER_TOKEN.optional(),
     "step": PER_TOKEN.optional(),
     "step_logprobs": PER_TOKEN.optional(),
+    "step_by_weight": PER_TOKEN.optional(),
 }
 
 

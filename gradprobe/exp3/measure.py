@@ -9,6 +9,7 @@ from ..analysis.inputs import is_judged_anew, on_policy_by_bucket, pooled_of
 from ..analysis.prompts import rollouts_of
 from ..analysis.tokens import logit_norm
 from ..common.console import progress_bar
+from ..common.errors import InputError
 from ..dump.buckets import buckets_of
 from ..dump.format import Dump, find_rollouts
 from ..dump.on_policy import OnPolicy, Tokens, claims_on_policy
@@ -92,6 +93,9 @@ def along_of(dump: Dump) -> tuple[Along | None, tuple[str, ...]]:
     keys = {key: code for code, key in enumerate(sorted({rollout.prompt_idx for rollout in rollouts}))}
     d, logprobs, other = (_tokens(rollouts, name) for name in ("step", "logprobs", "step_logprobs"))
     shift = other - logprobs if dump.manifest["step"]["logprobs_of"] == "to" else logprobs - other
+    names = dump.manifest["step"].get("weights", [])
+    if any(len(rollout.step_by_weight) != len(names) for rollout in rollouts):
+        raise InputError(f"{file}: step_by_weight is not of the manifest's {len(names)} weights")
     rewards = [rollout.reward for rollout in rollouts]
     is_rewarded = None not in rewards and not is_judged_anew(dump.manifest)
     words, token = np.unique(np.concatenate([_words(rollout) for rollout in rollouts]), return_inverse=True)
@@ -106,6 +110,8 @@ def along_of(dump: Dump) -> tuple[Along | None, tuple[str, ...]]:
         tail_mass=_tokens(rollouts, "tail_mass"),
         rules=rules_of(rollouts, dump, shift),
         token=token,
+        by_weight=np.array([rollout.step_by_weight for rollout in rollouts]),
+        weights=tuple(names),
     )
     return along, tuple(words.tolist())
 

@@ -30,6 +30,7 @@ from ..analysis.jackknife import (
 from ..analysis.pooled import Pooled
 from ..analysis.text import number
 from ..dump.on_policy import MIN_RARE_TOKENS
+from .by_weight import ByWeight, by_weight
 from .tables import MIN_PROMPTS, Moments, PromptTables, moments_of, prompt_tables
 
 SEEN, UNDERPOWERED = "seen", "underpowered"
@@ -130,6 +131,7 @@ class Exp3:
         keep_random: as many tokens as in `keep_top`, kept at random: see `kept_tokens`.
         at_20_percent: "top", "bottom" and "random" at exactly 20% of the tokens, a bucket that this share cuts
             being kept in part, at random.
+        by_weight: ‖U_w‖² / ‖U‖² and tr Cov(û_w) / tr Cov(û), all tokens; None of a single weight.
     """
 
     n_prompts: int
@@ -145,6 +147,7 @@ class Exp3:
     keep_bottom: tuple[Kept, ...]
     keep_random: tuple[Kept, ...]
     at_20_percent: dict[str, Kept]
+    by_weight: ByWeight | None
 
 
 def signal_of_pooled(pooled: Pooled, objective: str = "dapo") -> Exp3:
@@ -184,6 +187,9 @@ def signal_of_pooled(pooled: Pooled, objective: str = "dapo") -> Exp3:
             "bottom": kept_tokens(moments, tokens, highest_share(tokens[::-1], CLAIMED_SHARE)[::-1]),
             "random": kept_tokens(moments, tokens, CLAIMED_SHARE * everything),
         },
+        by_weight=by_weight(tuple(pooled.weights), moments.weight_signal, moments.weight_noise)
+        if pooled.weights and moments
+        else None,
     )
 
 

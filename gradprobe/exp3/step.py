@@ -14,6 +14,7 @@ import numpy as np
 
 from ..analysis.jackknife import NO_ESTIMATE, Estimate, Interval, interval_of, ratio_of, stack_of_means, z_of
 from ..dump.on_policy import MIN_RARE_TOKENS
+from .by_weight import ByWeight, by_weight
 from .tables import MIN_PROMPTS
 from .weights import update_weights
 
@@ -38,6 +39,8 @@ class Along:
         tail_mass: [T] 1 − max π; None where it is not known.
         rules: by name, [T] scores each: the higher, the earlier a token is kept.
         token: [T] int codes of what the tokens read.
+        weights: full names of those whose parts are known, maybe none.
+        by_weight: [m, weights] ⟨∇_w Σ_t log π_t, Δ_w⟩ of every rollout.
     """
 
     d: np.ndarray
@@ -50,6 +53,8 @@ class Along:
     tail_mass: np.ndarray | None
     rules: Mapping[str, np.ndarray]
     token: np.ndarray
+    weights: tuple[str, ...] = ()
+    by_weight: np.ndarray | None = None
 
     @cached_property
     def rollout(self) -> np.ndarray:
@@ -115,6 +120,7 @@ class StepSignal:
         n_rare: per bucket Σ tail mass, the rare tokens to be expected; None where it is not known.
         keep_top: by rule, what the highest 5%, 10%, ..., 100% of the tokens carry.
         tokens: of the words that carry most, for or against: the code, how often it came up, its part.
+        by_weight: each weight's part of the gain and of its variance; None where that is not known.
     """
 
     n_prompts: int
@@ -129,6 +135,7 @@ class StepSignal:
     buckets: tuple[Part, ...]
     keep_top: dict[str, tuple[Part, ...]]
     tokens: tuple[tuple[int, int, Part], ...]
+    by_weight: ByWeight | None
 
 
 def step_signal(along: Along, objective: str = "dapo", seed: int = 0) -> StepSignal:
@@ -145,11 +152,11 @@ def step_signal(along: Along, objective: str = "dapo", seed: int = 0) -> StepSig
     whole = updates(everything)
     gain = _gain(whole, _permuted(along, members, objective, seed))
     is_told = gain.t is not None and abs(gain.t) >= LEAST_T
+    sign = np.sign(gain.t) if is_told else 0.0  # Fieller's interval wants a denominator above 0
 
     def part(kept: np.ndarray) -> Part:
         own, estimate = updates(kept), NO_ESTIMATE
         if is_told:
-            sign = np.sign(gain.t)  # Fieller's interval wants a denominator above 0
             estimate = ratio_of(stack_of_means(sign * own), stack_of_means(sign * whole))
         noise = float(np.cov(own, whole, bias=True)[0, 1] / whole.var()) if whole.var() > 0 else None
         return Part(float(kept.mean()), estimate, noise)
@@ -177,7 +184,16 @@ def step_signal(along: Along, objective: str = "dapo", seed: int = 0) -> StepSig
             (code, int(np.sum(along.token == code)), part(along.token == code))
             for code in heaviest[: TOKENS_SHOWN if is_told else 0].tolist()
         ),
+        by_weight=_by_weight(along, weights, members, sign) if along.weights and gain.value is not None else None,
     )
+
+
+def _by_weight(along: Along, weights: np.ndarray, members: list[np.ndarray], sign: float) -> ByWeight | None:
+    """`sign`: of the gain, 0 where it is not told from 0."""
+    updates = np.array([weights[of_prompt] @ along.by_weight[of_prompt] for of_prompt in members])  # [P, W]
+    whole, means = updates.sum(axis=1, keepdims=True), stack_of_means(updates)
+    noise = stack_of_means(updates * whole) - means * stack_of_means(whole)
+    return by_weight(along.weights, sign * means, noise)
 
 
 def _weights(along: Along, members: list[np.ndarray], objective: str) -> np.ndarray:

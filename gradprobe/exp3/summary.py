@@ -132,6 +132,7 @@ def tables_of(tag: str, numbers: Mapping[str, Any]) -> list[Table]:
             _kept_table(f"{name}; {CLAIMED_SHARE:.0%} of the tokens kept", "which", kept, notes=[_facts(numbers)]),
             _kept_table(f"{name}; the highest kept", "tokens", curve),
             _bucket_table(name, numbers),
+            *_kind_tables(name, "signal", numbers.get("by_weight")),
         ]
     if "replication" in numbers:
         spreads = {one.replace("_", " "): numbers["replication"][one] for one in REPLICATED}
@@ -176,7 +177,18 @@ def _step_tables(tag: str, step: Mapping[str, Any]) -> list[Table]:
             buckets,
         ),
         Table(f"{name}: words that carry most", ["word", "n", "tokens", "share of the gain [95%]"], words),
+        *_kind_tables(name, "share of the gain", step.get("by_weight")),
     ]
+
+
+def _kind_tables(name: str, share_of: str, found: Mapping[str, Any] | None) -> list[Table]:
+    """What every kind of weight carries; nothing of a single weight."""
+    rows = [
+        [kind, str(one["n_weights"]), share_estimate(one["share"]), share_estimate(one["noise_share"])]
+        for kind, one in (found or {"kinds": {}})["kinds"].items()
+    ]
+    header = ["kind", "weights", f"{share_of} [95%]", "noise [95%]"]
+    return [Table(f"{name}: every kind of weight", header, rows)] if rows else []
 
 
 def at(curve: Sequence[Mapping[str, Any]], of_tokens: float) -> Mapping[str, Any]:

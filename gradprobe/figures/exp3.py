@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from ..analysis.summaries import Summary
 from ..analysis.text import CANT_TELL, estimate, share_estimate
 from ..exp3.signal import CLAIMED_SHARE, SEEN
+from .by_weight import BY_WEIGHT, draw_by_weight, told_by_weight
 from .checkpoints import MIN_OF_TRAJECTORY, Panel, draw_checkpoints, told
 from .look import (
     CONTROL_COLOUR,
@@ -58,6 +59,8 @@ Numbers = Mapping[str, Any]
 def draw_exp3(summary: Summary) -> dict[str, Figure]:
     """The figures of the analysis by file name; the trajectory's where there are checkpoints enough, of one rule."""
     drawn = {STEP: draw_step(summary)} if any("step" in one for one in summary.values()) else {}
+    if told := told_by_weight(summary):
+        drawn[BY_WEIGHT] = draw_by_weight(told)
     pooled = {tag: one for tag, one in summary.items() if "signal" in one}
     if not pooled:
         return drawn

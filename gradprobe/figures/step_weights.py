@@ -1,6 +1,5 @@
 """What a step between two checkpoints is like, in the look of `look`: layers by kinds of weight, and a table."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ..analysis.text import MISSING, Table, number, share
+from ..exp3.by_weight import kind_and_layer
 from .look import NOTE_COLOUR, new_figure, shortened, styled
 
 SUMMARY = "step_summary.json"
 WEIGHTS = "step_weights.png"
-IN_A_LAYER = re.compile(r"^.*?\.(\d+)\.(.+?)(?:\.weight)?$")
 MEASURES = {
     "relative_norm": "length of the change, over the weight's",
     "unchanged_share": "entries that did not change",
@@ -29,8 +28,7 @@ def by_kind(step: Step) -> dict[str, dict[int | None, Mapping[str, Any]]]:
     """The weights of each kind by their layers; those outside of layers by their own names, under None."""
     found: dict[str, dict[int | None, Mapping[str, Any]]] = {}
     for name, weight in step["weights"].items():
-        inside = IN_A_LAYER.match(name)
-        kind, layer = (inside[2], int(inside[1])) if inside else (name, None)
+        kind, layer = kind_and_layer(name)
         found.setdefault(kind, {})[layer] = weight
     return found
 

@@ -220,6 +220,7 @@ def facts_of_step(settings: ProbeSettings, ends: dict[str, StepEnd], model: dict
         **{end: paths.get(end, probed) for end in ("from", "to")},
         "identities": {end: ends[end].identity if end in ends else model for end in ("from", "to")},
         "logprobs_of": "to" if "to" in ends else "from",
+        **({"by_weight": True} if settings.step_by_weight else {}),
     }
 
 

@@ -36,7 +36,7 @@ from .output import Progress
 from .plan import Plan, fitted_edges
 from .rules import bucket_scores, rng_of
 from .self_check import refuse_unfit
-from .step import along_step_of
+from .step import OF_STEP, along_step_of
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def score(plan: Plan, checkpoint: Checkpoint, rollouts: list[Rollout], batch_tok
             "logprobs": scores[i].logprobs.tolist(),
             "tail_mass": scores[i].tail_mass.tolist(),
             "sum_p2": scores[i].sum_p2.tolist(),
-            **({} if "step" in plan.facts and not plan.step_ends else {"step": [], "step_logprobs": []}),
+            **({} if "step" in plan.facts and not plan.step_ends else {key: [] for key in OF_STEP}),
         }
         rollout = replace(rollout, **per_token)
         by_rule = bucket_scores(plan.settings.bucket_by, plan.settings.seed, rollout, scores[i].logit_norms)

@@ -217,6 +217,9 @@ class ProbeSettings:
     step_from: str | None = flag("the step from this checkpoint", "CKPT", never_with="`device_map`")
     step_to_adapter: str | None = flag("adapter merged into --step-to (default of that, then: --model-path)", "A")
     step_from_adapter: str | None = flag("adapter merged into --step-from (likewise)", "A")
+    step_by_weight: bool = flag(
+        "of each rollout also every weight's part of its sum along the step: one backward pass for each", default=False
+    )
 
     device: str = flag(
         "auto, cuda or cpu",
@@ -301,6 +304,8 @@ class ProbeSettings:
             faults.append(f"`bucket_by` {self.bucket_by}: must be one of {', '.join(RULES)}, or score:KEY")
         elif self.bucket_by not in RULES and self.rollouts is None:
             faults.append(f"`bucket_by` {self.bucket_by}: scores stand in a file of rollouts; name it by `rollouts`")
+        if self.step_by_weight and not self.step_ends:
+            faults.append("`step_by_weight` says something of a step only: name one by `step_to` or `step_from`")
         raise_if_any(faults)
 
     def _is_given(self, quoted: str) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 from ..common.console import progress
 from ..common.errors import InputError
 from ..dump.records import PromptKey, Rollout
+from ..gradients.along_weights import along_weights
 from ..gradients.step import along_step, described, subtract
 from ..model.batches import Budget
 from ..model.checkpoint import Checkpoint, load_checkpoint
@@ -23,6 +24,8 @@ from .plan import Plan
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
+OF_STEP = ("step", "step_logprobs", "step_by_weight")
+"""What rollouts have along a step."""
 
 
 def along_step_of(
@@ -55,6 +58,11 @@ def along_step_of(
         logprobs = [_of_chunk(score_responses(other, *_ids(chunk), tokens), "logprobs") for chunk in left]
         step = _difference(plan, checkpoint.model, other)
         said = described(step)
+        if plan.settings.step_by_weight:
+            said["weights"] = list(step)
+            n_tokens = sum(len(r.prompt_ids) + len(r.response_ids) for chunk in left for r in chunk)
+            passes = f"{sum(map(len, left)):,} rollouts one at a time, {n_tokens:,} tokens in all"
+            log.info(f"parts of {len(step)} weights: also a forward and a backward pass of {passes}")
         if said["unchanged"]:
             names = said["unchanged_tensors"]
             whole = f", of which {len(names)} parameters as a whole: {', '.join(names[:3])}" if names else ""
@@ -65,9 +73,14 @@ def along_step_of(
             found = dict(itertools.chain.from_iterable(
                 batch.items() for batch in along_step(checkpoint.model, step, *_ids(chunk), tokens)
             ))  # fmt: skip
-            if not all(np.isfinite(values).all() for values in found.values()):
+            parts = [np.zeros(0)] * len(chunk)
+            if plan.settings.step_by_weight:
+                by_weight = along_weights(checkpoint.model, step, *_ids(chunk))
+                parts = list(progress(by_weight, "by weight", len(chunk), "rollouts"))
+            if not all(np.isfinite(values).all() for values in (*found.values(), *parts)):
                 raise InputError("the derivatives along the step are not finite: are both checkpoints sound?")
-            growing.add_step([{"step": found[i].tolist(), "step_logprobs": of_chunk[i]} for i in range(len(chunk))])
+            in_order = [(found[i].tolist(), of_chunk[i], parts[i].tolist()) for i in range(len(chunk))]
+            growing.add_step([dict(zip(OF_STEP, of_rollout, strict=True)) for of_rollout in in_order])
     per_rollout = itertools.chain.from_iterable(entry["found"] for entry in growing.steps)
     rollouts = [replace(rollout, **found) for rollout, found in zip(rollouts, per_rollout, strict=True)]
     growing.finish_step(rollouts, list(map(len, chunks)), said)

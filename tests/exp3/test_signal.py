@@ -330,7 +330,7 @@ def test_too_little_gives_none_and_not_nan():
 def test_summary_has_the_keys_of_the_format():
     summary = signal_numbers(signal_of_pooled(study(n_prompts=30)))
     head = "n_prompts n_prompts_mixed n_rollouts bins objective outcome signal noise_scale_prompts per_bucket"
-    assert summary.keys() == {*head.split(), "keep_top", "keep_bottom", "keep_random", "at_20_percent"}
+    assert summary.keys() == {*head.split(), "keep_top", "keep_bottom", "keep_random", "at_20_percent", "by_weight"}
     assert list(summary["per_bucket"]) == ["0", "1", "2", "3"]
     assert summary["signal"].keys() == {"value", "ci95", "z", "verdict", "reason"}
     assert summary["per_bucket"]["0"]["score_mean"].keys() == {"share_of_energy", "z"}

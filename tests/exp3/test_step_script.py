@@ -14,7 +14,7 @@ from gradprobe.exp3 import step
 STRENGTH = np.array([0.0, 0.0, 0.1, 0.3, 0.6])
 RULES = {"entropy", "surprisal", "|Δ log π|", "position", "random"}
 KEYS = {"n_prompts", "n_rollouts", "objective", "gain", "reward_gain", "measured_gain", "linearity", "noise"}
-KEYS |= {"per_bucket", "keep_top", "tokens", "from", "to", "at"}
+KEYS |= {"per_bucket", "keep_top", "tokens", "from", "to", "at", "by_weight"}
 OF_PART = {"share_of_tokens", "share", "noise_share"}
 
 

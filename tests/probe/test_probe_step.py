@@ -40,7 +40,8 @@ def trained(checkpoint_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(checkpoint_dir, problems_file, trained) -> list[object]:
-    return ["--model-path", checkpoint_dir, "--dataset", problems_file, "--step-to", trained, *SMALL.split()]
+    of_step = ["--step-to", trained, "--step-by-weight"]
+    return ["--model-path", checkpoint_dir, "--dataset", problems_file, *of_step, *SMALL.split()]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,21 @@ def test_rollouts_tell_of_the_step_and_the_manifest_which_it_was(whole, checkpoi
     assert said["norm"] == pytest.approx(float(sum(d.square().sum() for d in step.values())) ** 0.5, rel=1e-5)
 
 
+def test_every_weight_s_sums_add_up_to_the_rollout_s_and_belong_to_a_step(whole, arguments, tmp_path, capsys):
+    parts, tokens = of_rollouts(whole, "step_by_weight"), of_rollouts(whole, "step")
+    sums = np.array([sum(tokens[key]) for key in parts])
+    np.testing.assert_allclose([sum(of) for of in parts.values()], sums, atol=1e-5 * np.abs(sums).max())
+    names = manifest_of(whole)["step"]["weights"]
+    assert {len(of) for of in parts.values()} == {len(names)}
+    assert names == [name for name, _ in tiny_model(0).named_parameters()]
+    place = arguments.index("--step-to")
+    assert probe(tmp_path, *arguments[:place], *arguments[place + 2 :]) == 2
+    assert "--step-by-weight says something of a step only" in capsys.readouterr().err
+
+
 def test_without_a_step_all_else_is_the_same(arguments, whole, tmp_path):
     place = arguments.index("--step-to")
-    assert probe(tmp_path / "plain", *arguments[:place], *arguments[place + 2 :]) == 0
+    assert probe(tmp_path / "plain", *arguments[:place], *arguments[place + 3 :]) == 0
     for name in ("grads.npy", "meta.jsonl"):
         assert (tmp_path / "plain" / name).read_bytes() == (whole / name).read_bytes()
     assert set(map(tuple, of_rollouts(tmp_path / "plain", "step").values())) == {()}
@@ -160,6 +173,8 @@ def test_shards_merge_into_what_one_probe_has(arguments, whole, tmp_path):
     assert merged.keys() == expected.keys()
     for key, values in merged.items():
         np.testing.assert_allclose(values, expected[key], rtol=1e-4, atol=1e-6)
+    merged, expected = of_rollouts(tmp_path / "merged", "step_by_weight"), of_rollouts(whole, "step_by_weight")
+    assert merged == expected  # a rollout at a time, so no batch rounds otherwise
 
 
 def test_the_other_end_looks_back_and_a_third_checkpoint_along_both(
@@ -186,7 +201,8 @@ def test_a_step_is_carried_on_to_the_same_model_s_other_dumps_and_to_no_other_s(
 ):
     of_file = ["--rollouts", whole, "--device", "cpu", "--bins", 3, "--pool", "bucket", "-q"]
     assert probe(tmp_path / "pooled", "--model-path", checkpoint_dir, *of_file) == 0
-    assert of_rollouts(tmp_path / "pooled", "step") == of_rollouts(whole, "step")
+    for name in ("step", "step_by_weight"):
+        assert of_rollouts(tmp_path / "pooled", name) == of_rollouts(whole, name)
     assert manifest_of(tmp_path / "pooled")["step"] == manifest_of(whole)["step"]
     assert probe(tmp_path / "other", "--model-path", trained, *of_file) == 0
     assert "step" not in manifest_of(tmp_path / "other")
