@@ -1,4 +1,4 @@
-"""A set of gradients and the linear algebra on it, by torch, on the CPU or a GPU.
+"""A set of gradients and the linear algebra on it, by numpy on the CPU, by torch on any other device.
 
     bucket = Bucket(grads, rows, prompt, rollout, device_for("auto"))
     bucket.energies()                          # squared singular values of X = grads[rows], descending
@@ -6,23 +6,23 @@
     bucket.part(is_kept)                       # some of the gradients; shares what is known of all
 
 All of it is float64 where nothing else is said. X may be a memory map: gradients are read in blocks. The smaller of
-X Xᵀ and Xᵀ X is made when first asked for and lives as long as the bucket does. torch is imported when first needed:
-it takes seconds.
+X Xᵀ and Xᵀ X is made when first asked for and lives as long as the bucket does. What is written here holds for arrays
+of both libraries; torch, whose import takes seconds, is imported where it computes alone.
 """
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Optional
+from typing import Any, Optional
 
 import numpy as np
+import scipy.linalg
 
 from ..common.errors import InputError
 from ..dump.format import Dump
 from ..dump.mapped import SelectedRows, block_slices, read_rows
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+Array = Any
+"""numpy's on the CPU, torch's elsewhere."""
 DEVICES = ("auto", "cpu", "cuda")
 MAX_EXACT = 600
 """Where n or d is no larger, directions are those of the decomposed Gram matrix; else they are found by iteration."""
@@ -53,11 +53,25 @@ def device_for(name: str) -> str:
     return "cpu"
 
 
-def to_device(array: np.ndarray, device: str) -> "Tensor":
-    """The array as a tensor; on the CPU without a copy where its order allows."""
+def library_of(device: str) -> Any:
+    """numpy for "cpu", torch for anything else."""
+    if device == "cpu":
+        return np
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    return torch
+
+
+def to_device(array: np.ndarray, device: str) -> Array:
+    """The array itself for "cpu", else a tensor there."""
+    if device == "cpu":
+        return array
+    return library_of(device).from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def to_host(array: Array) -> np.ndarray:
+    """The array as numpy's."""
+    return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
 
 def rollout_codes(prompt: np.ndarray, sample_idx: np.ndarray) -> np.ndarray:
@@ -73,7 +87,7 @@ class Bucket:
         rows: [n] which of them X holds.
         prompt: [n] number of each gradient's prompt.
         rollout: [n] number of each gradient's rollout, see `rollout_codes`.
-        device: of torch, where X is multiplied and decomposed.
+        device: where X is multiplied and decomposed: "cpu", or what torch calls another.
     """
 
     def __init__(
@@ -87,8 +101,9 @@ class Bucket:
         self.grads, self.rows, self.prompt, self.rollout, self.device = grads, rows, prompt, rollout, device
         self._whole: Optional[Bucket] = None  # noqa: UP045, the class is not defined yet
         self._kept = np.zeros(0, bool)
-        self._mean: Tensor | None = None
-        self._held: list[Tensor] | None = None
+        self._library = library_of(device)
+        self._mean: Array | None = None
+        self._held: list[Array] | None = None
 
     @property
     def n(self) -> int:
@@ -117,40 +132,40 @@ class Bucket:
         found._mean = self.combined(np.full((self.n, 1), 1 / self.n))[:, 0]
         return found
 
-    def blocks(self, dtype: type = np.float64) -> Iterator["Tensor"]:
-        """X in order, [k, d] tensors of at most 64 MiB, in float64 or `dtype`."""
+    def blocks(self, dtype: type = np.float64) -> Iterator[Array]:
+        """X in order, [k, d] arrays of at most 64 MiB, in float64 or `dtype`."""
         if self._held is not None:
             yield from self._held
             return
         for part in block_slices(self.n, np.dtype(dtype).itemsize * self.dim):
             yield self._read(part, dtype)
 
-    def _read(self, places: slice | np.ndarray, dtype: type = np.float64) -> "Tensor":
+    def _read(self, places: slice | np.ndarray, dtype: type = np.float64) -> Array:
         block = to_device(read_rows(self.grads, self.rows[places], dtype), self.device)
-        return block if self._mean is None else block - self._mean.to(block.dtype)
+        return block if self._mean is None else block - self._mean
 
-    def combined(self, weights: "np.ndarray | Tensor") -> "Tensor":
+    def combined(self, weights: Array) -> Array:
         """[d, k] Xᵀ W. `weights`: [n, k] float64."""
         weights = to_device(weights, self.device) if isinstance(weights, np.ndarray) else weights
         total, start = self._zeros(self.dim, weights.shape[1]), 0
         for block in self.blocks():
-            total.addmm_(block.T, weights[start : start + len(block)])
+            total += block.T @ weights[start : start + len(block)]
             start += len(block)
         return total
 
-    def times(self, directions: "Tensor") -> np.ndarray:
+    def times(self, directions: Array) -> np.ndarray:
         """[n, k] X V. `directions`: [d, k]."""
-        parts = [(block @ directions).cpu().numpy() for block in self.blocks()]
+        parts = [to_host(block @ directions) for block in self.blocks()]
         return np.concatenate([np.zeros((0, directions.shape[1])), *parts])
 
     @cached_property
     def squared_norms(self) -> np.ndarray:
         """[n] float64 ‖g‖²."""
         if self.is_wide and self.has_gram:
-            return self.gram.diagonal().cpu().numpy()
+            return to_host(self.gram.diagonal())
         if self._whole is not None:
             return self._whole.squared_norms[self._kept]
-        found = [block.norm(dim=1).square_().cpu().numpy() for block in self.blocks()]
+        found = [to_host(self._library.einsum("ij,ij->i", block, block)) for block in self.blocks()]
         return np.concatenate([np.zeros(0), *found])
 
     @property
@@ -161,7 +176,7 @@ class Bucket:
         return float(self.squared_norms.sum())
 
     @cached_property
-    def gram(self) -> "Tensor":
+    def gram(self) -> Array:
         """X Xᵀ, [n, n], or Xᵀ X, [d, d], whichever is smaller (the latter if n = d); n >= 1."""
         whole = self._whole
         if whole is not None and whole.has_gram and whole.is_wide:
@@ -178,10 +193,8 @@ class Bucket:
             squared.add((part if self._mean is None else part - self._mean[columns]).T)
         return squared.total()
 
-    def _zeros(self, *shape: int) -> "Tensor":
-        import torch
-
-        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+    def _zeros(self, *shape: int) -> Array:
+        return self._library.zeros(shape, dtype=self._library.float64, device=self.device)
 
     @property
     def has_gram(self) -> bool:
@@ -192,27 +205,25 @@ class Bucket:
     def dots(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """[k, m] dot products of some of the gradients, [k] of 0 .. n - 1, with others, [m]."""
         if self.is_wide:
-            return self.gram.cpu().numpy()[np.ix_(first, second)]
+            return to_host(self.gram)[np.ix_(first, second)]
         own, found = self._read(first), np.empty((len(first), len(second)))
         for part in block_slices(len(second), 8 * self.dim):
-            found[:, part] = (own @ self._read(second[part]).T).cpu().numpy()
+            found[:, part] = to_host(own @ self._read(second[part]).T)
         return found
 
     def energies(self) -> np.ndarray:
         """[min(n, d)] squared singular values of X, descending; those below 0, which only rounding makes, are 0."""
         if self.n == 0:
             return np.zeros(0)
-        import torch
-
-        scale = self.gram.trace()  # eigenvalues of tiny gradients would underflow
+        scale = float(self.gram.trace())  # eigenvalues of tiny gradients would underflow
         if not scale > 0:
             return np.zeros(len(self.gram))
-        shares = torch.linalg.eigvalsh(self.gram / scale)
-        return (shares * scale).flip(0).clamp(min=0.0).cpu().numpy()
+        shares = to_host(self._library.linalg.eigvalsh(self.gram / scale))
+        return np.maximum(shares[::-1] * scale, 0.0)
 
     def leading_directions(
         self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE, dtype: type = np.float64
-    ) -> tuple[np.ndarray, "Tensor"]:
+    ) -> tuple[np.ndarray, Array]:
         """The first right singular vectors of X.
 
         Those of the Gram matrix, decomposed, where n or d is at most 600. Else by `block_krylov` on the Gram matrix
@@ -236,24 +247,23 @@ class Bucket:
             values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, dtype)
             if dtype is not np.float64 and not (values > SINGLE_SPREAD * values[:1]).all():
                 values, vectors = self._leading_of_rows(n_vectors, seed, tolerance, np.float64)
-        return values, vectors / vectors.norm(dim=0)
+        return values, vectors / self._library.linalg.norm(vectors, axis=0)
 
     def leading_eigenpairs(
         self, n_vectors: int, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE
-    ) -> tuple[np.ndarray, "Tensor"]:
+    ) -> tuple[np.ndarray, Array]:
         """The leading eigenvalues of the Gram matrix, as `leading_directions`, and eigenvectors, [n or d, k]."""
-        n_vectors, scale = min(n_vectors, self.n, self.dim), self.gram.trace() if self.n else 0.0
+        n_vectors, scale = min(n_vectors, self.n, self.dim), float(self.gram.trace()) if self.n else 0.0
         if n_vectors == 0 or not scale > 0:
             return np.zeros(0), self._zeros(min(self.n, self.dim), 0)
         if min(self.n, self.dim) <= MAX_EXACT:
             found = leading_eigenpairs(self.gram, n_vectors)
         else:
-            found = block_krylov(
-                self.gram.matmul, len(self.gram), float(scale), n_vectors, seed, tolerance, self.device
-            )
+            gram = self.gram
+            found = block_krylov(lambda block: gram @ block, len(gram), scale, n_vectors, seed, tolerance, self.device)
         return _above_rounding(*found)
 
-    def _leading_of_rows(self, n_vectors: int, seed: int, tolerance: float, dtype: type) -> tuple[np.ndarray, "Tensor"]:
+    def _leading_of_rows(self, n_vectors: int, seed: int, tolerance: float, dtype: type) -> tuple[np.ndarray, Array]:
         """The same by products with X. What is multiplied has about unit length: squares must not underflow."""
         scale = self.total_energy
         if not scale > 0:
@@ -262,21 +272,20 @@ class Bucket:
             self._held = list(self.blocks(dtype))
         length = (scale / self.n) ** 0.5
 
-        def apply(vectors: "Tensor") -> "Tensor":
-            total = vectors.new_zeros(vectors.shape[1], self.dim)
-            for block in self.blocks(dtype):
-                total.addmm_((block @ (vectors / length)).T, block)
-            return (total / length).T
+        def apply(vectors: Array) -> Array:
+            vectors = vectors / length
+            return sum((block @ vectors).T @ block for block in self.blocks(dtype)).T / length
 
         values, vectors = block_krylov(apply, self.dim, self.n, n_vectors, seed, tolerance, self.device, dtype)
         self._held = None
-        return _above_rounding(values.double() * length**2, vectors)
+        return _above_rounding(values, vectors, length**2)
 
 
-def _above_rounding(values: "Tensor", vectors: "Tensor") -> tuple[np.ndarray, "Tensor"]:
-    """Eigenpairs less those that are only rounding. `values`: [k], descending; `vectors`: [m, k]."""
-    kept = int((values > ROUNDING * values[0]).sum())
-    return values[:kept].cpu().numpy(), vectors[:, :kept]
+def _above_rounding(values: Array, vectors: Array, scale: float = 1.0) -> tuple[np.ndarray, Array]:
+    """Eigenpairs less those that are only rounding. `values`: [k], descending, over `scale`; `vectors`: [m, k]."""
+    energies = to_host(values).astype(np.float64) * scale
+    kept = int((energies > ROUNDING * energies[0]).sum())
+    return energies[:kept], vectors[:, :kept]
 
 
 def bucket_of(dump: Dump, index: int | None = None, device: str = "cpu") -> Bucket:
@@ -288,43 +297,44 @@ def bucket_of(dump: Dump, index: int | None = None, device: str = "cpu") -> Buck
 class _Squared:
     """Σ Bᵀ B over blocks B, [k, m]; of each product only what stands on and below the diagonal is formed."""
 
-    def __init__(self, zeros: "Tensor") -> None:
+    def __init__(self, zeros: Array) -> None:
         self._total, size = zeros, len(zeros)
         step = max(PANEL, -(-size // 8))
         self._panels = [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
-    def add(self, block: "Tensor") -> None:
+    def add(self, block: Array) -> None:
         for panel in self._panels:
-            self._total[panel.start :, panel].addmm_(block[:, panel.start :].T, block[:, panel])
+            self._total[panel.start :, panel] += block[:, panel.start :].T @ block[:, panel]
 
-    def total(self) -> "Tensor":
+    def total(self) -> Array:
         for panel in self._panels:
             self._total[panel, panel.stop :] = self._total[panel.stop :, panel].T
         return self._total
 
 
-def _crossing(matrix: "Tensor", kept: np.ndarray) -> "Tensor":
-    """The rows and columns `kept`, [k], of a matrix; on the CPU by numpy, which takes a third of torch's time."""
-    if matrix.device.type == "cpu":
-        return to_device(matrix.numpy()[np.ix_(kept, kept)], "cpu")
-    places = to_device(kept, str(matrix.device))
-    return matrix[places][:, places]
+def _crossing(matrix: Array, kept: np.ndarray) -> Array:
+    """The rows and columns `kept`, [k], of a matrix."""
+    kept = to_device(kept, matrix.device)
+    return matrix[kept[:, None], kept]
 
 
-def leading_eigenpairs(matrix: "Tensor", n_vectors: int) -> tuple["Tensor", "Tensor"]:
+def leading_eigenpairs(matrix: Array, n_vectors: int) -> tuple[Array, Array]:
     """The leading eigenvalues [n_vectors], descending, and eigenvectors [m, n_vectors] of a symmetric [m, m] matrix.
 
-    The matrix is positive semidefinite and not all 0.
+    The matrix is positive semidefinite and not all 0. On the CPU only these are computed, in half of the time.
     """
-    import torch
-
-    scale = matrix.trace()  # eigenvalues of tiny gradients would underflow
-    values, vectors = torch.linalg.eigh(matrix / scale)
-    return (scale * values).flip(0)[:n_vectors], vectors.flip(1)[:, :n_vectors]
+    scale, size, library = matrix.trace(), len(matrix), library_of(matrix.device)
+    matrix = matrix / scale  # eigenvalues of tiny gradients would underflow
+    if library is np:
+        leading = (size - n_vectors, size - 1)
+        values, vectors = scipy.linalg.eigh(matrix.T, subset_by_index=leading, overwrite_a=True, check_finite=False)
+    else:
+        values, vectors = library.linalg.eigh(matrix)
+    return scale * library.flip(values, (0,))[:n_vectors], library.flip(vectors, (1,))[:, :n_vectors]
 
 
 def block_krylov(
-    apply: Callable[["Tensor"], "Tensor"],
+    apply: Callable[[Array], Array],
     size: int,
     scale: float,
     n_vectors: int,
@@ -332,7 +342,7 @@ def block_krylov(
     tolerance: float = KRYLOV_TOLERANCE,
     device: str = "cpu",
     dtype: type = np.float64,
-) -> tuple["Tensor", "Tensor"]:
+) -> tuple[Array, Array]:
     """The leading eigenpairs of a symmetric positive semidefinite operator that is known by what it does to vectors.
 
     Block Krylov iteration with full reorthogonalisation (Musco & Musco 2015) from a seeded random start. It stops when
@@ -352,26 +362,23 @@ def block_krylov(
     Returns:
         eigenvalues [n_vectors], descending, and unit eigenvectors [size, n_vectors].
     """
-    import torch
-
-    width = min(n_vectors + KRYLOV_EXTRA, size)
+    library, width = library_of(device), min(n_vectors + KRYLOV_EXTRA, size)
     block = to_device(np.random.default_rng(seed).standard_normal((size, width)).astype(dtype), device)
-    block = torch.linalg.qr(block).Q
-    basis, images = block.new_empty(2, size, width * KRYLOV_STEPS)
+    block = library.linalg.qr(block).Q
+    basis, images = library.empty((2, size, width * KRYLOV_STEPS), dtype=block.dtype, device=device)
     for step in range(KRYLOV_STEPS):
         known = width * (step + 1)
         basis[:, known - width : known] = block
-        images[:, known - width : known] = apply(block)
+        images[:, known - width : known] = residual = apply(block)
         so_far = basis[:, :known]
-        residual = images[:, known - width : known].clone()
         for _ in range(2):  # once is not enough to stay orthogonal where eigenvalues spread over many magnitudes
-            residual -= so_far @ (so_far.T @ residual)
-        block, coupling = torch.linalg.qr(residual)
-        block = torch.linalg.qr(block - so_far @ (so_far.T @ block)).Q
+            residual = residual - so_far @ (so_far.T @ residual)
+        block, coupling = library.linalg.qr(residual)
+        block = library.linalg.qr(block - so_far @ (so_far.T @ block)).Q
         if step % 2 == 1 or step + 1 == KRYLOV_STEPS:
-            values, ritz = torch.linalg.eigh(so_far.T @ images[:, :known])
-            values, ritz = values.flip(0)[:n_vectors], ritz.flip(1)[:, :n_vectors]
-            errors = (coupling @ ritz[-width:]).norm(dim=0)
-            if (errors <= (tolerance * values).clamp(min=float(ROUNDING * scale))).all():
+            values, ritz = library.linalg.eigh(so_far.T @ images[:, :known])
+            values, ritz = library.flip(values, (0,))[:n_vectors], library.flip(ritz, (1,))[:, :n_vectors]
+            errors = library.linalg.norm(coupling @ ritz[-width:], axis=0)
+            if (errors <= library.clip(tolerance * values, float(ROUNDING * scale), None)).all():
                 break
-    return values.clamp(min=0.0), so_far @ ritz
+    return library.clip(values, 0.0, None), so_far @ ritz

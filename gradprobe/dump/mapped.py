@@ -12,6 +12,7 @@ from numpy.lib import format as npy
 from ..common.errors import InputError
 
 BLOCK_BYTES = 64 << 20
+PAGES_AROUND = 16
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ def release_pages(grads: np.ndarray | SelectedRows) -> None:
 
 
 def read_rows(grads: np.ndarray | SelectedRows, rows: np.ndarray, dtype: type | None = np.float64) -> np.ndarray:
-    """`grads[rows]` in `dtype` (None: their own), a copy; no page of a memory map stays with this process."""
+    """`grads[rows]` in `dtype` (None: their own), a copy; no page of a memory map stays with this process.
+
+    A few rows at a time: the system maps up to sixteen pages around each one that is read.
+    """
     chosen = np.empty((len(rows), grads.shape[1]), dtype or grads.dtype)
-    for part in block_slices(len(rows), grads.itemsize * grads.shape[1]):
+    for part in block_slices(len(rows), PAGES_AROUND * grads.itemsize * grads.shape[1]):
         chosen[part] = grads[rows[part]]
         release_pages(grads)
     return chosen

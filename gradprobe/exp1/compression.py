@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.special import ndtri, stdtrit
 
 from ..analysis.bucket import ROUNDING, Bucket
-from ..dump.mapped import block_slices
 
 HALF_DRAWS = 2000
 MATCHED_DRAWS = 20
 CANT_TELL = "can't tell"
+PANEL = 1024
+"""Gradients: their dot products with as many others stay in a processor's cache."""
 MIN_PROMPTS = 4
 """Fewer prompts have at most 3 ways to be halved: no interval."""
 
@@ -88,17 +90,19 @@ def sums_of(bucket: Bucket) -> Sums:
     a = bucket.squared_norms[order]
     inverse = np.divide(1.0, a, out=np.zeros(len(a)), where=a > 0)
     dots, unit_dots = np.zeros((2, len(first), len(first)))
-    for clusters, panel in _panels(len(a), first):  # T is symmetric: of each panel what stands right of the diagonal
-        rest, starts = slice(clusters.start, None), first[clusters.start :] - panel.start
-        within = starts[: clusters.stop - clusters.start]
-        square = bucket.dots(order[panel], order[panel.start :])
-        np.square(square, out=square)
-        dots[clusters, rest] = np.add.reduceat(np.add.reduceat(square, starts, axis=1), within, axis=0)
-        square *= inverse[panel.start :]
-        unit = np.add.reduceat(square, starts, axis=1) * inverse[panel, None]
-        unit_dots[clusters, rest] = np.add.reduceat(unit, within, axis=0)
-        for of_pairs in (dots, unit_dots):
-            of_pairs[rest, clusters] = of_pairs[clusters, rest].T
+    panels = list(_panels(len(a), first))
+    for index, (clusters, rows) in enumerate(panels):
+        ends = np.append(first[clusters], rows.stop) - rows.start
+        added, weighted = (
+            csr_array((weights, np.arange(len(weights)), ends)) for weights in (np.ones(ends[-1]), inverse[rows])
+        )
+        for others, columns in panels[index:]:  # T is symmetric
+            square = bucket.dots(order[rows], order[columns])
+            np.square(square, out=square)
+            starts = first[others] - columns.start
+            for of_pairs, plain in ((dots, added @ square), (unit_dots, weighted @ square * inverse[columns])):
+                of_pairs[clusters, others] = np.add.reduceat(plain, starts, axis=1)
+                of_pairs[others, clusters] = of_pairs[clusters, others].T
 
     def total(values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, first) if len(first) else np.zeros(0)
@@ -269,10 +273,9 @@ def _quadratic(picks: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def _panels(n: int, first: np.ndarray) -> Iterator[tuple[slice, slice]]:
     """Cut gradients that are sorted by cluster into panels of whole clusters: (the clusters, their gradients)."""
-    limit = next(block_slices(n, 8 * n), slice(0, 0)).stop
     ends = np.append(first[1:], n)
     start = 0
     while start < len(first):
-        stop = max(start + 1, int(np.searchsorted(ends, first[start] + limit, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, first[start] + PANEL, side="right")))
         yield slice(start, stop), slice(int(first[start]), int(ends[stop - 1]))
         start = stop

@@ -11,12 +11,12 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.special import betaincinv
 
-from ..analysis.bucket import Bucket, bucket_of, rollout_codes
+from ..analysis.bucket import Array, Bucket, bucket_of, rollout_codes
 from ..analysis.prompts import Pairs, number_prompts
 from ..analysis.replication import spread_of
 from ..analysis.tokens import sum_p2_of
@@ -45,9 +45,6 @@ from .subspaces import (
     shuffled_labels,
     split_half_ceiling,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 RANK_PERCENTS = (50, 90, 95, 99)
@@ -230,7 +227,7 @@ def measure_dump(
     return Exp1(numbers, energies, sums)
 
 
-def _measure_bucket(bucket: Bucket, settings: Exp1Settings) -> tuple[Numbers, np.ndarray, Sums, np.ndarray, "Tensor"]:
+def _measure_bucket(bucket: Bucket, settings: Exp1Settings) -> tuple[Numbers, np.ndarray, Sums, np.ndarray, Array]:
     """All that hangs on one bucket's Gram matrix: its numbers, energies, sums, ceilings and directions."""
     energies, sums = bucket.energies(), sums_of(bucket)
     ceiling = split_half_ceiling(bucket, settings.ceiling, settings.seed)
@@ -241,8 +238,10 @@ def _measure_bucket(bucket: Bucket, settings: Exp1Settings) -> tuple[Numbers, np
 def _bucket_numbers(bucket: Bucket, energies: np.ndarray, sums: Sums, settings: Exp1Settings) -> Numbers:
     """What one bucket has to say; docs/methods.md explains each. None: no number."""
 
+    by_prompt = sums.by_prompt()
+
     def interval(measure: Measure) -> tuple[float, float] | None:
-        return half_sample_interval(sums, measure, settings.halves, settings.seed)
+        return half_sample_interval(by_prompt, measure, settings.halves, settings.seed)
 
     return {
         "n": bucket.n,

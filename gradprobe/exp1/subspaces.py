@@ -12,14 +12,10 @@ same prompts, two halves don't.
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..analysis.bucket import KRYLOV_TOLERANCE, Bucket, to_device
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..analysis.bucket import KRYLOV_TOLERANCE, Array, Bucket, library_of, to_device, to_host
 
 OVERLAP_SIZE = 10
 MEASURES = 2
@@ -30,17 +26,15 @@ NULL_DRAWS = 10
 
 def directions_of(
     bucket: Bucket, seed: int = 0, tolerance: float = KRYLOV_TOLERANCE, dtype: type = np.float64
-) -> "Tensor":
+) -> Array:
     """[d, r] the leading right singular vectors, r at most the rank and 10: what `compare` needs of a set."""
     return bucket.leading_directions(OVERLAP_SIZE, seed, tolerance, dtype)[1]
 
 
-def compare(directions: list["Tensor"]) -> np.ndarray:
+def compare(directions: list[Array]) -> np.ndarray:
     """[2, B, B] each measure of each pair of B sets, NaN where a set has too few directions. `directions`: [d, r]."""
-    import torch
-
-    basis = torch.cat(directions, dim=1)
-    return _measures_of((basis.T @ basis).cpu().numpy(), [found.shape[1] for found in directions])
+    basis = library_of(directions[0].device).concatenate(directions, 1)
+    return _measures_of(to_host(basis.T @ basis), [found.shape[1] for found in directions])
 
 
 def compare_parts(whole: Bucket, labels: np.ndarray, n_parts: int, seed: int) -> np.ndarray:
@@ -57,9 +51,9 @@ def compare_parts(whole: Bucket, labels: np.ndarray, n_parts: int, seed: int) ->
     for index, part in enumerate(parts):
         values, vectors = part.leading_eigenpairs(OVERLAP_SIZE, seed)
         columns.append(np.zeros((whole.n, len(values))))
-        columns[-1][labels == index] = vectors.cpu().numpy() / np.sqrt(values)
+        columns[-1][labels == index] = to_host(vectors) / np.sqrt(values)
     weights = np.concatenate(columns, axis=1)
-    along = (whole.gram @ to_device(weights, whole.device)).cpu().numpy()
+    along = to_host(whole.gram @ to_device(weights, whole.device))
     return _measures_of(weights.T @ along, [found.shape[1] for found in columns])
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from ..analysis.bucket import Bucket, to_device
+from ..analysis.bucket import Bucket, to_device, to_host
 from ..analysis.jackknife import (
     NO_ESTIMATE,
     POWER_FACTOR,
@@ -227,7 +227,7 @@ def rollout_grams(bucket: Bucket, correct: np.ndarray) -> RolloutGrams:
             raise ValueError(f"prompt {codes[index]}: a rollout has both correct and incorrect tokens")
         sums = to_device(np.add.reduceat(read_rows(bucket.grads, bucket.rows[part]), first, axis=0), bucket.device)
         here = slice(len(first))
-        grams.gram[index, here, here] = (sums @ sums.T).cpu().numpy()  # sums: [rollouts, d]
+        grams.gram[index, here, here] = to_host(sums @ sums.T)  # sums: [rollouts, d]
         grams.n_tokens[index, here] = n_tokens
         grams.correct[index, here] = n_correct > 0
     return grams

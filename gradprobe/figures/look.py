@@ -143,8 +143,13 @@ def save(figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] 
     written = []
     for file, form in ((directory / name, form) for name in figures for form in formats):
         target = file.with_suffix(f".{form}")
+        figure, metadata = figures[file.name], METADATA[form]
         with bytes_aside(target) as stream, matplotlib.rc_context(STYLE):  # tick labels are made when drawn
-            figures[file.name].savefig(stream, format=form, dpi=DPI, metadata=METADATA[form])
+            if form == "png":  # the same bytes as savefig's, which draws everything twice
+                figure.set_dpi(DPI)
+                FigureCanvasAgg(figure).print_png(stream, metadata=metadata)
+            else:
+                figure.savefig(stream, format=form, dpi=DPI, metadata=metadata)
         written.append(target.name)
     return written
 

@@ -9,24 +9,26 @@ import torch
 
 import analyze_exp1_compression
 import analyze_exp2_direction
-from gradprobe.analysis.bucket import device_for, rollout_codes
+from gradprobe.analysis.bucket import device_for, rollout_codes, to_device, to_host
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> bool:
-    return bool(np.linalg.norm(np.asarray(found) - expected) <= 1e-10 * np.linalg.norm(expected))
+    return bool(np.linalg.norm(to_host(found) - expected) <= 1e-10 * np.linalg.norm(expected))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"], ids=["numpy", "torch"])
 @pytest.mark.parametrize("block_bytes", [64 << 20, 800])
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (30, 9), (9, 30), (50, 50), (450, 400)])
-def test_products_and_decompositions_are_those_of_numpy(monkeypatch, n: int, dim: int, block_bytes: int):
+def test_products_and_decompositions_are_those_of_numpy(monkeypatch, n: int, dim: int, block_bytes: int, device: str):
     monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", block_bytes)
     grads = np.random.default_rng(n).standard_normal((n + 3, dim)).astype(np.float32)
     rows = np.random.default_rng(0).permutation(n + 3)[:n]
-    x, bucket = grads[rows].astype(np.float64), planted.bucket_of(grads, rows)
+    x, bucket = grads[rows].astype(np.float64), planted.bucket_of(grads, rows, device=device)
     v = np.random.default_rng(1).standard_normal((dim, 4))
-    assert bucket.gram.dtype == torch.float64
+    assert type(bucket.gram) is (np.ndarray if device == "cpu" else torch.Tensor)
+    assert to_host(bucket.gram).dtype == np.float64
     assert close(bucket.gram, x @ x.T if n < dim else x.T @ x)
-    assert close(bucket.times(torch.from_numpy(v)), x @ v)
+    assert close(bucket.times(to_device(v, device)), x @ v)
     assert close(bucket.combined(x @ v), x.T @ x @ v)
     assert close(bucket.squared_norms, np.sum(x**2, axis=1))
     some = np.arange(n)[::2]
@@ -35,8 +37,8 @@ def test_products_and_decompositions_are_those_of_numpy(monkeypatch, n: int, dim
     assert close(bucket.energies(), sigma**2)
     energies, directions = bucket.leading_directions(3)
     assert close(energies, sigma[:3] ** 2)
-    np.testing.assert_allclose(np.abs(np.sum(directions.numpy() * right[:3].T, axis=0)), 1.0, atol=1e-9)
-    assert close(bucket.centred().times(torch.from_numpy(v)) + 1, (x - x.mean(axis=0)) @ v + 1)
+    np.testing.assert_allclose(np.abs(np.sum(to_host(directions) * right[:3].T, axis=0)), 1.0, atol=1e-9)
+    assert close(bucket.centred().times(to_device(v, device)) + 1, (x - x.mean(axis=0)) @ v + 1)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 9), (9, 4), (0, 5)])
