@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..analysis.bucket import Bucket, to_device
+from ..analysis.bucket import Bucket, to_device, to_host
 from ..analysis.jackknife import NO_ESTIMATE, Estimate, Interval, interval_of, ratio_of, stack_of_means
 from ..dump.mapped import block_slices, read_rows
 from .direction import CENTRAL, ROUNDING, places_by_prompt, two_sided_p
@@ -89,7 +89,7 @@ def meetings_of(bucket: Bucket, tokens: Tokens, n_buckets: int, rng: np.random.G
     nulls, shared = np.zeros((n_draws, n_buckets + 1, 2)), []
     for place, (_, rows) in enumerate(places_by_prompt(bucket.prompt)):
         gradients = to_device(read_rows(bucket.grads, bucket.rows[rows]), bucket.device)
-        gram, of_prompt = (gradients @ gradients.T).cpu().numpy(), tokens.only(rows)
+        gram, of_prompt = to_host(gradients @ gradients.T), tokens.only(rows)
         nulls += _dealt_anew(gram, of_prompt, n_buckets, rng, n_draws)
         for scope, sums in enumerate(scopes):
             kept = np.flatnonzero((of_prompt.bucket == scope) | (scope == n_buckets))

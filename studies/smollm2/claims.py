@@ -79,7 +79,7 @@ def labels_by_line(dump: Dump, drawn: np.ndarray) -> np.ndarray:
 
 def measured(dump: Dump) -> dict[str, Any]:
     """The top bucket's participation ratio, |cos| of its leading direction with the others', Exp 2's two means."""
-    tops = [bucket_of(dump, index).leading_directions(1)[1][:, 0].numpy() for index in range(TOP + 1)]
+    tops = [bucket_of(dump, index).leading_directions(1)[1][:, 0] for index in range(TOP + 1)]
     bucket = bucket_of(dump, TOP)
     found = compare_groups(bucket, dump.correct[bucket.rows])
     return {
