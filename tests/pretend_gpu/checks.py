@@ -13,6 +13,7 @@ import torch
 from architectures import FAMILIES, VOCAB_SIZE, tiny_of_family
 from pretend_gpu.device import GPU, has_kernel_for, watched
 
+import gradprobe.gradients.step
 from gradprobe.analysis.bucket import Bucket
 from gradprobe.exp1 import measure as exp1
 from gradprobe.exp2.direction import rollout_grams
@@ -41,6 +42,14 @@ POOLED = [Chosen.pooled(np.arange(len(r)) % 3) for r in RESPONSES]
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor of the device is never a plain `Parameter`, which blocks ask for; they are tried out all the same."""
     monkeypatch.setattr(blocks, "_looks_right", lambda module: "Qwen3" in type(module).__name__)
+    tried_out = blocks.blocks_of
+
+    def apart(*of: object) -> object:
+        with watched():  # once for many batches
+            return tried_out(*of)
+
+    for module in (engine, gradprobe.gradients.step):
+        monkeypatch.setattr(module, "blocks_of", apart, raising=False)
     monkeypatch.setitem(sample.STEPS_UNSEEN, GPU.type, sample.STEPS_UNSEEN["cuda"])
 
 
