@@ -4,6 +4,7 @@ Each runs in a process forked from one that has imported the libraries, which ta
 are cores. Where a command line can't be, that is told without them.
 """
 
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -20,6 +21,7 @@ with suppress(SystemExit, InputError):  # which the process of that command tell
         probe_grad_vectors.parse_args(list(map(os.fsdecode, words)))
     import gradprobe.probe.run  # noqa: F401
 
+gc.freeze()  # else every process walks through, and so copies, what it shares with the others
 for n_started, (file, words) in enumerate(words_of.items()):
     if n_started >= len(os.sched_getaffinity(0)):
         os.wait()
