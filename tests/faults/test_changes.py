@@ -145,6 +145,7 @@ SETTINGS = [
     Change("step_from", "step", "step is", "--step-from another"),
     Change("step_to_adapter", "step", "step is", "--step-to-adapter adapter"),
     Change("step_from_adapter", "step", "step is", "--step-from-adapter adapter"),
+    Change("step_by_weight", "step", "step is", "--step-to another --step-by-weight"),
     Change("num_samples", "num_samples_per_prompt", "num_samples_per_prompt is", "--num-samples 3"),
     Change("max_new_tokens", "max_new_tokens", "max_new_tokens is", "--max-new-tokens 9"),
     Change("temperature", "temperature", "temperature is", "--temperature 0.9"),
