@@ -30,6 +30,8 @@ HELD_BYTES = 512 << 20
 """Gradients that take no more are read once for an iteration instead of once for each step."""
 PANEL, WHOLE = 192, 1024
 """Gram matrices are made in panels, but those up to `WHOLE` at once: of Bᵀ B numpy then takes one half alone."""
+LARGE = 2048
+"""torch decomposes larger Gram matrices on the CPU, too: its LAPACK takes a third of numpy's time."""
 READ_BYTES = 128 << 20
 """A dump whose gradients take no more is read once."""
 KRYLOV_EXTRA, KRYLOV_STEPS, KRYLOV_TOLERANCE = 8, 20, 1e-4
@@ -221,7 +223,10 @@ class Bucket:
         scale = float(self.gram.trace())  # eigenvalues of tiny gradients would underflow
         if not scale > 0:
             return np.zeros(len(self.gram))
-        shares = to_host(self._library.linalg.eigvalsh(self.gram / scale))
+        shares = self.gram / scale
+        if self._library is np and len(shares) > LARGE:
+            shares = to_device(shares, "cpu:0")
+        shares = to_host(library_of(shares.device).linalg.eigvalsh(shares))
         return np.maximum(shares[::-1] * scale, 0.0)
 
     def leading_directions(
