@@ -28,7 +28,12 @@ MAX_EXACT = 600
 """Where n or d is no larger, directions are those of the decomposed Gram matrix; else they are found by iteration."""
 HELD_BYTES = 512 << 20
 """Gradients that take no more are read once for an iteration instead of once for each step."""
-PANEL = 192
+PANEL, WHOLE = 192, 1024
+"""Gram matrices are made in panels, but those up to `WHOLE` at once: of Bᵀ B numpy then takes one half alone."""
+LARGE = 2048
+"""torch decomposes larger Gram matrices on the CPU, too: its LAPACK takes a third of numpy's time."""
+READ_BYTES = 128 << 20
+"""A dump whose gradients take no more is read once."""
 KRYLOV_EXTRA, KRYLOV_STEPS, KRYLOV_TOLERANCE = 8, 20, 1e-4
 ROUNDING = 1e-12
 """Energies below this share of all are only rounding."""
@@ -218,7 +223,10 @@ class Bucket:
         scale = float(self.gram.trace())  # eigenvalues of tiny gradients would underflow
         if not scale > 0:
             return np.zeros(len(self.gram))
-        shares = to_host(self._library.linalg.eigvalsh(self.gram / scale))
+        shares = self.gram / scale
+        if self._library is np and len(shares) > LARGE:
+            shares = to_device(shares, "cpu:0")
+        shares = to_host(library_of(shares.device).linalg.eigvalsh(shares))
         return np.maximum(shares[::-1] * scale, 0.0)
 
     def leading_directions(
@@ -290,8 +298,10 @@ def _above_rounding(values: Array, vectors: Array, scale: float = 1.0) -> tuple[
 
 def bucket_of(dump: Dump, index: int | None = None, device: str = "cpu") -> Bucket:
     """The gradients of one entropy bucket; of all where `index` is None."""
-    rows = np.arange(len(dump.grads)) if index is None else dump.rows_of_bucket(index)
-    return Bucket(dump.grads, rows, dump.prompt[rows], rollout_codes(dump.prompt, dump.sample_idx)[rows], device)
+    grads, rows = dump.grads, np.arange(len(dump.grads)) if index is None else dump.rows_of_bucket(index)
+    if index is None and grads.itemsize * len(grads) * dump.row_dim <= READ_BYTES:
+        grads = read_rows(grads, rows, None)
+    return Bucket(grads, rows, dump.prompt[rows], rollout_codes(dump.prompt, dump.sample_idx)[rows], device)
 
 
 class _Squared:
@@ -299,7 +309,7 @@ class _Squared:
 
     def __init__(self, zeros: Array) -> None:
         self._total, size = zeros, len(zeros)
-        step = max(PANEL, -(-size // 8))
+        step = size if size <= WHOLE else max(PANEL, -(-size // 8))
         self._panels = [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
     def add(self, block: Array) -> None:

@@ -110,6 +110,7 @@ def test_memory_does_not_grow_with_the_gradients(monkeypatch: pytest.MonkeyPatch
     """Twice the positions of 512 numbers each (2 KiB): both experiments and the projection keep less than a tenth."""
     monkeypatch.setattr("gradprobe.dump.mapped.BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr("gradprobe.analysis.bucket.HELD_BYTES", 8 << 20)
+    monkeypatch.setattr("gradprobe.analysis.bucket.READ_BYTES", 8 << 20)
     monkeypatch.setattr("gradprobe.analysis.bucket.MAX_EXACT", 100)
     peaks = []
     for n_prompts in (400, 800):
