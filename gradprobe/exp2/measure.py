@@ -45,7 +45,7 @@ class Exp2Settings:
     bootstrap: int = 4000
     permutations: int = 9999
     seed: int = 0
-    ids: int = 1999
+    ids: int = 999
 
 
 @dataclass(frozen=True)

@@ -118,18 +118,20 @@ def _draw_coupling(answers: Axes, ax: Axes, subjects: list[Subject], numbers: Se
     """The share of coupling in the same uncertain token, over what ids dealt anew give and the share of pairs."""
     ax.set_axis_off()
     for place, (subject, one, colour) in enumerate(zip(subjects, numbers, series_colours(subjects), strict=True)):
-        found = (one["coupling"] or {}).get(SAME_UNCERTAIN)
-        said, is_said = (
-            ["shared tokens: can't tell"],
-            bool(found and found["null"] and found["share_of_coupling"]["ci95"]),
-        )
+        found, said = (one["coupling"] or {}).get(SAME_UNCERTAIN), ["shared tokens: can't tell", "no interval"]
+        is_said = bool(found and found["share_of_coupling"]["ci95"])
         if found and is_said:
             ax.set_axis_on()
-            value, bounds = found["share_of_coupling"].values()
-            said = [f"same token: {share(value, None, 1)} of coupling", f"{share(found['share_of_pairs'], None, 1)} of "
-                    f"pairs, ids dealt anew {share(found['null']['mean'], None, 1)}"]  # fmt: skip
-            ax.plot(found["null"]["ci95"], 2 * [place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt")
-            ax.plot(found["share_of_pairs"], place, "|", color="black", markersize=22, markeredgewidth=1.6)
+            (value, bounds), of_pairs, null = (
+                found["share_of_coupling"].values(),
+                found["share_of_pairs"],
+                found["null"],
+            )
+            said = [f"same token: {share(value, None, 1)} of coupling", f"{share(of_pairs, None, 1)} of pairs"]
+            if null:
+                said[1] += f", ids dealt anew {share(null['mean'], None, 1)}"
+                ax.plot(null["ci95"], 2 * [place], color=CHANCE_COLOUR, linewidth=22, solid_capstyle="butt")
+            ax.plot(of_pairs, place, "|", color="black", markersize=22, markeredgewidth=1.6)
             ax.plot(bounds, 2 * [place], color=colour, linewidth=2.6, solid_capstyle="butt")
             ax.plot(value, place, "o", color=colour, markersize=11)
         _answer(answers, place, panel_title(subject, subjects), said, colour, is_said)
