@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional
 
 from ..model.batches import is_out_of_memory, on_device
@@ -85,6 +86,21 @@ class Pass:
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, ...] of the chosen tokens -> [rows, ...], zeros at the others."""
         return _spread(x, self.places, self.spans[-1].stop)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens from `first` on: a prompt of `n_prompt`, then `k` responses of `n` tokens each behind it."""
+
+    first: int
+    n_prompt: int
+    k: int
+    n: int
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, n_prompt, ...] and [k, n, ...] of [tokens, ...], views."""
+        behind = self.first + self.n_prompt
+        return x[None, self.first : behind], x[behind : behind + self.k * self.n].unflatten(0, (self.k, self.n))
 
 
 @dataclass
@@ -235,19 +251,73 @@ class Block:
         saved.before_attention.add_backward(total, run.spans, upstream)
         run.upstream = upstream
 
+    def along(
+        self, x: torch.Tensor, dx: torch.Tensor, groups: list[Group], rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run it with its derivative, both [tokens, hidden], while the module's parameters are dual numbers."""
+        y = _norm_along(self._norms[0], x, dx)
+        qkv = [
+            tuple(of.unflatten(-1, (-1, self._attention.head_dim)) for of in _linear_along(linear, *y))
+            for linear in self._qkv
+        ]
+        for i, norm in enumerate(self._head_norms):
+            qkv[i] = _norm_along(norm, *qkv[i])
+        qkv[:2] = [tuple(_rotate(of, rotary) for of in both) for both in qkv[:2]]
+        attended = []
+        for group in groups:
+            parts = [tuple(zip(*map(group.split, both), strict=True)) for both in qkv]
+            attended.append(self._attend_along(*(of_prompt for of_prompt, _ in parts)))
+            if group.n:
+                query, *seen = (behind for _, behind in parts)
+                for i, (of_prompt, _) in enumerate(parts[1:]):
+                    seen[i] = tuple(
+                        torch.cat([before.expand(group.k, -1, -1, -1), own], dim=1)
+                        for before, own in zip(of_prompt, seen[i], strict=True)
+                    )
+                attended.append(self._attend_along(query, *seen))
+        y = _linear_along(self._attention.o_proj, *map(torch.cat, zip(*attended, strict=True)))
+        x, dx = x + y[0], dx + y[1]
+        y = _norm_along(self._norms[1], x, dx)
+        (up, dup), (gate, dgate) = (_linear_along(linear, *y) for linear in (self._mlp.up_proj, self._mlp.gate_proj))
+        to_up, to_gate = functional.silu(gate), torch.ops.aten.silu_backward(up, gate)
+        y = _linear_along(self._mlp.down_proj, up * to_up, dgate.mul_(to_gate).addcmul_(dup, to_up))
+        return x + y[0], dx + y[1]
+
+    def _attend_along(self, *qkv: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[batch * length, q] and its derivative, of the last `length` queries, [batch, length, heads, head size], and
+        keys and values, [batch, seen, groups, head size].
+        """
+        n_groups, length, dtype = qkv[1][0].shape[2], qkv[0][0].shape[1], qkv[0][0].dtype
+        # [batch, groups, heads of a group * tokens, head size]
+        (query, dquery), (key, dkey), (value, dvalue) = (
+            tuple(
+                of.to(torch.promote_types(dtype, torch.float32))
+                .unflatten(2, (n_groups, -1))
+                .permute(0, 2, 3, 1, 4)
+                .flatten(2, 3)
+                for of in both
+            )
+            for both in qkv
+        )
+        query, dquery = query * self._attention.scaling, dquery * self._attention.scaling
+        scores = query @ key.mT
+        seen = torch.arange(key.shape[2], device=key.device)
+        is_hidden = seen > seen[-length:, None]
+        scores.unflatten(2, (-1, length)).masked_fill_(is_hidden, -torch.inf)
+        weights = scores.softmax(-1)
+        change = (torch.cat([dquery, query], dim=-1) @ torch.cat([key, dkey], dim=-1).mT).mul_(weights)
+        change.addcmul_(weights, change.sum(-1, keepdim=True), value=-1)
+        found = weights @ value, (change @ value).add_(weights @ dvalue)
+        return tuple(
+            of.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2).flatten(0, 1).to(dtype) for of in found
+        )
+
     def _rotated(
         self, qkv: list[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[list[_Norm], list[torch.Tensor]]:
-        """(norms of queries and keys, what attention takes), out of what the linear maps give.
-
-        Rotary embeddings (Su et al. 2021) in the layout of GPT-NeoX: x cos + (-b, a) sin of the halves (a, b) of x.
-        """
+        """(norms of queries and keys, what attention takes), out of what the linear maps give."""
         of_heads = [_Norm.of(x, norm) for x, norm in zip(qkv, self._head_norms, strict=False)]
-        cos, sin = rotary
-        rotated = []
-        for x in [norm.output for norm in of_heads] or qkv[:2]:
-            a, b = x.chunk(2, dim=-1)
-            rotated.append(x * cos + torch.cat([-b, a], dim=-1) * sin)
+        rotated = [_rotate(x, rotary) for x in [norm.output for norm in of_heads] or qkv[:2]]
         return of_heads, [*rotated, qkv[2]]
 
     def _attend(self, qkv: list[torch.Tensor]) -> torch.Tensor:
@@ -275,6 +345,26 @@ class Block:
             rotated_back[..., :half].addcmul_(found[..., half:], sin[..., half:])
             rotated_back[..., half:].addcmul_(found[..., :half], sin[..., :half], value=-1)
         into[2].copy_(value)
+
+
+def _linear_along(linear: nn.Module, x: torch.Tensor, dx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, dweight = unpack_dual(linear.weight)
+    bias, dbias = (None, None) if linear.bias is None else unpack_dual(linear.bias)
+    return functional.linear(x, weight, bias), functional.linear(dx, weight, dbias).addmm_(x, dweight.T)
+
+
+def _norm_along(module: nn.Module, x: torch.Tensor, dx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    norm, (scale, dscale) = _Norm.of(x, module), unpack_dual(module.weight)
+    unit, wide = norm.unit.to(norm.inverse.dtype), dx.to(norm.inverse.dtype)
+    along = torch.linalg.vecdot(wide, unit)[..., None].div_(-unit.shape[-1])
+    change = torch.addcmul(wide, unit, along).mul_(norm.inverse).to(x.dtype)
+    return norm.unit * scale, change.mul_(scale).addcmul_(norm.unit, dscale)
+
+
+def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary embeddings (Su et al. 2021) in the layout of GPT-NeoX: x cos + (-b, a) sin of the halves (a, b) of x."""
+    (cos, sin), (a, b) = rotary, x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 def _spread(x: torch.Tensor, places: torch.Tensor, n: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ token of its batch, at about three times the cost of a plain one and no backward
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.errors import InputError, reason_of
-from ..model.batches import Budget
+from ..model.batches import Budget, on_device
+from ..model.placement import input_device, is_spread
 from ..model.softmax import Softmax
 from ..rollouts.score import each_token, in_blocks
+from .blocks import Block, Group, blocks_of, run_below
 
 ATTENTION = "sdpa's plain product"
 """The one of its kernels that has forward derivatives; what was sampled and scored with another differs by rounding."""
@@ -83,7 +86,9 @@ def along_step(
 
     try:
         with _attention_with_derivatives(model):
-            for batch in each_token(model, prompts, responses, batch_tokens, _derivatives, dual):
+            blocks = None if is_spread(model) else blocks_of(model, 0, {})
+            states = None if blocks is None else partial(_states_by_hand, blocks)
+            for batch in each_token(model, prompts, responses, batch_tokens, _derivatives, dual, states):
                 yield {i: of_response for i, (of_response,) in batch.items()}
     except (NotImplementedError, RuntimeError) as error:
         if "forward AD" not in str(error):
@@ -116,6 +121,40 @@ def _derivatives(model: nn.Module, hidden: torch.Tensor, token_ids: torch.Tensor
         return (Softmax(value).log_prob_along(ids, change),)
 
     return in_blocks(model, hidden, token_ids, of_logits)
+
+
+def _states_by_hand(
+    blocks: list[Block], model: nn.Module, prompts: list[list[int]], responses: list[list[int]]
+) -> list[torch.Tensor]:
+    """The last hidden states, dual ones, that predict each response's tokens, [n_tokens, hidden] each.
+
+    A prompt is run once for all of its responses, which are padded to the longest of them.
+    """
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(tuple(prompt), []).append(i)
+    ids: list[int] = []
+    positions: list[int] = []
+    groups, predicting = [], {}
+    for prompt, of_prompt in members.items():
+        n = max(0, *(len(responses[i]) - 1 for i in of_prompt))
+        groups.append(Group(len(ids), len(prompt), len(of_prompt), n))
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        for i in of_prompt:
+            behind = range(len(ids), len(ids) + len(responses[i]) - 1)
+            predicting[i] = [last, *behind][: len(responses[i])]
+            ids += (responses[i] + (responses[i] or [prompt[-1]])[-1:] * n)[:n]
+        positions += [*range(len(prompt)), *[*range(len(prompt), len(prompt) + n)] * len(of_prompt)]
+    device = input_device(model)
+    columns = on_device([ids, positions], device)[..., None]  # as sequences of one token: no mask is made
+    hidden, kwargs = run_below(model, 0, columns[0], position_ids=columns[1])
+    x, dx = forward_ad.unpack_dual(hidden[:, 0])
+    for block in blocks:
+        x, dx = block.along(x, dx, groups, kwargs["position_embeddings"])
+    at = on_device([place for i in range(len(responses)) for place in predicting[i]], device)
+    states = model.base_model.norm(forward_ad.make_dual(x[at], dx[at]))
+    return list(states.split(list(map(len, responses))))
 
 
 @contextmanager

@@ -40,6 +40,9 @@ class TokenScores(NamedTuple):
 Measure = Callable[[nn.Module, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 """Takes the model, hidden states, [n, hidden], and the tokens that they predict, [n], and gives numbers, [n] each."""
 
+States = Callable[[nn.Module, list[list[int]], list[list[int]]], list[torch.Tensor]]
+"""Takes the model, prompts and responses, and gives hidden states that predict each response, [n_tokens, hidden]."""
+
 
 def score_responses(
     model: nn.Module,
@@ -63,6 +66,7 @@ def each_token(
     batch_tokens: int | Budget,
     measure: Measure,
     context: Callable[[], AbstractContextManager],
+    states: States | None = None,
 ) -> Iterator[dict[int, tuple[np.ndarray, ...]]]:
     """What a teacher-forced pass says of every response token.
 
@@ -71,6 +75,7 @@ def each_token(
         batch_tokens: padded tokens in one forward pass, a prompt's counted for each of its responses.
         measure: of a batch's tokens.
         context: entered around each batch.
+        states: another way to the hidden states.
 
     Yields:
         For one batch: each response's numbers, [n_tokens] each, by its index.
@@ -80,10 +85,10 @@ def each_token(
     budget = batch_tokens if isinstance(batch_tokens, Budget) else Budget(batch_tokens)
     shared = _lengths_behind_shared_prompts(prompts, responses) if keeps_tokens_apart(model) else {}
     alone = {i: length for i, length in enumerate(lengths) if i not in shared}
-    for hidden_states, length_of in ((_states_behind_shared_prompts, shared), (_states, alone)):
+    for of_kind, length_of in ((_states_behind_shared_prompts, shared), (_states, alone)):
         members = list(length_of)
 
-        def run(batch: list[int], states=hidden_states, members=members) -> list[np.ndarray]:
+        def run(batch: list[int], states=states or of_kind, members=members) -> list[np.ndarray]:
             batch = [members[j] for j in batch]
             with context():
                 predicting = torch.cat(states(model, [prompts[i] for i in batch], [responses[i] for i in batch]))

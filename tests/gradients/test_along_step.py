@@ -12,6 +12,7 @@ from planted import REPOSITORY
 from tiny import plain_log_prob
 from torch.autograd import forward_ad
 
+import gradprobe.gradients.blocks
 import gradprobe.gradients.step
 from gradprobe.gradients.step import along_step, subtract
 from gradprobe.model.checkpoint import load_checkpoint
@@ -77,6 +78,19 @@ def test_every_token_s_derivative_equals_the_sum_over_all_parameters(family):
     for prompt, response, mine in zip(prompts, responses, found, strict=True):
         expected = np.array(by_autograd(model, step, prompt, response))
         assert np.abs(mine - expected).max() / np.abs(expected).max() < 1e-10
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_blocks_by_hand_give_what_dual_modules_give(family, monkeypatch):
+    model = tiny_of_family(family)
+    step, rollouts = subtract(end := moved(model), model, end), rollouts_of(4)
+    by_hand, plain = derivatives(model, step, *rollouts), gradprobe.gradients.blocks.Block.along
+    monkeypatch.setattr(gradprobe.gradients.blocks.Block, "along", lambda *args: [2 * of for of in plain(*args)])
+    assert np.abs(np.concatenate(derivatives(model, step, *rollouts)) - np.concatenate(by_hand)).max() > 1e-3
+    monkeypatch.setattr(gradprobe.gradients.step, "blocks_of", lambda *args: None)
+    for mine, expected in zip(by_hand, derivatives(model, step, *rollouts), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-10, atol=1e-12)
 
 
 def log_prob_of_response(model, prompt: list[int], response: list[int]) -> float:
