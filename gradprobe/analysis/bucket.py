@@ -7,7 +7,7 @@
 
 All of it is float64 where nothing else is said. X may be a memory map: gradients are read in blocks. The smaller of
 X Xᵀ and Xᵀ X is made when first asked for and lives as long as the bucket does. What is written here holds for arrays
-of both libraries; torch, whose import takes seconds, is imported where it computes alone.
+of both libraries; torch and scipy, whose imports take time, are imported where they compute.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, Optional
 
 import numpy as np
-import scipy.linalg
 
 from ..common.errors import InputError
 from ..dump.format import Dump
@@ -336,8 +335,10 @@ def leading_eigenpairs(matrix: Array, n_vectors: int) -> tuple[Array, Array]:
     scale, size, library = matrix.trace(), len(matrix), library_of(matrix.device)
     matrix = matrix / scale  # eigenvalues of tiny gradients would underflow
     if library is np:
+        from scipy.linalg import eigh
+
         leading = (size - n_vectors, size - 1)
-        values, vectors = scipy.linalg.eigh(matrix.T, subset_by_index=leading, overwrite_a=True, check_finite=False)
+        values, vectors = eigh(matrix.T, subset_by_index=leading, overwrite_a=True, check_finite=False)
     else:
         values, vectors = library.linalg.eigh(matrix)
     return scale * library.flip(values, (0,))[:n_vectors], library.flip(vectors, (1,))[:, :n_vectors]

@@ -9,6 +9,8 @@ import torch
 
 import analyze_exp1_compression
 import analyze_exp2_direction
+import gradprobe.exp1.measure
+import gradprobe.exp2.measure
 from gradprobe.analysis.bucket import device_for, rollout_codes, to_device, to_host
 
 
@@ -76,16 +78,20 @@ def test_a_gpu_that_is_not_there_is_status_2_in_one_line(
     assert not (tmp_path / "figures").exists()
 
 
-@pytest.mark.parametrize("script", [analyze_exp1_compression, analyze_exp2_direction], ids=["exp1", "exp2"])
-def test_scripts_compute_where_they_are_told(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("script", "measure"),
+    [(analyze_exp1_compression, gradprobe.exp1.measure), (analyze_exp2_direction, gradprobe.exp2.measure)],
+    ids=["exp1", "exp2"],
+)
+def test_scripts_compute_where_they_are_told(script, measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     dump = planted.write_heavy_tailed_dump(tmp_path / "dump", seed=1, n_prompts=5)
-    measure_dumps, used = script.measure_dumps, []
+    measure_dumps, used = measure.measure_dumps, []
 
     def measured(dumps, device: str):
         used.append(device)
         return measure_dumps(dumps)
 
-    monkeypatch.setattr(script, "measure_dumps", measured)
+    monkeypatch.setattr(measure, "measure_dumps", measured)
     monkeypatch.setattr(script, "device_for", lambda name: f"where {name} says")
     assert script.main(["--output-dir", str(tmp_path / "out"), "--device", "auto", f"a={dump}"]) == 0
     assert set(used) == {"where auto says"}

@@ -172,10 +172,10 @@ def test_a_model_is_tried_out_on_the_device():
     refuse_unfit(GradientEngine(case.model, case.row()), "a model", is_sampled=True)
 
 
-@pytest.mark.parametrize(("n", "dim"), [(60, 25), (40, 70)], ids=["tall", "wide"])
+@pytest.mark.parametrize(("n", "dim"), [(480, 400), (400, 480)], ids=["tall", "wide"])
 def test_analyses_are_those_of_the_cpu(n: int, dim: int, monkeypatch: pytest.MonkeyPatch):
     """Directions by iteration for the wholes, by decomposition for the parts."""
-    monkeypatch.setattr("gradprobe.analysis.bucket.MAX_EXACT", 20)
+    monkeypatch.setattr("gradprobe.analysis.bucket.MAX_EXACT", 380)
     grads = np.random.default_rng(n).standard_normal((n, dim)) / np.sqrt(1 + np.arange(dim))
     rollout, label = np.arange(n) // 4, np.arange(n) % 2
     found = {}
