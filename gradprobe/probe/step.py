@@ -67,12 +67,10 @@ def along_step_of(
             names = said["unchanged_tensors"]
             whole = f", of which {len(names)} parameters as a whole: {', '.join(names[:3])}" if names else ""
             log.info(f"the step leaves {said['unchanged']:,} of {said['parameters']:,} numbers as they are{whole}")
-        for chunk, of_chunk in progress(
-            zip(left, logprobs, strict=True), "along the step", sum(map(len, left)), "rollouts", lambda of: len(of[0])
-        ):
-            found = dict(itertools.chain.from_iterable(
-                batch.items() for batch in along_step(checkpoint.model, step, *_ids(chunk), tokens)
-            ))  # fmt: skip
+        for chunk, of_chunk in zip(left, logprobs, strict=True):
+            batches = along_step(checkpoint.model, step, *_ids(chunk), tokens)
+            batches = progress(batches, "along the step", len(chunk), "rollouts", len)
+            found = dict(itertools.chain.from_iterable(batch.items() for batch in batches))
             parts = [np.zeros(0)] * len(chunk)
             if plan.settings.step_by_weight:
                 by_weight = along_weights(checkpoint.model, step, *_ids(chunk))
