@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from gradprobe.analysis.bucket import bucket_of  # noqa: E402
 from gradprobe.analysis.inputs import open_dumps  # noqa: E402
-from gradprobe.analysis.text import share_estimate  # noqa: E402
+from gradprobe.analysis.text import MISSING, estimate, share_estimate  # noqa: E402
 from gradprobe.dump.format import Dump  # noqa: E402
 from gradprobe.exp1.spectrum import participation_ratio  # noqa: E402
 from gradprobe.exp2.direction import compare_groups  # noqa: E402
@@ -38,7 +38,7 @@ YES, NO, CANT_TELL = "borne out", "not borne out", "can't tell"
 SHARED, APART = 0.7, 0.07
 """What the original gives: |cos| of 0.7 to 0.9 in the base model, at most 0.07 after RL."""
 NEARLY_ALL = 0.8
-"""Of the gain, above which a share is nearly all of it."""
+"""A share of the gain, or a rank correlation, from which on it is nearly all, or the same order."""
 
 
 def main() -> None:
@@ -59,8 +59,8 @@ def main() -> None:
     print(f"Read line by line, {moved} labels are another bucket's; ranges are over {DRAWS} orders of drawing.\n")
     print("| claim | the original | computed as it did | each label on its gradient | what that is worth | |")
     print("| --- | --- | --- | --- | --- | --- |")
-    rows = [compression(exp1, then, now), *directions(exp1, then, now), *alignments(exp2, then, now), top_tokens(exp3)]
-    for row in rows:
+    rows = [compression(exp1, then, now), *directions(exp1, then, now), *alignments(exp2, then, now)]
+    for row in [*rows, top_tokens(exp3), *proxies(exp1)]:
         print("| " + " | ".join(row) + " |")
 
 
@@ -159,13 +159,42 @@ def top_tokens(exp3: dict[str, Any]) -> list[str]:
     low, high = shares["entropy"]["ci95"] or (0.0, 1.0)
     told = ", ".join(f"{rule} {share_estimate(one)}" for rule, one in shares.items())
     return [
-        "20% of the tokens, those of highest entropy, carry nearly all of RL's gain",
-        "trained on them alone: as good or better",
-        "-",
-        f"base, along the step: {share_estimate(shares['entropy'])}",
-        step["gain"]["reason"] or f"t {step['gain']['t']:.1f}; top 20% by {told}",
-        YES if low >= NEARLY_ALL else NO if high < NEARLY_ALL else CANT_TELL,
+        "base: the 20% of the tokens with the highest entropy carry nearly all of RL's gain",
+        "trained on them alone, as good or better",
+        MISSING,
+        f"of the gain along its step {share_estimate(shares['entropy'])}",
+        step["gain"]["reason"] or f"t {step['gain']['t']:.1f}; the top 20% by {told}",
+        at_least(NEARLY_ALL, low, high),
     ]
+
+
+def proxies(exp1: dict[str, Any]) -> list[list[str]]:
+    """What rules that weigh or pick tokens by 1 − π take for granted, where the 20% have been picked by entropy."""
+    rows = []
+    for tag, found in exp1.items():
+        of = {
+            name: {group: groups[group]["rank_correlation"] for group in ("all", str(TOP))}
+            for name, groups in found["proxies"].items()
+            if groups is not None
+        }
+        one = next(iter(of.values()))
+        others = [f"{name} {estimate(groups[str(TOP)])}" for name, groups in list(of.items())[1:]]
+        rows.append(
+            [
+                f"{tag}: at tokens of high entropy 1 − π ranks as the gradient's norm does",
+                "taken for granted by rules that weigh tokens by it",
+                MISSING,
+                f"rank correlation {estimate(one[str(TOP)])}, over all tokens {estimate(one['all'])}",
+                f"at tokens of high entropy {', '.join(others)}",
+                at_least(NEARLY_ALL, *(one[str(TOP)]["ci95"] or (-1.0, 1.0))),
+            ]
+        )
+    return rows
+
+
+def at_least(limit: float, low: float, high: float) -> str:
+    """The verdict on a claim that a number is no smaller than a limit, by its interval."""
+    return YES if low >= limit else NO if high < limit else CANT_TELL
 
 
 def spread(interval: list[float], digits: int) -> str:
