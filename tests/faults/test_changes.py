@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gradprobe.probe.run
 import merge_grad_vector_shards
 import probe_grad_vectors
 from gradprobe.dump.consistency import problems_of
@@ -523,7 +524,7 @@ def test_a_dump_without_all_that_was_due_is_not_sound(dump):
 @pytest.mark.parametrize("moment", ["before loading", "at the end"])
 def test_weights_are_those_that_were_hashed(probe, capsys, monkeypatch, moment):
     """A directory `latest` that a trainer writes over while the probe starts."""
-    owner, name = {"before loading": (probe_grad_vectors, "run_probe"), "at the end": (Progress, "close")}[moment]
+    owner, name = {"before loading": (gradprobe.probe.run, "run_probe"), "at the end": (Progress, "close")}[moment]
     original = getattr(owner, name)
 
     def overwrite_first(*arguments: object) -> object:
