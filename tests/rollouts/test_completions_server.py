@@ -286,7 +286,7 @@ class Playing(BaseHTTPRequestHandler):
 def playing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """One on a free port of 127.0.0.1, asked without waiting between."""
     monkeypatch.setitem(completions.RETRIES, "backoff_factor", 0.01)
-    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # 16 ask at once, and a busy machine resets others
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 64)  # or a busy machine resets some of the 16
     found = ThreadingHTTPServer(("127.0.0.1", 0), Playing)
     found.n_asked, found.keys = 0, set()
     thread = threading.Thread(target=found.serve_forever)
