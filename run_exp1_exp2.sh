@@ -51,14 +51,15 @@ source "$PROJECT/scripts/steps.sh"
 
 # Which dumps there are of each model: OUT_ROOT/PART_TAG, of shards OUT_ROOT/PART_TAG_sN; their logs are PREFIX and TAG.
 declare -A prefix_of=([exp12]="" [exp3]=exp3_)
-parts=(exp12) analyses=(exp1 exp2)
+parts=(exp12) analyses=(exp1)
 device="$DEVICE" python="${PYTHON:-$PROJECT/.venv/bin/python}"
 read_settings
 if [[ "$EXP3" == 1 ]]; then parts+=(exp3); fi
 read_sizes
 if ((${#tags[@]} < 2)); then STEP=0; fi # no step lies between one model and itself
+if [[ "$STEP" == 1 ]]; then analyses+=(step); fi # long ones first: none is then left alone at the end
+analyses+=(exp2)
 if [[ "$EXP3$STEP" != 00 ]]; then analyses+=(exp3); fi
-if [[ "$STEP" == 1 ]]; then analyses+=(step); fi
 
 # ---- what to run, and where -------------------------------------------------------------------------------------
 

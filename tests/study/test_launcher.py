@@ -662,13 +662,13 @@ wc -l <"$STUB_CALLS.jobs"
             "1",
             "probe_base 0,1; merge_base afterok:1; probe_exp3_base 0,1 afterok:2; merge_exp3_base afterok:3; "
             "probe_trained 0,1; merge_trained afterok:5; probe_exp3_trained 0,1 afterok:6; "
-            "merge_exp3_trained afterok:7; exp1 afterok:2:6; exp2 afterok:2:6; exp3 afterok:4:8; step; "
+            "merge_exp3_trained afterok:7; exp1 afterok:2:6; step; exp2 afterok:2:6; exp3 afterok:4:8; "
             "plot afterok:9:10:11:12",
         ),
         (
             "0",
             "probe_base 0,1; merge_base afterok:1; probe_trained 0,1; merge_trained afterok:3; exp1 afterok:2:4; "
-            "exp2 afterok:2:4; exp3 afterok:2:4; step; plot afterok:5:6:7:8",
+            "step; exp2 afterok:2:4; exp3 afterok:2:4; plot afterok:5:6:7:8",
         ),
     ],
 )
