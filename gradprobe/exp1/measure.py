@@ -48,7 +48,6 @@ from .subspaces import (
 
 log = logging.getLogger(__name__)
 RANK_PERCENTS = (50, 90, 95, 99)
-NORM_QUANTILES = (0.025, 0.25, 0.5, 0.75, 0.975)
 SURPRISAL_GROUPS = 10
 MAX_ROLLOUTS = 2048
 """Sums over pairs of more rollouts would outgrow all else."""
@@ -255,22 +254,12 @@ def _bucket_numbers(bucket: Bucket, energies: np.ndarray, sums: Sums, settings: 
         "participation_ratio_unit_norm": _of_all(sums, Sums.unit_norm_participation_ratios),
         "participation_ratio_unit_norm_ci95": interval(Sums.unit_norm_participation_ratios),
         "participation_ratio_isotropic": _of_all(sums, Sums.isotropic_participation_ratios),
-        "norm": _norm_numbers(bucket.squared_norms),
     }
 
 
 def _of_all(sums: Sums, measure: Measure) -> float | None:
     (value,) = measure(sums, np.ones((1, len(sums.n)))).tolist()
     return value if np.isfinite(value) else None
-
-
-def _norm_numbers(squared_norms: np.ndarray) -> Numbers | None:
-    """How the norms that are not 0 spread; None without any."""
-    norms = np.sqrt(squared_norms[squared_norms > 0])
-    if len(norms) == 0:
-        return None
-    quantiles = np.quantile(norms, NORM_QUANTILES).tolist()
-    return {"quantiles": quantiles, "max": float(norms.max()), "n_zero": len(squared_norms) - len(norms)}
 
 
 def norm_by(surprisal: np.ndarray, squared_norms: np.ndarray) -> list[Numbers] | None:

@@ -543,15 +543,11 @@ def test_degenerate_dumps_have_nulls_and_not_nan(dim: int):
     assert one_prompt["cross_bucket_ceiling"] == [None]
 
 
-def test_norms_are_told_by_quantiles_and_by_tenths_of_surprisal():
+def test_norms_are_told_by_tenths_of_surprisal():
     rng = np.random.default_rng(0)
     grads = (rng.standard_normal((300, 9)) * np.exp(rng.standard_normal((300, 1)))).astype(np.float32)
     grads[:7] = 0
-    ids = np.arange(300)
     norms = np.linalg.norm(grads.astype(np.float64), axis=1)
-    found = measured(grads, 0 * ids, 1, ids % 10, ids)["per_bucket"]["0"]["norm"]
-    assert found["quantiles"] == pytest.approx(np.quantile(norms[7:], [0.025, 0.25, 0.5, 0.75, 0.975]))
-    assert (found["max"], found["n_zero"]) == (pytest.approx(norms.max()), 7)
     surprisal = rng.exponential(size=300)
     surprisal[7:23] = 0  # no place on a log axis: these and the norms of 0 are left out
     groups = norm_by(surprisal, norms**2)
