@@ -17,7 +17,7 @@ from gradprobe.exp1.summary import tables_of
 from gradprobe.figures.exp1 import draw_exp1
 
 PER_BUCKET = {
-    *("n", "participation_ratio", "participation_ratio_ci95", "top1_energy_frac", "effective_rank", "norm"),
+    *("n", "participation_ratio", "participation_ratio_ci95", "top1_energy_frac", "effective_rank"),
     *("rank50", "rank90", "rank95", "rank99", "ess", "ess_ci95", "participation_ratio_isotropic"),
     *("participation_ratio_unit_norm", "participation_ratio_unit_norm_ci95"),
 }
