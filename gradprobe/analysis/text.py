@@ -48,6 +48,10 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}s" if n > 1 else f"{'no' if n == 0 else 1} {noun}"
 
 
+PAGE_CHARACTERS = 112
+"""What of a table's row fits a page of 1,100 pixels."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Ready cells, for the terminal and the page alike.
@@ -65,6 +69,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     is_words: bool = False
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether its rows, on one line each, are wider than a page."""
+        return sum(2 + max(map(len, column)) for column in zip(*self.rows, strict=True)) > PAGE_CHARACTERS
 
     def text(self) -> str:
         """The caption, aligned columns, the first to the left and the others to the right, and the notes."""
