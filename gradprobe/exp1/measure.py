@@ -328,8 +328,9 @@ def _replication(
     """How a tag's numbers vary over its targets: of the others, one Gram matrix a bucket and no draws."""
     of_buckets, proxies = [first["per_bucket"]], [first["proxies"]]
     for dump, known in zip(dumps[1:], sum_p2[1:], strict=True):
-        of_buckets.append({bucket: _replicated(bucket_of(dump, int(bucket), device)) for bucket in of_buckets[0]})
-        proxies.append(audit(dump, bucket_of(dump, device=device).squared_norms, known))
+        whole = bucket_of(dump, device=device)
+        proxies.append(audit(dump, whole.squared_norms, known))  # norms that the parts then share
+        of_buckets.append({bucket: _replicated(whole.part(dump.bin == int(bucket))) for bucket in of_buckets[0]})
         on_target()
     shown = (ALL, str(dumps[0].bins - 1))
 
